@@ -1,0 +1,56 @@
+"""Grouped-query attention over the segments of a batch. Shape legend in batch.py."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from triplane.model.batch import Batch
+from triplane.model.config import ModelConfig
+from triplane.model.rope import rotate
+
+
+class Attention(nn.Module):
+    """Softmax attention in which n_heads / n_kv_heads query heads share a key and value head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x_TD: Tensor, rotations: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        # The number of heads is read off the projections, which may hold a share of them.
+        tokens = x_TD.shape[0]
+        q_THK = rotate(self.wq(x_TD).view(tokens, -1, self.head_dim), *rotations)
+        k_TGK = rotate(self.wk(x_TD).view(tokens, -1, self.head_dim), *rotations)
+        v_TGK = self.wv(x_TD).view(tokens, -1, self.head_dim)
+        out: Tensor = self.wo(attend(q_THK, k_TGK, v_TGK, batch).reshape(tokens, -1))
+        return out
+
+
+def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
+    """Causal attention within each segment, by a flash kernel on every device; (T, H, K)."""
+    if batch.uniform:
+        return _attend_equal(q_THK, k_TGK, v_TGK, segments=len(batch.bounds) - 1)
+    if q_THK.is_cuda:
+        bounds, longest = batch.bounds_int32, batch.longest
+        causal = (-1, 0)
+        out = varlen_attn(
+            q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, window_size=causal, enable_gqa=True
+        )
+        assert isinstance(out, Tensor)
+        return out
+    # The CPU has no variable-length kernel; one call a document beats a mask by two to four times.
+    spans = [slice(a, b) for a, b in zip(batch.bounds, batch.bounds[1:])]
+    return torch.cat([_attend_equal(q_THK[s], k_TGK[s], v_TGK[s], segments=1) for s in spans])
+
+
+def _attend_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: int) -> Tensor:
+    """Segments of one length, as the batch dim of SDPA."""
+    q, k, v = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+    shared = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+    return out.transpose(1, 2).flatten(0, 1)

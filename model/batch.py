@@ -1,0 +1,55 @@
+"""What the model reads: one micro-batch, flattened over batch and sequence.
+
+Shape suffixes in this package: T tokens (batch x sequence), D dim, F hidden_dim, H query heads,
+G key/value heads, K head_dim, V vocabulary, B sequences, S tokens in a sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED_TARGET = -100
+"""A position with this target has no loss."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens in segments that cannot see each other.
+
+    `bounds` is on the host, so that attention needs no device sync: segment i holds the tokens
+    `bounds[i]` to `bounds[i + 1]`, and attends causally within itself.
+    """
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    positions_T: Tensor
+    bounds: tuple[int, ...]
+    bounds_int32: Tensor
+
+    @classmethod
+    def build(cls, tokens_T: Tensor, targets_T: Tensor, bounds: Sequence[int]) -> "Batch":
+        """Derives positions (0 at the start of each segment) from `bounds`, which runs from 0 to T."""
+        assert bounds[0] == 0 and bounds[-1] == len(tokens_T) == len(targets_T), (bounds[-1], tokens_T.shape)
+        bounds_int32 = torch.tensor(bounds, dtype=torch.int32)
+        lengths = bounds_int32.diff()
+        starts_T = torch.repeat_interleave(bounds_int32[:-1], lengths)
+        positions_T = torch.arange(len(tokens_T), dtype=torch.int32) - starts_T
+        return cls(tokens_T, targets_T, positions_T, tuple(bounds), bounds_int32)
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest segment."""
+        return max(b - a for a, b in zip(self.bounds, self.bounds[1:]))
+
+    @property
+    def uniform(self) -> bool:
+        """True if all segments have one length."""
+        return self.longest * (len(self.bounds) - 1) == self.bounds[-1]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; the copy is asynchronous where the source is pinned."""
+        tensors = (self.tokens_T, self.targets_T, self.positions_T)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(*moved, self.bounds, self.bounds_int32.to(device, non_blocking=True))

@@ -1,0 +1,60 @@
+"""The choices that define the optimization and what is reported."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Applied to matrices, not to norms."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """Learning rate over the run: linear warm-up, then the decay named by `kind`."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """`wsd`: warm-up, stable, then linear decay in the last `decay_fraction` (MiniCPM)."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of warm-up; give this or `warmup_tokens`."""
+    warmup_tokens: NonNegativeInt | None = None
+    """Tokens of warm-up, rounded up to whole steps."""
+    final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a fraction of the peak."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """wsd: the fraction of all steps that decays."""
+
+
+class TrainingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """How much, how big a step, and what is reported."""
+
+    steps: PositiveInt
+    """Optimizer updates in the whole run."""
+    global_batch_size: PositiveInt
+    """Sequences in one update, over all ranks."""
+    micro_batch_size: PositiveInt
+    """Sequences that one dp rank computes at once."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` keeps fp32 master weights. `auto`: bf16 on GPUs; on a CPU the faster of the two, measured at the start."""
+    log_every_steps: PositiveInt = 10
+    """Steps between lines of metrics."""
+    eval_every_steps: PositiveInt = 500
+    """Steps between validations; there is one after the last step too."""
+    eval_sequences: PositiveInt = 256
+    """Validation sequences read each time, always the same ones."""
+    sample_every_steps: PositiveInt | None = None
+    """Steps between text samples in TensorBoard; None: no samples."""
+    stop_at_step: PositiveInt | None = None
+    """Save and leave after this step as though the run had been interrupted; the schedule does not change."""
