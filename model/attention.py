@@ -38,9 +38,7 @@ def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
     if q_THK.is_cuda:
         bounds, longest = batch.bounds_int32, batch.longest
         causal = (-1, 0)
-        out = varlen_attn(
-            q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, window_size=causal, enable_gqa=True
-        )
+        out = varlen_attn(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, window_size=causal, enable_gqa=True)
         assert isinstance(out, Tensor)
         return out
     # The CPU has no variable-length kernel; one call a document beats a mask by two to four times.
