@@ -50,6 +50,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy is asynchronous where the source is pinned."""
-        tensors = (self.tokens_T, self.targets_T, self.positions_T)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(*moved, self.bounds, self.bounds_int32.to(device, non_blocking=True))
+        return Batch(
+            self.tokens_T.to(device, non_blocking=True),
+            self.targets_T.to(device, non_blocking=True),
+            self.positions_T.to(device, non_blocking=True),
+            self.bounds,
+            self.bounds_int32.to(device, non_blocking=True),
+        )
