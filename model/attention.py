@@ -1,5 +1,7 @@
 """Grouped-query attention over the segments of a batch. Shape legend in batch.py."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +44,7 @@ def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
         assert isinstance(out, Tensor)
         return out
     # The CPU has no variable-length kernel; one call a document beats a mask by two to four times.
-    spans = [slice(a, b) for a, b in zip(batch.bounds, batch.bounds[1:])]
+    spans = [slice(a, b) for a, b in pairwise(batch.bounds)]
     return torch.cat([_attend_equal(q_THK[s], k_TGK[s], v_TGK[s], segments=1) for s in spans])
 
 

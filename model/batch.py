@@ -6,6 +6,7 @@ G key/value heads, K head_dim, V vocabulary, B sequences, S tokens in a sequence
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Batch:
     @property
     def longest(self) -> int:
         """Tokens in the longest segment."""
-        return max(b - a for a, b in zip(self.bounds, self.bounds[1:]))
+        return max(b - a for a, b in pairwise(self.bounds))
 
     @property
     def uniform(self) -> bool:

@@ -1,0 +1,88 @@
+"""The ranks as a mesh of three axes, and the process groups along each.
+
+Neighbouring ranks share a machine, so tp, which communicates in every layer, varies fastest; then
+dp, which communicates once a step; then pp, which sends only activations between stages.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, ProcessGroup, Store
+
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place along one axis. A group of None is this rank alone."""
+
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the layout."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp: Axis
+    pp: Axis
+    dp: Axis
+    model: ProcessGroup | None
+    """The tp x pp ranks that together hold one replica of the model."""
+    embedding: ProcessGroup | None
+    """First and last stage, which share a tied embedding; None on the others and without a pipeline."""
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp.rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp.rank == self.pp.size - 1
+
+
+@contextmanager
+def connected(
+    config: ParallelConfig, device: torch.device, rank: int, world_size: int, store: Store | None = None
+) -> Iterator[Mesh]:
+    """Joins the process groups, and leaves them at the end of the block unless it raised.
+
+    `store` None: the rendezvous that MASTER_ADDR and MASTER_PORT name. After an error the peers may
+    hang in a collective, so the groups are left to the end of the process.
+    """
+    if store is None and world_size == 1:
+        store = HashStore()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=config.timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield _mesh(config, device, rank, world_size)
+    dist.destroy_process_group()
+
+
+def _mesh(config: ParallelConfig, device: torch.device, rank: int, world_size: int) -> Mesh:
+    replica = config.tp * config.pp
+    dp = world_size // replica if config.dp == "auto" else config.dp
+    if dp * replica != world_size:
+        raise LayoutError(
+            f"dp ({config.dp}) x tp ({config.tp}) x pp ({config.pp}) does not make {world_size} ranks; "
+            f"set parallel.dp to {max(1, world_size // replica)} or start {max(1, dp) * replica} ranks"
+        )
+    if replica == 1:
+        return Mesh(device, rank, world_size, Axis(), Axis(), Axis(dp, rank, dist.group.WORLD), None, None)
+    from triplane.parallel import megatron  # 3 s to import: only where there is something to split
+
+    return megatron.initialize_mesh(config.tp, config.pp, device)

@@ -1,0 +1,87 @@
+"""ZeRO stage 0: every dp rank holds the whole optimizer. Plain torch, fp32.
+
+DeepSpeed's own stage 0 clips wrongly under a pipeline and reports no gradient norm.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from triplane.parallel.mesh import Mesh
+from triplane.parallel.placement import Fragment, Placement, fragments
+
+_BUCKET_ELEMENTS = 32 * 1024**2
+"""Gradients are reduced in buffers of this size: few collectives, bounded extra memory."""
+
+
+class ReplicatedOptimizer:
+    """Averages gradients over dp, clips by the global norm, and updates."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, placements: list[Placement], grad_clip: float, mesh: Mesh):
+        self.optimizer = optimizer
+        self.placements = placements
+        self.grad_clip = grad_clip
+        self.mesh = mesh
+        for placement in placements:
+            optimizer.state[placement.parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(placement.parameter),
+                "exp_avg_sq": torch.zeros_like(placement.parameter),
+            }
+
+    def step(self) -> Tensor:
+        """Applies the gradients in `parameter.grad` and clears them; returns their global norm before clipping."""
+        parameters = [placement.parameter for placement in self.placements]
+        if self.mesh.dp.size > 1:
+            self._average_gradients(parameters)
+        norm = self._gradient_norm()
+        nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        bucket: list[Tensor] = []
+        for parameter in parameters:
+            assert parameter.grad is not None, "every parameter takes part in every step"
+            bucket.append(parameter.grad)
+            if sum(gradient.numel() for gradient in bucket) >= _BUCKET_ELEMENTS:
+                self._average(bucket)
+                bucket = []
+        self._average(bucket)
+
+    def _average(self, bucket: list[Tensor]) -> None:
+        if not bucket:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat, dist.ReduceOp.AVG, group=self.mesh.dp.group)
+        for gradient, averaged in zip(bucket, torch.split(flat, [gradient.numel() for gradient in bucket])):
+            gradient.copy_(averaged.view_as(gradient))
+
+    def _gradient_norm(self) -> Tensor:
+        """Over the whole model: shards add up over tp and pp, copies count once."""
+        gradients = [p.parameter.grad for p in self.placements if p.primary and p.parameter.grad is not None]
+        squared = nn.utils.get_total_norm(gradients).square()
+        if self.mesh.model is not None:
+            dist.all_reduce(squared, group=self.mesh.model)
+        return squared.sqrt()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The state on this rank; dp ranks take turns in writing parameters."""
+        for number, placement in enumerate(self.placements):
+            primary = number % self.mesh.dp.size == self.mesh.dp.rank
+            state = self.optimizer.state[placement.parameter]
+            tensors = {
+                "weight": placement.parameter.detach(),
+                "exp_avg": state["exp_avg"],
+                "exp_avg_sq": state["exp_avg_sq"],
+            }
+            for kind, tensor in tensors.items():
+                yield from fragments(placement, kind, tensor.view(-1), 0, primary)
+
+    def loaded(self, step: int) -> None:
+        """Takes over fragments that were filled with the state after `step` updates."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
