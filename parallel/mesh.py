@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, ProcessGroup, Store
+from torch.distributed import HashStore, ProcessGroup, Store  # type: ignore[attr-defined]
 
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.errors import LayoutError

@@ -108,7 +108,7 @@ def train(mesh: Mesh, config: ModelConfig, stage: int, dtype: torch.dtype) -> tu
         batches = [batch(step, range(first + i, first + i + 2)) for i in range(0, share, 2)]
         loss = engine.forward_backward(batches)
         norms.append(float(engine.step(learning_rate(step))))
-        losses.append(loss.cross_entropy + loss.z)
+        losses.append(float(loss.cross_entropy + loss.z))
     boxes = [(f.name, f.offsets, f.data.clone()) for f in engine.optimizer.fragments() if f.kind == "weight"]
     local = {p.name: p.parameter.detach().clone() for p in engine.local.placements}
     return Trace(losses, norms, local), boxes

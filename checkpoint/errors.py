@@ -1,0 +1,5 @@
+"""What can go wrong with a checkpoint or an export, told to the user."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or export that cannot be written or used; one line with what to do."""

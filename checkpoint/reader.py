@@ -1,0 +1,109 @@
+"""Reads any box of any tensor of a checkpoint, whatever layout wrote it; every byte is verified as it is read."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.manifest import Box, read_manifest
+from triplane.parallel.placement import Fragment
+
+
+class Checkpoint:
+    """A finished checkpoint, opened for reading."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        manifest = read_manifest(folder)
+        self.state: dict[str, Any] = manifest.state
+        self.bytes = sum(manifest.file_bytes.values())
+        self._boxes: dict[str, list[Box]] = defaultdict(list)
+        for box in manifest.boxes:
+            self._boxes[box.key].append(box)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the global tensors, by key (`weight/blocks.0.attention.wq.weight`)."""
+        return {key: boxes[0].shape for key, boxes in self._boxes.items()}
+
+    def fill(self, fragments: Iterable[Fragment]) -> None:
+        """Copies what the checkpoint holds into the fragments' memory."""
+        wanted: dict[str, list[Fragment]] = defaultdict(list)
+        for fragment in fragments:
+            wanted[fragment.key].append(fragment)
+        for key, targets in wanted.items():
+            self._fill_tensor(key, targets)
+
+    def weight(self, name: str) -> Tensor:
+        """A whole weight, fp32 on the host."""
+        shape = self.shapes.get(f"weight/{name}")
+        if shape is None:
+            raise CheckpointError(f"{self.folder}: holds no weight {name}; it was written by another model")
+        whole = torch.empty(shape)
+        self.fill([Fragment("weight", name, whole.shape, (0,) * whole.dim(), whole, primary=False)])
+        return whole
+
+    def verify(self) -> None:
+        """Reads everything; raises at the first byte that differs from what was written."""
+        for boxes in self._boxes.values():
+            for box in boxes:
+                self._read(box)
+
+    def _fill_tensor(self, key: str, targets: list[Fragment]) -> None:
+        boxes = self._boxes.get(key)
+        shape = tuple(targets[0].shape)
+        if not boxes or boxes[0].shape != shape:
+            found = f"has shape {list(boxes[0].shape)}" if boxes else "is absent"
+            raise CheckpointError(f"{self.folder}: {key} {found}, but this model needs {list(shape)}")
+        missing = sum(target.data.numel() for target in targets)
+        for box in boxes:
+            overlaps = [(target, overlap) for target in targets if (overlap := _overlap(box, target))]
+            if not overlaps:
+                continue
+            saved = self._read(box)
+            for target, overlap in overlaps:
+                source, destination = _slices(overlap, box.offsets), _slices(overlap, target.offsets)
+                part = saved[source]
+                target.data[destination].copy_(part)
+                missing -= part.numel()
+        if missing:
+            raise CheckpointError(f"{self.folder}: {key} lacks {missing} elements; resume from another checkpoint")
+
+    def _read(self, box: Box) -> Tensor:
+        path = self.folder / box.file
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(box.entry)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: unreadable ({error}); resume from another checkpoint") from error
+        found = zlib.crc32(tensor.numpy().data)
+        if tuple(tensor.shape) != box.sizes or found != box.crc32:
+            raise CheckpointError(
+                f"{path}: {box.entry} is damaged (CRC-32 {found:08x}, written as {box.crc32:08x}); "
+                f"resume from another checkpoint"
+            )
+        return tensor
+
+
+Span = tuple[int, int]
+
+
+def _overlap(box: Box, fragment: Fragment) -> list[Span] | None:
+    """The span of each dim, in the global tensor, that both cover."""
+    spans = []
+    for a, a_size, b, b_size in zip(box.offsets, box.sizes, fragment.offsets, fragment.data.shape):
+        start, stop = max(a, b), min(a + a_size, b + b_size)
+        if start >= stop:
+            return None
+        spans.append((start, stop))
+    return spans
+
+
+def _slices(spans: list[Span], offsets: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(start - offset, stop - offset) for (start, stop), offset in zip(spans, offsets))
