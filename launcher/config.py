@@ -1,0 +1,92 @@
+"""The run config: one TOML file that makes every choice of a run."""
+
+import tomllib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError
+
+from triplane.checkpoint.config import CheckpointConfig
+from triplane.data.config import DataConfig
+from triplane.launcher.errors import ConfigError
+from triplane.launcher.explain import explain
+from triplane.launcher.overrides import Override
+from triplane.model.config import ModelConfig
+from triplane.parallel.config import ParallelConfig
+from triplane.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+
+
+class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """All choices of a run; a table in the file for each room."""
+
+    run_dir: str = Field(min_length=1)
+    """Folder of the run: checkpoints, metrics, logs. Started again, the run goes on from what is there."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the initial weights and the order of the data."""
+    model: ModelConfig
+    """The network."""
+    data: DataConfig
+    """What is read, in which order."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model spreads over ranks."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    training: TrainingConfig
+    """How long, how big a step, what is reported."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When state is saved, what is kept."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads the TOML file `path`, with `key.path=value` overrides on top; of two for one key the later holds.
+
+    Keys, types and bounds are validated here, what depends on several keys in `checks.check`.
+    Raises ConfigError with all that is wrong, each line naming the file or the override to blame.
+    """
+    problems: list[str] = []
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(Override.parse(text))
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        values = _read(path)
+    except ConfigError as error:
+        raise ConfigError("\n".join([str(error), *problems])) from None
+    for override in parsed:
+        try:
+            values = override.apply(values)
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        config = RunConfig.model_validate(values, strict=True)
+    except ValidationError as error:
+        for key, problem in explain(error, RunConfig).items():
+            overridden = any(override.path == key[: len(override.path)] for override in parsed)
+            problems.append(f"{'override' if overridden else path}: {'.'.join(key)}: {problem}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {_near(path)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _near(path: Path) -> str:
+    names = sorted(file.name for file in path.parent.glob("*.toml"))
+    near = get_close_matches(path.name, names) or get_close_matches(f"{path.name}.toml", names) or names
+    return f"did you mean {', '.join(str(path.parent / name) for name in near)}?" if near else "no .toml file is near"

@@ -1,0 +1,79 @@
+"""Pydantic's errors in the user's terms: which key, what is wrong, what would be right."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from triplane.launcher.toml import format_value
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> dict[tuple[str, ...], str]:
+    """For each bad key of a config read by `schema`, its path and one line on what is wrong."""
+    by_key: dict[tuple[str, ...], list[ErrorDetails]] = defaultdict(list)
+    tables: dict[tuple[str, ...], type[BaseModel]] = {}
+    for details in error.errors():
+        key, tables[key] = _locate(details["loc"], schema)
+        by_key[key].append(details)
+    return {key: _explain(key, tables[key], details, schema) for key, details in by_key.items()}
+
+
+def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[str, ...], type[BaseModel]]:
+    """The key that an error is about, and the table that it is in.
+
+    `loc` is longer than the key where a field takes several types: it then ends in the type tried.
+    """
+    key: list[str] = []
+    table, below = schema, schema
+    for name in map(str, loc):
+        key.append(name)
+        table, subtable = below, _subtable(below, name)
+        if subtable is None:
+            break
+        below = subtable
+    return tuple(key), table
+
+
+def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
+    name, kind, value = key[-1], errors[0]["type"], errors[0]["input"]
+    given = format_value(value) if isinstance(value, str | int | float) else repr(value)
+    if kind == "extra_forbidden":
+        return f"unknown key; {_suggest(name, table, schema)}"
+    if kind == "missing":
+        if below := _subtable(table, name):
+            needs = [key for key, field in below.model_fields.items() if field.is_required()]
+            return f"missing table; it needs {', '.join(needs)}"
+        return f"missing. {' '.join((table.model_fields[name].description or '').split())}".rstrip(". ")
+    if kind == "model_type":
+        return f"{given} given; should be a table, [{'.'.join(key)}]"
+    # One error for each type that the field takes: the value may be any of them.
+    wanted = [details["msg"].removeprefix("Input should be ") for details in errors]
+    return f"{given} given; should be {' or '.join(wanted)}"
+
+
+def _suggest(name: str, table: type[BaseModel], schema: type[BaseModel]) -> str:
+    if near := get_close_matches(name, table.model_fields, n=1):
+        return f"did you mean {near[0]}?"
+    elsewhere = [".".join(path) for path in _paths(schema) if path[-1] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known here: {', '.join(table.model_fields)}"
+
+
+def _paths(table: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    for name in table.model_fields:
+        yield (name,)
+        if below := _subtable(table, name):
+            yield from ((name, *path) for path in _paths(below))
+
+
+def _subtable(table: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The schema of the table under `name`; None for a value or an unknown key."""
+    if name not in table.model_fields:
+        return None
+    annotation = table.model_fields[name].annotation
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -1,0 +1,70 @@
+"""Learning rates worked by hand, and what holds for every schedule."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triplane.training.config import ScheduleConfig
+from triplane.training.schedule import decay_steps, learning_rate, warmup_steps
+
+PEAK = 8.0
+KINDS = ("cosine", "linear", "wsd", "constant")
+
+
+def rates(schedule: ScheduleConfig, steps: int, warmup: int) -> list[float]:
+    return [learning_rate(schedule, PEAK, step, steps, warmup) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [2, 4, 6, 8, 8, 8, 8, 8]),
+        ("linear", [2, 4, 6, 8, 6.5, 5, 3.5, 2]),
+        # Quarters of a half circle: cos(45 degrees) = 1 / sqrt(2).
+        ("cosine", [2, 4, 6, 8, 5 + 3 * math.sqrt(0.5), 5, 5 - 3 * math.sqrt(0.5), 2]),
+        # The last quarter of 8 steps decays.
+        ("wsd", [2, 4, 6, 8, 8, 8, 5, 2]),
+    ],
+)
+def test_values_by_hand(kind, expected):
+    schedule = ScheduleConfig(kind=kind, final_lr_fraction=0.25, decay_fraction=0.25)
+    assert rates(schedule, steps=8, warmup=4) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_warm_up_falls_from_the_first_step():
+    assert rates(ScheduleConfig(kind="linear", final_lr_fraction=0), steps=4, warmup=0) == [6, 4, 2, 0]
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.floats(0, 1),
+    st.floats(0.01, 1),
+    st.integers(1, 300).flatmap(lambda steps: st.tuples(st.just(steps), st.integers(0, steps - 1))),
+)
+def test_every_schedule_rises_to_the_peak_and_falls_to_the_exact_end(kind, final, decay, steps_warmup):
+    steps, warmup = steps_warmup
+    schedule = ScheduleConfig(kind=kind, final_lr_fraction=final, decay_fraction=decay)
+    if kind == "wsd":
+        warmup = min(warmup, steps - decay_steps(schedule, steps))
+    course = rates(schedule, steps, warmup)
+    assert course[0] > 0 or steps == 1
+    rise, fall = course[:warmup], course[max(warmup - 1, 0) :]
+    assert rise == sorted(rise)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(fall))
+    if warmup:
+        assert rise[-1] == PEAK and rise[0] == pytest.approx(PEAK / warmup)
+    assert course[-1] == (PEAK if kind == "constant" else PEAK * final)
+
+
+def test_a_step_outside_of_the_run_is_a_mistake_of_ours():
+    for step in (0, 5):
+        with pytest.raises(AssertionError):
+            learning_rate(ScheduleConfig(), PEAK, step, 4, 1)
+
+
+def test_warm_up_in_tokens_is_rounded_up_to_steps():
+    assert [warmup_steps(ScheduleConfig(warmup_tokens=n), 100) for n in (0, 1, 100, 101)] == [0, 1, 1, 2]
+    assert warmup_steps(ScheduleConfig(warmup_steps=7), 100) == 7
