@@ -48,7 +48,7 @@ def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
 
 def _attend_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: int) -> Tensor:
     """Segments of one length, as the batch dim of SDPA."""
-    q, k, v = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+    q, k, v = (x.view(segments, -1, *x.shape[1:]).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
     shared = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     return out.transpose(1, 2).flatten(0, 1)
