@@ -51,10 +51,6 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy is asynchronous where the source is pinned."""
-        return Batch(
-            self.tokens_T.to(device, non_blocking=True),
-            self.targets_T.to(device, non_blocking=True),
-            self.positions_T.to(device, non_blocking=True),
-            self.bounds,
-            self.bounds_int32.to(device, non_blocking=True),
-        )
+        tensors = (self.tokens_T, self.targets_T, self.positions_T, self.bounds_int32)
+        tokens_T, targets_T, positions_T, bounds_int32 = (x.to(device, non_blocking=True) for x in tensors)
+        return Batch(tokens_T, targets_T, positions_T, self.bounds, bounds_int32)

@@ -11,7 +11,8 @@ from triplane.model.config import ModelConfig, RopeScaling
 def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Radians a token for each of the head_dim / 2 pairs, after scaling; shape (K/2,), fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    plain = config.rope_base**-exponents
+    # Not base**-exponents: rounded so by Llama's code too, which matters at positions over 10^5.
+    plain = 1 / config.rope_base**exponents
     return plain if config.rope_scaling is None else _scaled(plain, config.rope_scaling)
 
 

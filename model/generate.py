@@ -1,0 +1,52 @@
+"""Continues a prompt, one token at a time."""
+
+import torch
+from torch import Tensor
+
+from triplane.model.batch import Batch
+from triplane.model.errors import ModelError
+from triplane.model.transformer import Transformer
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    eos_id: int | None,
+) -> list[int]:
+    """The new tokens, up to and with `eos_id`; a pure function of its arguments.
+
+    Temperature 0 takes the likeliest token; otherwise one is drawn from the `top_k` likeliest (None:
+    all). Keeps no cache: each token costs a forward pass over all before it, which suits samples
+    during training, not serving. Raises ModelError on an empty prompt.
+    """
+    if not prompt:
+        raise ModelError("The prompt has no tokens; give at least one, such as the beginning-of-sequence id.")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        tokens.append(_draw(_next_logits(model, tokens), temperature, top_k, generator))
+        if tokens[-1] == eos_id:
+            break
+    return tokens[len(prompt) :]
+
+
+def _next_logits(model: Transformer, tokens: list[int]) -> Tensor:
+    """Scores of the token after the last, (V,), fp32 on the host."""
+    assert model.norm is not None and model.head is not None
+    tokens_T = torch.tensor(tokens)
+    batch = Batch.build(tokens_T, tokens_T, (0, len(tokens))).to(next(model.parameters()).device)
+    logits_V: Tensor = model.head(model.norm(model.hidden(batch)[-1]))
+    return logits_V.float().cpu()
+
+
+def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    scores, tokens = logits_V.topk(min(top_k or len(logits_V), len(logits_V)))
+    chosen = torch.multinomial((scores / temperature).softmax(dim=-1), 1, generator=generator)
+    return int(tokens[chosen])

@@ -1,0 +1,65 @@
+"""Which kernel attention runs, and that it computes softmax attention."""
+
+import pytest
+import torch
+from small_models import packed, random_documents, small_config, small_model
+from torch.profiler import ProfilerActivity, profile
+
+from triplane.model.attention import attend
+from triplane.model.batch import Batch
+
+CPU_KERNELS = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+}
+LENGTHS = {"ragged": [5, 17, 1, 9], "equal": [8, 8, 8, 8], "one": [32]}
+
+
+def attention_operators(device: str, dtype: torch.dtype, lengths: list[int], **changes) -> set[str]:
+    """Names of the attention operators that a forward and backward pass of a model dispatches to."""
+    config = small_config(**changes)
+    model = small_model(config).to(device, dtype)
+    batch = packed(random_documents(config, lengths)).to(torch.device(device))
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        model(batch).cross_entropy.backward()
+    return {event.key for event in record.key_averages() if "attention" in event.key or "attn" in event.key}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_the_cpu_runs_the_flash_kernel_both_ways(lengths, n_kv_heads, dtype):
+    operators = attention_operators("cpu", dtype, lengths, n_kv_heads=n_kv_heads)
+    assert operators >= CPU_KERNELS
+    assert "aten::_scaled_dot_product_attention_math" not in operators
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its flash kernels are not checked here")
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_cuda_runs_a_flash_kernel_both_ways(lengths):
+    operators = attention_operators("cuda", torch.bfloat16, lengths)
+    flash = {name for name in operators if "flash" in name or "cudnn" in name or "varlen" in name}
+    assert any(name.endswith("backward") for name in flash), operators
+    assert "aten::_scaled_dot_product_attention_math" not in operators
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_attend_is_masked_softmax_with_its_gradients(lengths):
+    total = sum(lengths)
+    q, k, v = (torch.randn(total, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    segment_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    visible_TT = (segment_T[:, None] == segment_T).tril()
+
+    def plain():
+        k_THK, v_THK = (x.repeat_interleave(3, dim=1) for x in (k, v))
+        scores_HTT = torch.einsum("thk,shk->hts", q, k_THK) / 8**0.5
+        weights_HTT = scores_HTT.masked_fill(~visible_TT, float("-inf")).softmax(dim=-1)
+        return torch.einsum("hts,shk->thk", weights_HTT, v_THK)
+
+    bounds = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    ids = torch.zeros(total, dtype=torch.int64)
+    out, expected = attend(q, k, v, Batch.build(ids, ids, bounds)), plain()
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, expected))):
+        torch.testing.assert_close(ours, theirs)

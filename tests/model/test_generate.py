@@ -1,0 +1,56 @@
+"""Generation: greedy as transformers does it, sampling reproducible and within its choices."""
+
+import pytest
+import torch
+from small_models import llama, random_weights, small_config, small_model
+
+from triplane.model.errors import ModelError
+from triplane.model.generate import generate
+
+CONFIG = small_config(tie_embeddings=True)
+PROMPT = [1, 17, 42, 5]
+
+
+def sample(**changes) -> list[int]:
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": None, "seed": 0, "eos_id": None}
+    return generate(small_model(CONFIG), PROMPT, **(options | changes))
+
+
+def test_greedy_is_transformers_greedy():
+    reference = llama(CONFIG, random_weights(CONFIG))
+    theirs = reference.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert sample(temperature=0) == theirs[0, len(PROMPT) :].tolist()
+
+
+def test_sampling_is_a_function_of_the_seed():
+    draws = [tuple(sample(seed=seed)) for seed in (0, 0, 1, 2)]
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3
+
+
+def test_top_k_is_respected():
+    assert sample(top_k=1) == sample(temperature=0)
+    first = {sample(max_new_tokens=1, top_k=3, temperature=5.0, seed=seed)[0] for seed in range(60)}
+    with torch.no_grad():
+        likeliest = llama(CONFIG, random_weights(CONFIG))(torch.tensor([PROMPT])).logits[0, -1].topk(3).indices
+    assert first == set(likeliest.tolist())
+
+
+def test_sampling_follows_the_distribution():
+    with torch.no_grad():
+        logits_V = llama(CONFIG, random_weights(CONFIG))(torch.tensor([PROMPT])).logits[0, -1]
+    likeliest = int(logits_V.argmax())
+    model, n = small_model(CONFIG), 500
+    hits = sum(generate(model, PROMPT, 1, 0.5, None, seed, None) == [likeliest] for seed in range(n))
+    expected = (logits_V / 0.5).softmax(dim=-1)[likeliest].item()
+    assert hits / n == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
+
+
+def test_it_stops_at_the_end_token():
+    free = sample(temperature=0)
+    assert sample(temperature=0, eos_id=free[3]) == free[: free.index(free[3]) + 1]
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ModelError, match="no tokens"):
+        generate(small_model(CONFIG), [], 1, 0, None, 0, None)

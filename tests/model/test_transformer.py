@@ -1,0 +1,126 @@
+"""The network against transformers' Llama, and its segments against each other."""
+
+import pytest
+import torch
+from small_models import llama, packed, random_documents, random_weights, small_config, small_model
+
+from triplane.model.batch import Batch
+from triplane.model.build import load_model
+from triplane.model.config import RopeScaling
+from triplane.model.errors import ModelError
+from triplane.model.rope import frequencies
+
+LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=32)
+VARIANTS = {
+    "grouped": {},
+    "one key head": {"n_kv_heads": 1},
+    "all key heads": {"n_kv_heads": 6},
+    "wide heads": {"head_dim": 16},
+    "tied": {"tie_embeddings": True},
+    "rope base": {"rope_base": 500_000.0},
+    "linear scaling": {"rope_scaling": RopeScaling(kind="linear", factor=3)},
+    "llama3 scaling": {"rope_scaling": LLAMA3},
+    "norm eps": {"norm_eps": 0.1},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_equal_llama(changes):
+    config = small_config(**changes)
+    weights = random_weights(config)
+    sequences = random_documents(config, [48, 48])
+    reference = llama(config, weights)
+    with torch.no_grad():
+        ours = load_model(config, weights, torch.float32).logits(packed(sequences))
+        theirs = reference(torch.stack(sequences)).logits.flatten(0, 1)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["grouped", "rope base", "linear scaling"])
+def test_frequencies_are_llamas_to_the_last_bit(variant):
+    config = small_config(**{"head_dim": 128} | VARIANTS[variant])
+    expected = llama(config, random_weights(config)).model.rotary_emb.inv_freq
+    assert torch.equal(frequencies(config, torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize("variant", ["rope base", "linear scaling", "llama3 scaling"])
+def test_the_comparison_would_see_a_wrong_rope(variant):
+    right, wrong = small_config(), small_config(**VARIANTS[variant])
+    weights, batch = random_weights(right), packed(random_documents(right, [48]))
+    with torch.no_grad():
+        ours = load_model(right, weights, torch.float32).logits(batch)
+        theirs = llama(wrong, weights)(batch.tokens_T[None]).logits[0]
+    assert (ours - theirs).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lengths", [[5, 17, 1, 9], [8, 8, 8]], ids=["ragged", "equal"])
+def test_packed_documents_equal_the_same_documents_alone(lengths):
+    config = small_config()
+    model, documents = small_model(config), random_documents(config, lengths)
+    with torch.no_grad():
+        together = model.logits(packed(documents))
+        alone = torch.cat([model.logits(packed([d])) for d in documents])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [[5, 17, 1, 9], [8, 8, 8, 8]], ids=["ragged", "equal"])
+@pytest.mark.parametrize("changed", range(4))
+def test_a_document_does_not_see_another(lengths, changed):
+    config = small_config()
+    model, documents = small_model(config), random_documents(config, lengths)
+    others = [d if i != changed else (d + 1) % config.vocab_size for i, d in enumerate(documents)]
+    with torch.no_grad():
+        before = model.logits(packed(documents)).split(lengths)
+        after = model.logits(packed(others)).split(lengths)
+    for i in range(4):
+        assert torch.equal(before[i], after[i]) == (i != changed)
+
+
+@pytest.mark.parametrize("lengths", [[5, 17, 1, 9], [8, 8, 8, 8]], ids=["ragged", "equal"])
+def test_a_token_does_not_see_its_successors(lengths):
+    config = small_config()
+    model, documents = small_model(config), random_documents(config, lengths)
+    batch = packed(documents)
+    changed = batch.tokens_T.clone()
+    changed[9] = (changed[9] + 1) % config.vocab_size  # inside the second document
+    with torch.no_grad():
+        before = model.logits(batch)
+        after = model.logits(Batch.build(changed, batch.targets_T, batch.bounds))
+    assert torch.equal(before[:9], after[:9])
+    assert not torch.equal(before[9], after[9])
+    assert not torch.equal(before[10], after[10])
+
+
+def test_positions_start_at_zero_in_each_segment():
+    batch = Batch.build(torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), (0, 3, 4, 7))
+    assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert (batch.longest, batch.uniform) == (3, False)
+    assert Batch.build(batch.tokens_T[:6], batch.targets_T[:6], (0, 3, 6)).uniform
+
+
+def test_a_run_of_blocks_continues_the_one_before():
+    config = small_config()
+    whole, first, last = (small_model(config) for _ in range(3))
+    first.norm = first.head = last.embedding = None
+    del first.blocks["1"], last.blocks["0"]
+    batch = packed(random_documents(config, [5, 9]))
+    with torch.no_grad():
+        assert torch.equal(last(batch, first(batch)).cross_entropy, whole(batch).cross_entropy)
+
+
+def test_load_model_ties_the_head_to_the_table():
+    model = small_model(small_config(tie_embeddings=True))
+    assert model.head.weight is model.embedding.weight
+    assert "head.weight" not in dict(model.named_parameters())
+
+
+def test_load_model_refuses_weights_of_another_model():
+    config = small_config()
+    weights = random_weights(config)
+    with pytest.raises(ModelError, match=r"1 names differ .* blocks\.2\.norm\.weight, is unknown among"):
+        load_model(config, weights | {"blocks.2.norm.weight": torch.ones(48)}, torch.float32)
+    with pytest.raises(ModelError, match=r"norm\.weight is \(1,\), but the config makes it \(48,\)"):
+        load_model(config, weights | {"norm.weight": torch.ones(1)}, torch.float32)
+    del weights["head.weight"]
+    with pytest.raises(ModelError, match=r"head\.weight, is missing from the weights"):
+        load_model(config, weights, torch.float32)

@@ -1,0 +1,52 @@
+"""Small models with weights that make every part matter, ours and transformers' from the same numbers."""
+
+import torch
+from torch import Tensor
+
+from triplane.model.batch import IGNORED_TARGET, Batch
+from triplane.model.build import load_model
+from triplane.model.config import ModelConfig
+from triplane.model.hf import hf_config, to_hf_name
+from triplane.model.transformer import Transformer
+
+
+def small_config(**changes) -> ModelConfig:
+    heads = {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
+    return ModelConfig(**({"vocab_size": 96, "dim": 48, "n_layers": 2, "hidden_dim": 80} | heads | changes))
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Matrices that keep the scale of what they read, so that a wrong frequency or row moves the logits."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    normal = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: 1 + 0.2 * w if w.ndim == 1 else w / w.shape[1] ** 0.5 for name, w in normal.items()}
+
+
+def small_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    return load_model(config, random_weights(config, seed), torch.float32)
+
+
+def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64):
+    """transformers' own model with our weights, fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**hf_config(config, seq_len, None, None, torch.float32))).eval()
+    state = {to_hf_name(name): weight for name, weight in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert missing == (["lm_head.weight"] if config.tie_embeddings else [])
+    return model
+
+
+def packed(documents: list[Tensor]) -> Batch:
+    """Documents one after another, each of which predicts its own next tokens."""
+    ends = torch.tensor([len(d) for d in documents]).cumsum(0).tolist()
+    targets = [torch.cat((d[1:], torch.tensor([IGNORED_TARGET]))) for d in documents]
+    return Batch.build(torch.cat(documents), torch.cat(targets), (0, *ends))
+
+
+def random_documents(config: ModelConfig, lengths: list[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(config.vocab_size, (n,), generator=generator) for n in lengths]
