@@ -16,6 +16,8 @@ from triplane.checkpoint.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PREFIX = "step_"
+"""Of the folder's name, before the step."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,15 @@ def read_manifest(folder: Path) -> Manifest:
         for b in body["boxes"]
     ]
     return Manifest(body["state"], boxes, body["file_bytes"])
+
+
+def finished(folder: Path) -> list[Path]:
+    """The finished checkpoints under `folder`, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest finished checkpoint under `folder`."""
+    checkpoints = finished(folder)
+    return checkpoints[-1] if checkpoints else None

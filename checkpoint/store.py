@@ -17,22 +17,8 @@ from safetensors.numpy import save_file
 
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.manifest import MANIFEST, Box, Manifest
+from triplane.checkpoint.manifest import MANIFEST, PREFIX, Box, Manifest, finished
 from triplane.parallel.placement import Fragment
-
-_PREFIX = "step_"
-
-
-def finished(folder: Path) -> list[Path]:
-    """The finished checkpoints under `folder`, oldest first."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if (path / MANIFEST).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest finished checkpoint under `folder`."""
-    checkpoints = finished(folder)
-    return checkpoints[-1] if checkpoints else None
 
 
 class CheckpointStore:
@@ -44,7 +30,7 @@ class CheckpointStore:
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> Path:
         """Writes `step_<step>` from the fragments of all ranks; returns its path."""
-        final = self.folder / f"{_PREFIX}{step}"
+        final = self.folder / f"{PREFIX}{step}"
         temporary = self.folder / f".{final.name}.tmp"
         on_rank_0(lambda: _make_empty(temporary))
         file = f"rank_{dist.get_rank()}.safetensors"
@@ -74,7 +60,7 @@ class CheckpointStore:
             final.rename(self.folder / f".{final.name}.old")  # deleted below, once the new one stands
         temporary.rename(final)
         _sync(self.folder)
-        leftovers = self.folder.glob(f".{_PREFIX}*")
+        leftovers = self.folder.glob(f".{PREFIX}*")
         for old in [*finished(self.folder)[: -self.config.keep_last], *leftovers]:
             shutil.rmtree(old)
 

@@ -1,5 +1,7 @@
 """Continues a prompt, one token at a time."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,12 @@ from triplane.model.batch import Batch
 from triplane.model.errors import ModelError
 from triplane.model.transformer import Transformer
 
+NextLogits = Callable[[list[int]], Tensor]
+"""Scores of the token that follows the given ones, (V,): `next_logits(model)`, or a spread model's engine."""
 
-@torch.inference_mode()
+
 def generate(
-    model: Transformer,
+    next_logits: NextLogits,
     prompt: list[int],
     max_new_tokens: int,
     temperature: float,
@@ -29,19 +33,25 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
-        tokens.append(_draw(_next_logits(model, tokens), temperature, top_k, generator))
+        tokens.append(_draw(next_logits(tokens).float().cpu(), temperature, top_k, generator))
         if tokens[-1] == eos_id:
             break
     return tokens[len(prompt) :]
 
 
-def _next_logits(model: Transformer, tokens: list[int]) -> Tensor:
-    """Scores of the token after the last, (V,), fp32 on the host."""
-    assert model.norm is not None and model.head is not None
-    tokens_T = torch.tensor(tokens)
-    batch = Batch.build(tokens_T, tokens_T, (0, len(tokens))).to(next(model.parameters()).device)
-    logits_V: Tensor = model.head(model.norm(model.hidden(batch)[-1]))
-    return logits_V.float().cpu()
+def next_logits(model: Transformer) -> NextLogits:
+    """Scores by a whole model on one device."""
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def score(tokens: list[int]) -> Tensor:
+        assert model.norm is not None and model.head is not None
+        tokens_T = torch.tensor(tokens)
+        batch = Batch.build(tokens_T, tokens_T, (0, len(tokens))).to(device)
+        logits_V: Tensor = model.head(model.norm(model.hidden(batch)[-1]))
+        return logits_V
+
+    return score
 
 
 def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:

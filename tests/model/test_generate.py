@@ -5,7 +5,7 @@ import torch
 from small_models import llama, random_weights, small_config, small_model
 
 from triplane.model.errors import ModelError
-from triplane.model.generate import generate
+from triplane.model.generate import generate, next_logits
 
 CONFIG = small_config(tie_embeddings=True)
 PROMPT = [1, 17, 42, 5]
@@ -13,7 +13,7 @@ PROMPT = [1, 17, 42, 5]
 
 def sample(**changes) -> list[int]:
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": None, "seed": 0, "eos_id": None}
-    return generate(small_model(CONFIG), PROMPT, **(options | changes))
+    return generate(next_logits(small_model(CONFIG)), PROMPT, **(options | changes))
 
 
 def test_greedy_is_transformers_greedy():
@@ -40,8 +40,8 @@ def test_sampling_follows_the_distribution():
     with torch.no_grad():
         logits_V = llama(CONFIG, random_weights(CONFIG))(torch.tensor([PROMPT])).logits[0, -1]
     likeliest = int(logits_V.argmax())
-    model, n = small_model(CONFIG), 500
-    hits = sum(generate(model, PROMPT, 1, 0.5, None, seed, None) == [likeliest] for seed in range(n))
+    scores, n = next_logits(small_model(CONFIG)), 500
+    hits = sum(generate(scores, PROMPT, 1, 0.5, None, seed, None) == [likeliest] for seed in range(n))
     expected = (logits_V / 0.5).softmax(dim=-1)[likeliest].item()
     assert hits / n == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
 
@@ -53,4 +53,4 @@ def test_it_stops_at_the_end_token():
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ModelError, match="no tokens"):
-        generate(small_model(CONFIG), [], 1, 0, None, 0, None)
+        generate(next_logits(small_model(CONFIG)), [], 1, 0, None, 0, None)

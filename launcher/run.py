@@ -1,0 +1,145 @@
+"""One rank of a training run: builds the parts from the config and hands them to the trainer."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from triplane.data.corpus import Corpus
+from triplane.data.loader import SequenceDataset, count_sequences
+from triplane.data.order import Order
+from triplane.data.tokenizer import Tokenizer
+
+from triplane.checkpoint.manifest import latest
+from triplane.checkpoint.reader import Checkpoint
+from triplane.checkpoint.store import CheckpointStore, on_rank_0
+from triplane.launcher.config import RunConfig
+from triplane.launcher.preflight import CHECKPOINTS, run_record
+from triplane.launcher.ranks import Rank
+from triplane.launcher.toml import to_toml
+from triplane.parallel.engine import Engine
+from triplane.parallel.mesh import Mesh, connected
+from triplane.training.batches import Feed
+from triplane.training.hardware import faster_precision, peak_flops_per_s
+from triplane.training.loop import Corpora, Settings, Trainer
+from triplane.training.optimizer import adamw
+from triplane.training.report import Report, RunReport, Silent
+from triplane.training.state import State
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run_rank(config: RunConfig, rank: Rank) -> None:
+    """Trains from the newest checkpoint in the run folder, or from initial weights."""
+    device = _take_device(rank)
+    with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
+        checkpoint = _newest_checkpoint(config)
+        config = _resolve(config, checkpoint, mesh)
+        dtype = DTYPES[config.training.precision]
+        # Measured by one rank while the others wait: together they would share the memory's bandwidth.
+        peak = _decide_on_rank_0(lambda: peak_flops_per_s(device, dtype))
+        engine = Engine(
+            config.model,
+            mesh,
+            config.parallel.zero,
+            dtype,
+            config.optimizer.grad_clip,
+            lambda named: adamw(config.optimizer, named),
+        )
+        state = _restore(engine, checkpoint, config.seed)
+        report = _report(config, state) if rank.rank == 0 else Silent()
+        _announce(report, config, checkpoint, mesh)
+        trainer = Trainer(
+            engine,
+            _corpora(config),
+            Feed(config.training.micro_batch_size, config.data.num_workers, mesh.dp, device),
+            Settings(
+                config.training,
+                config.optimizer,
+                config.schedule,
+                config.checkpoint.every_steps,
+                peak,
+            ),
+            CheckpointStore(Path(config.run_dir) / CHECKPOINTS, config.checkpoint),
+            run_record(config),
+            report,
+        )
+        trainer.run(state)
+        report.close()
+
+
+def _take_device(rank: Rank) -> torch.device:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        return torch.device("cpu")
+    device = torch.device("cuda", rank.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _newest_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """Rank 0 looks, since a shared file system may show its ranks different moments."""
+    path = _decide_on_rank_0(lambda: latest(Path(config.run_dir) / CHECKPOINTS))
+    return Checkpoint(path) if path else None
+
+
+def _resolve(config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> RunConfig:
+    """Replaces `auto` by what it comes to here; a resumed run keeps the precision that it began with."""
+    precision = config.training.precision
+    if precision == "auto" and checkpoint is not None:
+        precision = checkpoint.state["run"]["training"]["precision"]
+    if precision == "auto":
+        precision = _decide_on_rank_0(lambda: faster_precision(mesh.device))
+        if config.parallel.zero == 0:
+            precision = "fp32"  # the fp32 masters of bf16 weights are ZeRO's
+    training = config.training.model_copy(update={"precision": precision})
+    parallel = config.parallel.model_copy(update={"dp": mesh.dp.size})
+    resolved = config.model_copy(update={"training": training, "parallel": parallel})
+    on_rank_0(lambda: _write_config(resolved))
+    return resolved
+
+
+def _write_config(config: RunConfig) -> None:
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.toml").write_text(to_toml(config))
+
+
+def _restore(engine: Engine, checkpoint: Checkpoint | None, seed: int) -> State:
+    if checkpoint is None:
+        engine.initialize(seed)
+        return State()
+    saved = checkpoint.state
+    checkpoint.fill(engine.optimizer.fragments())
+    engine.optimizer.loaded(saved["step"])
+    return State(saved["step"], saved["consumed_sequences"], saved["tokens_seen"])
+
+
+def _corpora(config: RunConfig) -> Corpora:
+    data, folder = config.data, Path(config.data.corpus)
+    train, validation = Corpus(folder / "train"), Corpus(folder / "validation")
+    order = Order(count_sequences(train.tokens, data.seq_len), config.seed, data.shuffle_window)
+    return Corpora(
+        SequenceDataset(train, order, data.seq_len, data.document_mask),
+        SequenceDataset(validation, None, data.seq_len, data.document_mask),
+        Tokenizer(folder / "tokenizer.model"),
+        data.seq_len,
+    )
+
+
+def _report(config: RunConfig, state: State) -> RunReport:
+    return RunReport(Path(config.run_dir), config.training.steps, state.step)
+
+
+def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
+    layout = f"tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size}, zero {config.parallel.zero}"
+    begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
+    report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
+
+
+def _decide_on_rank_0(decide: Any) -> Any:
+    """What rank 0 finds, on all ranks."""
+    answer = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]

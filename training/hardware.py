@@ -1,0 +1,59 @@
+"""What the device is capable of: the peak that MFU is a fraction of, and the faster precision of a CPU."""
+
+import time
+
+import torch
+from torch.nn import functional as F
+
+_PEAK_FLOPS = {
+    # Dense bf16, from NVIDIA's and AMD's data sheets.
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Of one rank: the data sheet's for a known GPU in bf16, else what matrix products reach here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in _PEAK_FLOPS.items():
+            if known in name:
+                return peak
+    return measure_flops_per_s(device, dtype)
+
+
+def faster_precision(device: torch.device) -> str:
+    """`bf16` or `fp32`: bf16 on GPUs; on a CPU whichever multiplies faster here and now."""
+    if device.type == "cuda":
+        return "bf16"
+    bf16, fp32 = (measure_flops_per_s(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return "bf16" if bf16 > fp32 else "fp32"
+
+
+def measure_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of a few matrix products, each large enough to fill the device."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    best_s = float("inf")
+    for _ in range(5):
+        start_s = time.perf_counter()
+        F.linear(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * n**3 / best_s
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that this rank has held: of the GPU's memory, or of the host's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
