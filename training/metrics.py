@@ -1,0 +1,100 @@
+"""What a run reports, and its record in `metrics.jsonl` and TensorBoard."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from triplane.training.units import format_count
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the value that rank 0 reports is meant."""
+
+    unit: str
+    reduction: str
+    """How the values of all ranks become one."""
+    format: Callable[[float], str]
+    """For the console, with name and unit."""
+
+
+_TOKEN_MEAN = "mean over tokens of the global batch"
+_SAME = "same on all ranks"
+_MAX = "max over ranks"
+
+METRICS = {
+    "loss": Metric("nats/token", _TOKEN_MEAN, "loss {:.4f}".format),
+    "perplexity": Metric("1", _TOKEN_MEAN, "perplexity {:.2f}".format),
+    "validation_loss": Metric("nats/token", "mean over tokens of the validation set", "validation loss {:.4f}".format),
+    "learning_rate": Metric("1", _SAME, "learning rate {:.2e}".format),
+    "gradient_norm": Metric("1", "norm over all parameters, before clipping", "gradient norm {:.3f}".format),
+    "tokens_seen": Metric("tokens", _SAME, lambda count: f"{format_count(count)} tokens"),
+    "tokens_per_s": Metric("tokens/s", "sum over ranks", lambda rate: f"{format_count(rate)} tokens/s"),
+    "tokens_per_s_per_rank": Metric(
+        "tokens/s", "mean over ranks", lambda rate: f"{format_count(rate)} tokens/s per rank"
+    ),
+    "mfu": Metric("fraction of peak", "mean over ranks", lambda fraction: f"MFU {100 * fraction:.1f} %"),
+    "step_time_s": Metric("s", _MAX, "step {:.3f} s".format),
+    "data_time_s": Metric("s", _MAX, "data {:.3f} s".format),
+    "forward_backward_time_s": Metric("s", _MAX, "forward and backward {:.3f} s".format),
+    "optimizer_time_s": Metric("s", _MAX, "optimizer {:.3f} s".format),
+    "checkpoint_time_s": Metric("s", _MAX, "checkpoint {:.3f} s".format),
+    "memory_gib": Metric("GiB", "peak so far, max over ranks", "{:.1f} GiB".format),
+}
+
+
+class MetricsWriter:
+    """Appends to `run_dir/metrics.jsonl` and to TensorBoard events in `run_dir/tensorboard`; for rank 0.
+
+    A run that resumes after `resume_step` replaces what an earlier attempt wrote of later steps, so
+    that each curve is one line. What was logged survives the process.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        # A start from nothing repeats the validation before the first step, if there is one.
+        first_step = resume_step + 1 if resume_step else 0
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_from(path, first_step)
+        self._lines = path.open("a", buffering=1, encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        if resume_step == 0:
+            self._tensorboard.add_text("metrics", _legend(), 0)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Records `values`, reduced over ranks, under their names in `METRICS`."""
+        assert values.keys() <= METRICS.keys(), f"not in METRICS: {values.keys() - METRICS.keys()}"
+        self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Shows `text` in TensorBoard as it stands."""
+        code_block = "".join(f"    {line}\n" for line in text.splitlines())
+        self._tensorboard.add_text(tag, code_block, step)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._tensorboard.close()
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Rewrites the file without the lines from `first_step` on and without a last line that was cut off."""
+    kept = path.with_suffix(".jsonl.partial")
+    with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as output:
+        output.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step)
+        output.flush()
+        os.fsync(output.fileno())
+    os.replace(kept, path)
+
+
+def _legend() -> str:
+    rows = (f"| {name} | {metric.unit} | {metric.reduction} |" for name, metric in METRICS.items())
+    return "\n".join(["| metric | unit | over ranks |", "| --- | --- | --- |", *rows])

@@ -1,0 +1,64 @@
+"""Where the run is: one live line on a terminal, plain lines in a log file."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from triplane.training.metrics import METRICS
+from triplane.training.units import format_duration
+
+_SHOWN = ("loss", "tokens_per_s", "mfu")
+
+
+class Progress:
+    """A run of `steps`, from its first to its last `update`; for rank 0."""
+
+    def __init__(self, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        self._steps = steps
+        self._clock = clock
+        self._start: tuple[int, float] | None = None
+        self._console = console or Console()
+        # Refreshed by hand: a thread of its own would compete with the training.
+        self._live = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._live.add_task(f"step 0/{steps}", total=steps)
+        self._live.start()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows `step`, the metrics of `values` that have room, and the time left."""
+        parts = [f"step {step}/{self._steps}"]
+        parts += [METRICS[name].format(values[name]) for name in _SHOWN if name in values]
+        if left := self._time_left(step):
+            parts.append(f"{left} left")
+        line = "  ".join(parts)
+        if self._live.disable:
+            self.message(line)
+        else:
+            self._live.update(self._task, completed=step, description=line, refresh=True)
+
+    def message(self, text: str) -> None:
+        """Prints lines that stay."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the last line on the screen."""
+        self._live.stop()
+
+    def _time_left(self, step: int) -> str | None:
+        """At the mean speed since the first update, which the slow first step does not count in."""
+        now = self._clock()
+        if self._start is None:
+            self._start = (step, now)
+        first_step, first_time = self._start
+        if step == first_step:
+            return None
+        return format_duration((self._steps - step) * (now - first_time) / (step - first_step))
