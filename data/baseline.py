@@ -1,0 +1,29 @@
+"""The loss of a model that knows only how frequent each token is: what a trained one must beat."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triplane.data.corpus import Corpus
+
+_CHUNK_TOKENS = 1 << 22
+
+
+def unigram_loss(train: Corpus, validation: Corpus) -> float:
+    """Nats per validation target under the add-one-smoothed frequencies of `train`.
+
+    The first token of a document is no target, so it counts in neither.
+    """
+    assert train.tokenizer_digest == validation.tokenizer_digest
+    counts = _count_targets(train) + 1
+    targets = _count_targets(validation)
+    log_probabilities = np.log(counts / counts.sum())
+    return float(-(targets @ log_probabilities) / targets.sum())
+
+
+def _count_targets(corpus: Corpus) -> NDArray[np.int64]:
+    counts = np.zeros(corpus.vocab_size, np.int64)
+    for start in range(0, corpus.tokens, _CHUNK_TOKENS):
+        tokens, _ = corpus.read(start, min(_CHUNK_TOKENS, corpus.tokens - start))
+        counts += np.bincount(tokens, minlength=corpus.vocab_size)
+    counts[corpus.manifest.bos_id] = 0
+    return counts

@@ -1,0 +1,53 @@
+"""What is in a prepared corpus."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triplane.data.corpus import Corpus
+from triplane.data.errors import DataError
+from triplane.data.tokenizer import Tokenizer
+
+_PERCENTILES = (0, 10, 50, 90, 99, 100)
+
+
+def describe(folder: Path, show_documents: int = 0) -> dict[str, Any]:
+    """Counts, digests and document lengths of each split of the corpus that `prepare` wrote to `folder`.
+
+    With `show_documents`, the text of that many first documents of each split too. Raises DataError if a file is
+    missing, damaged or from another tokenizer.
+    """
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    splits = {split: Corpus(folder / split) for split in ("train", "validation")}
+    for split, corpus in splits.items():
+        if corpus.tokenizer_digest != tokenizer.digest:
+            raise DataError(
+                f"{folder}: tokenizer.model ({tokenizer.digest}) is not what {split}/ was written with "
+                f"({corpus.tokenizer_digest}): restore it or prepare the corpus again"
+            )
+    return {
+        "tokenizer_digest": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        **{split: _describe_split(corpus, tokenizer, show_documents) for split, corpus in splits.items()},
+    }
+
+
+def _describe_split(corpus: Corpus, tokenizer: Tokenizer, show_documents: int) -> dict[str, Any]:
+    lengths = corpus.document_lengths()
+    percentiles = np.percentile(lengths, _PERCENTILES, method="nearest")
+    description = {
+        "digest": corpus.digest,
+        "documents": corpus.documents,
+        "tokens": corpus.tokens,
+        "shards": len(corpus.manifest.shards),
+        "stored_bytes": sum(shard.data.bytes for shard in corpus.manifest.shards),
+        "text_bytes": corpus.manifest.text_bytes,
+        "bytes_per_token": corpus.manifest.text_bytes / corpus.tokens,
+        "document_tokens_percentiles": dict(zip(_PERCENTILES, percentiles.tolist())),
+    }
+    if show_documents:
+        ends = np.cumsum(lengths[:show_documents], dtype=np.int64)
+        tokens, starts = corpus.read(0, int(ends[-1]))
+        description["first_documents"] = [tokenizer.decode(part.tolist()) for part in np.split(tokens, starts)]
+    return description
