@@ -1,0 +1,5 @@
+"""What a user can put right in data or tokenizer."""
+
+
+class DataError(ValueError):
+    """Something is wrong with data or tokenizer; the message is one line: what, where, and what to do."""
