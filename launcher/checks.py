@@ -71,12 +71,10 @@ def _check_split(config: RunConfig) -> Iterator[str]:
 
 
 def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if dp is None:
-        yield from _check_multiple("global_batch_size", batch, f"micro_batch_size ({micro})", micro)
-    else:
-        product = f"dp ({dp}) x micro_batch_size ({micro}) = {dp * micro}"
-        yield from _check_multiple("global_batch_size", batch, product, dp * micro)
+    micro = config.training.micro_batch_size
+    product = f"micro_batch_size ({micro})" if dp is None else f"dp ({dp}) x micro_batch_size ({micro}) = {dp * micro}"
+    for name in ("global_batch_size", "eval_sequences"):
+        yield from _check_multiple(name, getattr(config.training, name), product, (dp or 1) * micro)
 
 
 def _check_schedule(config: RunConfig) -> Iterator[str]:

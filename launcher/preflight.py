@@ -62,6 +62,11 @@ def run_record(config: RunConfig) -> dict[str, Any]:
     return {**config.model_dump(mode="json"), "corpus_digest": Corpus(Path(config.data.corpus) / "train").digest}
 
 
+def config_of(record: dict[str, Any]) -> RunConfig:
+    """The config in a `run_record`."""
+    return RunConfig.model_validate({key: value for key, value in record.items() if key != "corpus_digest"})
+
+
 def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in table.items():

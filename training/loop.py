@@ -17,6 +17,7 @@ from triplane.parallel.engine import Engine, StepLoss
 from triplane.training.batches import Feed
 from triplane.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from triplane.training.errors import TrainingError
+from triplane.training.evaluation import validation_loss
 from triplane.training.hardware import peak_memory_gib
 from triplane.training.report import Report
 from triplane.training.schedule import learning_rate, warmup_steps
@@ -148,16 +149,9 @@ class Trainer:
         )
 
     def _validate(self, state: State) -> None:
-        training, validation = self.settings.training, self.corpora.validation
-        product = self.feed.dp.size * training.micro_batch_size
-        # Rounded up to whole micro-batches of all ranks: past the corpus come sequences without targets.
-        sequences = -(-min(training.eval_sequences, len(validation)) // product) * product
-        total, tokens = 0.0, 0
-        for batches in self.feed.steps(validation, product, 0, sequences // product):
-            loss = self.engine.evaluate(batches)
-            total += float(loss.cross_entropy) * int(loss.tokens)
-            tokens += int(loss.tokens)
-        self.report.validation(state.step, total / tokens)
+        sequences = self.settings.training.eval_sequences
+        loss = validation_loss(self.engine.evaluate, self.feed, self.corpora.validation, sequences)
+        self.report.validation(state.step, loss)
 
     def _sample(self, state: State) -> None:
         tokenizer = self.corpora.tokenizer

@@ -1,0 +1,145 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` needs no torch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from triplane.checkpoint.errors import CheckpointError
+from triplane.data.errors import DataError
+from triplane.launcher.errors import ConfigError, LaunchError
+from triplane.model.errors import ModelError
+from triplane.parallel.errors import LayoutError
+from triplane.training.errors import TrainingError
+
+USER_ERRORS = (CheckpointError, ConfigError, DataError, LaunchError, LayoutError, ModelError, TrainingError)
+"""What a user can mend: one line a problem, exit code 2."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(help="Folders of text, .txt or .jsonl files, or `python-stdlib`.", show_default=False),
+]
+Run = Annotated[Path, typer.Argument(help="A run folder (its newest checkpoint is taken) or a checkpoint.")]
+
+
+@app.callback()
+def triplane() -> None:
+    """Pretrain decoder-only language models, on a laptop or a cluster."""
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="The model file to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of token ids.")] = 32_768,
+) -> None:
+    """Train a sentencepiece tokenizer (BPE with byte fallback) that gives every text back exactly."""
+    from triplane.launcher.corpus_commands import train_tokenizer
+
+    train_tokenizer(inputs, out, vocab_size)
+
+
+@app.command()
+def prepare(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="The corpus folder to write.")],
+    tokenizer: Annotated[Path, typer.Option(help="The model file of a trained tokenizer.")],
+    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.02,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard.")] = 16_777_216,
+    processes: Annotated[int, typer.Option(help="Tokenizing processes; the result is the same.")] = 0,
+) -> None:
+    """Tokenize text into a corpus: WebDataset shards with an index and a manifest."""
+    from triplane.launcher.corpus_commands import prepare
+
+    prepare(inputs, out, tokenizer, validation_fraction, shard_tokens, processes or len(os.sched_getaffinity(0)))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file such as configs/quickstart.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.", show_default=False),
+    ] = None,
+) -> None:
+    """Train, or go on with the run that the config's run folder holds.
+
+    Starts its own ranks on this machine, or is one of the ranks that torchrun or srun started.
+    """
+    from triplane.launcher.train import train
+
+    raise typer.Exit(train(config, overrides or []))
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    sequences: Annotated[int | None, typer.Option(help="Validation sequences to read; all by default.")] = None,
+) -> None:
+    """Measure the loss on the validation split, beside that of a unigram model."""
+    from triplane.launcher.model_commands import evaluate
+
+    evaluate(run, sequences)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens.")] = 50,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Continue a prompt."""
+    from triplane.launcher.model_commands import generate
+
+    generate(run, prompt, tokens, temperature, top_k, seed)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: bf16 or fp32.")] = "bf16",
+) -> None:
+    """Write a Hugging Face folder, published only once its logits equal ours."""
+    from triplane.launcher.model_commands import export
+
+    export(run, out, dtype)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A corpus, a run folder or a checkpoint.")],
+    documents: Annotated[int, typer.Option(help="Corpus: show this many first documents.")] = 0,
+    verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
+) -> None:
+    """Show what is in a corpus or a checkpoint."""
+    from triplane.launcher.inspect_command import inspect
+
+    inspect(path, documents, verify)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is a line on stderr and exit code 2, no traceback."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
+        print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        leave(2)
+
+
+def leave(code: int) -> None:
+    """Ends the process now: gloo's threads abort one exit in twelve after a run that finished right."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

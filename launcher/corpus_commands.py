@@ -1,0 +1,82 @@
+"""`triplane tokenizer train`, `triplane prepare`, and `triplane inspect` of a corpus; no torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from triplane.data.errors import DataError
+from triplane.data.inspect import describe
+from triplane.data.prepare import prepare as prepare_corpus
+from triplane.data.sources import Rejection, read_documents
+from triplane.data.tokenizer import train_tokenizer as train_sentencepiece
+
+_SHOWN_REJECTIONS = 10
+
+
+def train_tokenizer(inputs: list[str], out: Path, vocab_size: int) -> None:
+    """Trains on the documents of `inputs` and says what came of it."""
+    console = Console(highlight=False, soft_wrap=True)
+    if out.exists():
+        raise DataError(f"{out} exists; remove it or give another --out")
+    rejected: list[Rejection] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with console.status("training the tokenizer"):
+        texts = (document.text for document in read_documents(inputs, rejected.append))
+        tokenizer = train_sentencepiece(texts, out, vocab_size)
+    _show_rejections(console, rejected)
+    console.print(f"{out}: {tokenizer.vocab_size:,} tokens, gives every text back exactly", markup=False)
+
+
+def prepare(
+    inputs: list[str], out: Path, tokenizer: Path, validation_fraction: float, shard_tokens: int, processes: int
+) -> None:
+    """Writes the corpus and says what is in it."""
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("tokenizing")
+
+        def show(documents: int, text_bytes: int) -> None:
+            progress.update(task, description=f"tokenizing: {documents:,} documents, {text_bytes / 1e6:.1f} MB")
+
+        report = prepare_corpus(inputs, out, tokenizer, validation_fraction, shard_tokens, processes, show)
+    _show_rejections(console, report.rejected)
+    state = "holds this corpus already" if report.reused else "written"
+    console.print(f"{out}: {state}", markup=False)
+    for name, counts in (("train", report.train), ("validation", report.validation)):
+        console.print(
+            f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
+            f"{counts.bytes_per_token:.2f} bytes a token"
+        )
+
+
+def show_corpus(console: Console, folder: Path, documents: int, verify: bool) -> None:
+    """Prints what is in a corpus; `verify` reads all of it."""
+    for line in _describe_lines(describe(folder, documents, verify), indent=0):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe_lines(value: dict[Any, Any], indent: int) -> Iterator[str]:
+    pad = "  " * indent
+    for key, below in value.items():
+        if isinstance(below, dict):
+            yield f"{pad}{key}"
+            yield from _describe_lines(below, indent + 1)
+        elif isinstance(below, list):
+            yield f"{pad}{key}"
+            yield from (f"{pad}  --- {number + 1}\n{text}" for number, text in enumerate(below))
+        else:
+            yield f"{pad}{key}: {f'{below:,}' if isinstance(below, int) else below}"
+
+
+def _show_rejections(console: Console, rejected: list[Rejection] | tuple[Rejection, ...]) -> None:
+    if not rejected:
+        return
+    console.print(f"{len(rejected)} documents could not be read and are not in the corpus:")
+    for rejection in rejected[:_SHOWN_REJECTIONS]:
+        console.print(f"  {rejection.name}: {rejection.reason}", markup=False)
+    if len(rejected) > _SHOWN_REJECTIONS:
+        console.print(f"  and {len(rejected) - _SHOWN_REJECTIONS} more")

@@ -1,0 +1,126 @@
+"""`triplane evaluate`, `generate`, `export`, and `inspect` of a checkpoint: a whole model on one process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.export import export as export_weights
+from triplane.checkpoint.manifest import MANIFEST, latest
+from triplane.checkpoint.reader import Checkpoint
+from triplane.checkpoint.weights import CheckpointWeights
+from triplane.data.baseline import unigram_loss
+from triplane.data.corpus import Corpus
+from triplane.data.loader import SequenceDataset
+from triplane.data.tokenizer import Tokenizer
+from triplane.launcher.config import RunConfig
+from triplane.launcher.preflight import CHECKPOINTS, config_of
+from triplane.model.build import load_model
+from triplane.model.generate import generate as generate_tokens
+from triplane.model.generate import next_logits
+from triplane.model.transformer import Transformer
+from triplane.parallel.mesh import Axis
+from triplane.training.batches import Feed
+from triplane.training.evaluation import evaluate_model, validation_loss
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint and the config of the run that wrote it."""
+
+    checkpoint: Checkpoint
+    config: RunConfig
+
+    @classmethod
+    def open(cls, path: Path) -> "TrainedModel":
+        """`path` is a run folder, of which the newest checkpoint is taken, or a checkpoint."""
+        folder = path if (path / MANIFEST).exists() else latest(path / CHECKPOINTS)
+        if folder is None:
+            raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one; train first")
+        checkpoint = Checkpoint(folder)
+        return cls(checkpoint, config_of(checkpoint.state["run"]))
+
+    @property
+    def corpus(self) -> Path:
+        return Path(self.config.data.corpus)
+
+    @property
+    def tokenizer_model(self) -> Path:
+        return self.corpus / "tokenizer.model"
+
+    def load(self) -> tuple[Transformer, torch.device]:
+        """The whole model, fp32, on a GPU if there is one."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return load_model(self.config.model, CheckpointWeights(self.checkpoint), torch.float32).to(device), device
+
+
+def evaluate(run: Path, sequences: int | None) -> None:
+    """Prints the validation loss, and what a unigram model has."""
+    trained = TrainedModel.open(run)
+    data = trained.config.data
+    train, validation = (Corpus(trained.corpus / split) for split in ("train", "validation"))
+    dataset = SequenceDataset(validation, None, data.seq_len, data.document_mask)
+    model, device = trained.load()
+    feed = Feed(trained.config.training.micro_batch_size, 0, Axis(), device)
+    loss = validation_loss(evaluate_model(model), feed, dataset, sequences or len(dataset))
+    unigram = unigram_loss(train, validation)
+    _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats a token")
+    _print(f"a unigram model of the same training data: {unigram:.4f}")
+
+
+def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Prints the prompt and its continuation."""
+    trained = TrainedModel.open(run)
+    tokenizer = Tokenizer(trained.tokenizer_model)
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    model, _ = trained.load()
+    added = generate_tokens(next_logits(model), ids, tokens, temperature, top_k, seed, tokenizer.eos_id)
+    _print(prompt + tokenizer.decode(added))
+
+
+def export(run: Path, out: Path, dtype: str) -> None:
+    """Writes and verifies a Hugging Face folder."""
+    trained = TrainedModel.open(run)
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"--dtype is {dtype}; give one of {', '.join(_DTYPES)}")
+    state = trained.checkpoint.state
+    provenance = {
+        "run": trained.config.run_dir,
+        "step": f"{state['step']:,}",
+        "tokens seen": f"{state['tokens_seen']:,}",
+        "corpus": f"{trained.corpus} ({state['run']['corpus_digest']})",
+        "seed": str(trained.config.seed),
+    }
+    weights = CheckpointWeights(trained.checkpoint)
+    config = trained.config
+    report = export_weights(
+        weights, config.model, config.data.seq_len, trained.tokenizer_model, out, _DTYPES[dtype], provenance
+    )
+    _print(f"{out}: {report}")
+
+
+def show_checkpoint(console: Console, path: Path, verify: bool) -> None:
+    """Prints what is in a checkpoint; `verify` reads all of it."""
+    checkpoint = TrainedModel.open(path).checkpoint
+    state = checkpoint.state
+    console.print(f"{checkpoint.folder}: step {state['step']:,}, {state['tokens_seen']:,} tokens seen", markup=False)
+    layout = state["run"]["parallel"]
+    written_by = f"tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}, zero {layout['zero']}"
+    console.print(f"written by {written_by}; loads into every layout")
+    kinds: dict[str, int] = {}
+    for key in checkpoint.shapes:
+        kind = key.partition("/")[0]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    console.print(", ".join(f"{count} tensors {kind}" for kind, count in kinds.items()), highlight=False)
+    console.print(f"{checkpoint.bytes / 2**20:.1f} MiB", highlight=False)
+    if verify:
+        checkpoint.verify()
+        console.print("every byte is as it was written")
+
+
+def _print(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)

@@ -1,0 +1,49 @@
+"""`triplane train`: checks everything that can be known, then starts ranks or is one."""
+
+import os
+from pathlib import Path
+
+from triplane.launcher.checks import check
+from triplane.launcher.config import RunConfig, load_config
+from triplane.launcher.errors import ConfigError
+from triplane.launcher.preflight import check_data, check_run_dir, run_record
+from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous, start_local_ranks
+
+
+def train(path: Path, overrides: list[str]) -> int:
+    """Trains what the config says; returns the exit code."""
+    config = load_config(path, overrides)
+    rank = current_rank(os.environ)
+    ranks = _local_ranks(config) if rank is None else rank.world_size
+    _check(config, ranks)
+    if rank is None and ranks > 1:
+        return start_local_ranks(ranks, ["train", str(path), *overrides], Path(config.run_dir) / "logs")
+    if rank is not None and "MASTER_ADDR" not in os.environ:
+        os.environ.update(slurm_rendezvous(os.environ))
+    from triplane.launcher.cli import leave
+    from triplane.launcher.run import run_rank
+
+    run_rank(config, rank or Rank(0, 1, 0))
+    leave(0)
+    return 0
+
+
+def _check(config: RunConfig, ranks: int) -> None:
+    problems = check(config, ranks)
+    data_problems = check_data(config)
+    problems += data_problems
+    if not data_problems:
+        problems += check_run_dir(config, run_record(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _local_ranks(config: RunConfig) -> int:
+    """Ranks to start on this machine: what the layout needs, dp filling up the GPUs if it is `auto`."""
+    parallel = config.parallel
+    replica = parallel.tp * parallel.pp
+    if parallel.dp != "auto":
+        return replica * parallel.dp
+    from torch import cuda  # 2 s to import
+
+    return replica * max(1, cuda.device_count() // replica)
