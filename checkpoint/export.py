@@ -1,0 +1,92 @@
+"""Publishes weights as a Hugging Face model, once its files are proven to compute what the weights do."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.hf_weights import write_weights
+from triplane.checkpoint.verify import ExportReport, probe, probe_logits, verify
+from triplane.data.hf_tokenizer import write_hf_tokenizer
+from triplane.model.build import load_model
+from triplane.model.config import ModelConfig
+from triplane.model.count import count_parameters
+from triplane.model.hf import hf_config
+
+
+def export(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    seq_len: int,
+    tokenizer_model: Path,
+    out: Path,
+    dtype: torch.dtype,
+    provenance: dict[str, str],
+) -> ExportReport:
+    """Writes the folder `out`: config, safetensors, tokenizer, and a model card that shows `provenance`.
+
+    `weights` are whole tensors by our parameter names. The files are written beside `out`, then read back
+    by our reader and, where it is installed, by transformers: both must give the logits of `weights`
+    rounded to `dtype`. Only then does `out` appear. Raises CheckpointError, and leaves nothing, if `out`
+    exists, the tokenizer belongs to another model, or a logit differs. Memory: the model in fp32 and one
+    shard of 5 GB.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists; remove it or give another folder.")
+    tokenizer = SentencePieceProcessor(model_file=str(tokenizer_model))
+    if (size := tokenizer.vocab_size()) != config.vocab_size:
+        raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")
+    tokens_BS = probe(config, seq_len)
+    expected_TV = probe_logits(load_model(config, weights, dtype), tokens_BS)
+    bos_id, eos_id = (None if i < 0 else i for i in (tokenizer.bos_id(), tokenizer.eos_id()))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+        folder = Path(beside, out.name)
+        folder.mkdir()
+        _write_json(folder / "config.json", hf_config(config, seq_len, bos_id, eos_id, dtype))
+        _write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        write_weights(weights, config, dtype, folder)
+        write_hf_tokenizer(tokenizer_model, folder)
+        report = verify(folder, tokens_BS, expected_TV, tokenizer)
+        facts = {"parameters": f"{count_parameters(config):,}", "context": f"{seq_len} tokens", "dtype": str(dtype)}
+        (folder / "README.md").write_text(_card(out.name, facts | provenance, report), encoding="utf-8")
+        folder.rename(out)
+    return report
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _card(name: str, facts: dict[str, str], report: ExportReport) -> str:
+    """The model card that the Hugging Face hub shows."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A decoder-only language model, trained from scratch with triplane.
+
+| | |
+| --- | --- |
+{rows}
+
+Verified before it was published: {report}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+"""
