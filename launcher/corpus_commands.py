@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
 from triplane.data.inspect import describe
 from triplane.data.prepare import prepare as prepare_corpus
@@ -55,8 +56,12 @@ def prepare(
 
 def show_corpus(console: Console, folder: Path, documents: int, verify: bool) -> None:
     """Prints what is in a corpus; `verify` reads all of it."""
-    for line in _describe_lines(describe(folder, documents, verify), indent=0):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in _describe_lines(describe(folder, documents), indent=0):
+        console.print(line, markup=False)
+    if verify:
+        for split in ("train", "validation"):
+            Corpus(folder / split).verify()
+        console.print("every byte is as it was written")
 
 
 def _describe_lines(value: dict[Any, Any], indent: int) -> Iterator[str]:

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.manifest import latest, read_manifest
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
 from triplane.data.tokenizer import Tokenizer
-
-from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.manifest import latest, read_manifest
 from triplane.launcher.config import RunConfig
 
 CHECKPOINTS = "checkpoints"

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from triplane.data.corpus import Corpus
-from triplane.data.loader import SequenceDataset, count_sequences
-from triplane.data.order import Order
-from triplane.data.tokenizer import Tokenizer
 
 from triplane.checkpoint.manifest import latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore, on_rank_0
+from triplane.data.corpus import Corpus
+from triplane.data.loader import SequenceDataset, count_sequences
+from triplane.data.order import Order
+from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
 from triplane.launcher.preflight import CHECKPOINTS, run_record
 from triplane.launcher.ranks import Rank

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from triplane.data.loader import MicroBatch, SequenceDataset, batches
 
+from triplane.data.loader import MicroBatch, SequenceDataset, batches
 from triplane.model.batch import Batch
 from triplane.parallel.mesh import Axis
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from triplane.data.loader import SequenceDataset
-from triplane.data.tokenizer import Tokenizer
 
 from triplane.checkpoint.store import CheckpointStore
+from triplane.data.loader import SequenceDataset
+from triplane.data.tokenizer import Tokenizer
 from triplane.model.count import flops_per_token
 from triplane.model.generate import generate
 from triplane.parallel.engine import Engine, StepLoss
