@@ -1,8 +1,10 @@
 """One rank of a training run: builds the parts from the config and hands them to the trainer."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,42 +33,41 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_rank(config: RunConfig, rank: Rank) -> None:
-    """Trains from the newest checkpoint in the run folder, or from initial weights."""
+    """Joins the other ranks and trains."""
     device = _take_device(rank)
     with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
-        checkpoint = _newest_checkpoint(config)
-        config = _resolve(config, checkpoint, mesh)
-        dtype = DTYPES[config.training.precision]
-        # Measured by one rank while the others wait: together they would share the memory's bandwidth.
-        peak = _decide_on_rank_0(lambda: peak_flops_per_s(device, dtype))
-        engine = Engine(
-            config.model,
-            mesh,
-            config.parallel.zero,
-            dtype,
-            config.optimizer.grad_clip,
-            lambda named: adamw(config.optimizer, named),
-        )
-        state = _restore(engine, checkpoint, config.seed)
-        report = _report(config, state) if rank.rank == 0 else Silent()
-        _announce(report, config, checkpoint, mesh)
-        trainer = Trainer(
-            engine,
-            _corpora(config),
-            Feed(config.training.micro_batch_size, config.data.num_workers, mesh.dp, device),
-            Settings(
-                config.training,
-                config.optimizer,
-                config.schedule,
-                config.checkpoint.every_steps,
-                peak,
-            ),
-            CheckpointStore(Path(config.run_dir) / CHECKPOINTS, config.checkpoint),
-            run_record(config),
-            report,
-        )
-        trainer.run(state)
-        report.close()
+        train_on(mesh, config)
+
+
+def train_on(mesh: Mesh, config: RunConfig) -> None:
+    """Trains from the newest checkpoint in the run folder, or from initial weights."""
+    checkpoint = _newest_checkpoint(config)
+    config = _resolve(config, checkpoint, mesh)
+    dtype = DTYPES[config.training.precision]
+    # Measured by one rank while the others wait: together they would share the memory's bandwidth.
+    peak = _decide_on_rank_0(lambda: peak_flops_per_s(mesh.device, dtype))
+    engine = Engine(
+        config.model,
+        mesh,
+        config.parallel.zero,
+        dtype,
+        config.optimizer.grad_clip,
+        partial(adamw, config.optimizer),
+    )
+    state = _restore(engine, checkpoint, config.seed)
+    report = RunReport(Path(config.run_dir), config.training.steps, state.step) if mesh.rank == 0 else Silent()
+    _announce(report, config, checkpoint, mesh)
+    trainer = Trainer(
+        engine,
+        _corpora(config),
+        Feed(config.training.micro_batch_size, config.data.num_workers, mesh.dp, mesh.device),
+        Settings(config.training, config.optimizer, config.schedule, config.checkpoint.every_steps, peak),
+        CheckpointStore(Path(config.run_dir) / CHECKPOINTS, config.checkpoint),
+        run_record(config),
+        report,
+    )
+    trainer.run(state)
+    report.close()
 
 
 def _take_device(rank: Rank) -> torch.device:
@@ -128,18 +129,17 @@ def _corpora(config: RunConfig) -> Corpora:
     )
 
 
-def _report(config: RunConfig, state: State) -> RunReport:
-    return RunReport(Path(config.run_dir), config.training.steps, state.step)
-
-
 def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
     layout = f"tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size}, zero {config.parallel.zero}"
     begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
 
 
-def _decide_on_rank_0(decide: Any) -> Any:
+T = TypeVar("T")
+
+
+def _decide_on_rank_0(decide: Callable[[], T]) -> T:
     """What rank 0 finds, on all ranks."""
-    answer = [decide() if dist.get_rank() == 0 else None]
+    answer: list[T | None] = [decide() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return cast(T, answer[0])

@@ -27,6 +27,8 @@ with warnings.catch_warnings():
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
 
+# It still calls collectives by names that torch 2.13 has deprecated, at every step.
+warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
 logger.setLevel(logging.WARNING)
 # Else its CPU start compiles C++ for a minute, fails without a compiler, and a stale lock hangs later runs.
 __compatible_ops__["deepspeed_shm_comm"] = False

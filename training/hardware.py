@@ -1,6 +1,7 @@
 """What the device is capable of: the peak that MFU is a fraction of, and the faster precision of a CPU."""
 
 import time
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return measure_flops_per_s(device, dtype)
 
 
-def faster_precision(device: torch.device) -> str:
+def faster_precision(device: torch.device) -> Literal["fp32", "bf16"]:
     """`bf16` or `fp32`: bf16 on GPUs; on a CPU whichever multiplies faster here and now."""
     if device.type == "cuda":
         return "bf16"

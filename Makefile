@@ -1,0 +1,42 @@
+# `make quickstart` trains a model end to end; `make test` runs what proves the promises.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := install
+.PHONY: install quickstart test check fix wheel
+
+install: .venv/installed-dev
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv"
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing what tests and checks need"
+	$(PIP) --editable ".[test,dev]"
+	@touch $@
+
+quickstart: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh configs/quickstart.sh
+
+test: .venv/installed-dev
+	$(BIN)/pytest $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+fix: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Builds the wheel, installs it beside the dependencies, and trains a few steps with it.
+wheel: .venv/installed-dev
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist .
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh .ci/try-wheel dist/*.whl

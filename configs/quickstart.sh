@@ -1,0 +1,38 @@
+# The main job, end to end: text, tokenizer, corpus, training with an interruption, samples, export.
+set -eu
+run=runs/quickstart
+corpus=corpora/python
+export=exports/quickstart
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "1/6  A tokenizer, from the sources and documentation topics of Python's standard library"
+[ -e $corpus.model ] || triplane tokenizer train python-stdlib --out $corpus.model --vocab-size 8192
+
+say "2/6  Token shards: WebDataset tars with index and manifest, 2 % held out"
+triplane prepare python-stdlib --out $corpus --tokenizer $corpus.model
+
+say "3/6  Training on 2 ranks, stopped half-way as an interruption would"
+triplane train configs/quickstart.toml training.stop_at_step=60
+
+say "4/6  Started again, the run goes on from its checkpoint"
+triplane train configs/quickstart.toml
+triplane evaluate $run --sequences 64
+
+say "5/6  A sample"
+triplane generate $run --prompt "def " --tokens 64
+
+say "6/6  A Hugging Face folder, published only if its logits equal ours"
+[ -e $export ] || triplane export $run $export --dtype fp32
+
+cat <<END
+
+Corpus       $corpus (triplane inspect $corpus)
+Run          $run (triplane inspect $run)
+Export       $export
+
+Next:
+  .venv/bin/tensorboard --logdir $run/tensorboard
+  .venv/bin/triplane train configs/quickstart.toml run_dir=runs/tp2-pp2 parallel.dp=1 parallel.tp=2 parallel.pp=2
+  .venv/bin/triplane train configs/125m.toml        # on a GPU, once corpora/web is prepared
+END
