@@ -35,6 +35,26 @@ def replacing(path: Path, size_bytes: int) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name `path` when it is complete, and is removed on an error.
+
+    `path` must not exist, or be an empty folder. What an earlier, killed writer left is removed first.
+    """
+    path = path.resolve()
+    staging = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        staging.rename(path)
+        sync_folder(path.parent)
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: cannot write there: {error.strerror}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that is never seen half written; DataError if the disk is full."""
     with replacing(path, len(content)) as file:

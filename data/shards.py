@@ -25,33 +25,33 @@ class SplitWriter:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int):
         folder.mkdir()
+        self.documents = 0
+        self.text_bytes = 0
         self._folder = folder
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._pending: list[Tokens] = []
         self._pending_tokens = 0
-        self._text_bytes = 0
         self._shards: list[Shard] = []
 
     def add(self, tokens: Tokens, text_bytes: int) -> None:
         """Appends a document: `tokens` starts with bos and ends with eos, and came from so many bytes of text."""
+        self.documents += 1
+        self.text_bytes += text_bytes
         self._pending.append(tokens)
         self._pending_tokens += len(tokens)
-        self._text_bytes += text_bytes
         if self._pending_tokens >= self._shard_tokens:
             self._flush()
 
-    def close(self) -> Manifest | None:
-        """Writes the last shard and the manifest; None if there was no document."""
+    def close(self) -> Manifest:
+        """Writes the last shard, then the manifest; there must be a document."""
         if self._pending:
             self._flush()
-        if not self._shards:
-            return None
         manifest = Manifest(
             tokenizer_digest=self._tokenizer.digest,
             vocab_size=self._tokenizer.vocab_size,
             bos_id=self._tokenizer.bos_id,
-            text_bytes=self._text_bytes,
+            text_bytes=self.text_bytes,
             shards=tuple(self._shards),
         )
         manifest.save(self._folder)

@@ -92,7 +92,8 @@ def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sampl
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(f"{path}: no tokenizer of {vocab_size} ids from this text: {_one_line(error)}") from error
+        reason = _one_line(error).rpartition("] ")[2]  # what is before it is the place in the C++ source
+        raise DataError(f"{path}: no tokenizer of {vocab_size} ids from this text: {reason}") from error
     write_whole(path, model.getvalue())
     tokenizer = Tokenizer(path)
     for i, text in enumerate([_ODD_TEXT, *sample[:100]]):
@@ -103,15 +104,18 @@ def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sampl
 def _sample(documents: Iterable[str], max_bytes: int) -> list[str]:
     """The pieces of documents whose hashes are smallest, at least one and up to `max_bytes`."""
     kept: list[tuple[int, bytes]] = []
-    size = 0
+    size, end = 0, 1 << 64
     for document in documents:
         for start in range(0, len(document), _PIECE_CHARS):
             piece = document[start : start + _PIECE_CHARS].encode()
             rank = int.from_bytes(hashlib.blake2b(piece, digest_size=8).digest(), "little")
+            if rank >= end:
+                continue
             heapq.heappush(kept, (-rank, piece))
             size += len(piece)
             while size > max_bytes and len(kept) > 1:
-                size -= len(heapq.heappop(kept)[1])
+                negative_rank, dropped = heapq.heappop(kept)
+                size, end = size - len(dropped), -negative_rank
     return [piece.decode() for _, piece in sorted(kept, reverse=True)]
 
 

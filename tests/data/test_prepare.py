@@ -1,0 +1,158 @@
+"""`prepare` gives one corpus whatever the processes, and all of it or nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_corpora import Prepared
+
+from triplane.data.errors import DataError
+from triplane.data.inspect import describe
+from triplane.data.prepare import Report, prepare
+
+
+def _prepare(prepared: Prepared, out: Path, processes: int = 1, fraction: float = 0.1) -> Report:
+    model = prepared.folder / "tokenizer.model"
+    return prepare([str(prepared.source)], out, model, fraction, 40_000, processes)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_any_number_of_processes_writes_the_same_bytes(prepared: Prepared, tmp_path: Path, processes: int) -> None:
+    report = _prepare(prepared, tmp_path / "out", processes)
+    assert report == prepared.report
+    assert _contents(tmp_path / "out") == _contents(prepared.folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_report_counts_what_was_written_and_rejected(prepared: Prepared, tmp_path: Path) -> None:
+    source = tmp_path / "mixed"
+    source.mkdir()
+    for i in range(50):
+        (source / f"{i}.txt").write_text(f"text {i} " * 20)
+    (source / "bad.txt").write_bytes(b"\xff\xfe")
+    seen: list[tuple[int, int]] = []
+    out, model = tmp_path / "out", prepared.folder / "tokenizer.model"
+    report = prepare([str(source)], out, model, 0.3, 1000, 2, lambda *counts: seen.append(counts))
+    assert report.train.documents + report.validation.documents == 50
+    text_bytes = sum(path.stat().st_size for path in source.iterdir()) - 2
+    assert report.train.text_bytes + report.validation.text_bytes == text_bytes
+    assert seen[-1] == (50, text_bytes) and len(seen) == 50
+    assert [(Path(rejection.name).name, rejection.reason[:18]) for rejection in report.rejected] == [
+        ("bad.txt", "'utf-8' codec can'")
+    ]
+    assert report.train.bytes_per_token == report.train.text_bytes / report.train.tokens
+
+
+def test_copies_of_a_document_are_all_in_one_split(prepared: Prepared, tmp_path: Path) -> None:
+    source = tmp_path / "copies.jsonl"
+    source.write_text("".join(json.dumps({"text": f"copy {i % 40}"}) + "\n" for i in range(400)))
+    prepare([str(source)], tmp_path / "out", prepared.folder / "tokenizer.model", 0.3, 40_000, 1)
+    train, validation = (
+        set(describe(tmp_path / "out", 400)[split]["first_documents"]) for split in ("train", "validation")
+    )
+    assert len(train) + len(validation) == 40 and not train & validation
+
+
+def test_the_same_corpus_is_reused_and_another_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert not _prepare(prepared, out).reused
+    before = _contents(out)
+    again = _prepare(prepared, out)
+    assert again.reused and again.train == prepared.report.train
+    with pytest.raises(DataError, match=r"out: holds the corpus \w{12}, not \w{12}.*another folder"):
+        _prepare(prepared, out, fraction=0.2)
+    (out / "train" / "shard-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000000\.tar: damaged"):
+        _prepare(prepared, out)
+    assert before.keys() - _contents(out).keys() == {"train/shard-000000.tar"}
+
+
+def test_a_folder_with_other_files_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(DataError, match="no finished corpus"):
+            _prepare(prepared, out)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "the only one"}\n', "{\n"])
+def test_too_few_documents_are_refused(prepared: Prepared, tmp_path: Path, content: str) -> None:
+    source = tmp_path / "few.jsonl"
+    source.write_text(content)
+    with pytest.raises(DataError, match=r"few\.jsonl: [01] documents for training and [01] for validation"):
+        prepare([str(source)], tmp_path / "out", prepared.folder / "tokenizer.model", 0.5, 1000, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
+
+
+def test_a_validation_fraction_is_a_fraction(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"validation_fraction must be between 0 and 1, is 1\.5"):
+        _prepare(prepared, tmp_path / "out", fraction=1.5)
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from triplane.data.prepare import prepare
+source, out, model = sys.argv[1:]
+prepare([source], Path(out), Path(model), 0.1, 40_000, 2, lambda *counts: print(*counts, flush=True))
+"""
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(prepared: Prepared, tmp_path: Path) -> None:
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=64k none {tmp_path} && $0"]
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a file system")
+    script = f"'{sys.executable}' -c '{_SCRIPT}' '{prepared.source}' out/corpus '{prepared.folder}/tokenizer.model'"
+    mount[-1] = mount[-1].replace("$0", f"mkdir {tmp_path}/out; cd {tmp_path}; {script}; find .")
+    done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("triplane.data.errors.DataError: ")
+    assert "the disk is full: " in error and "bytes needed" in error and "free" in error
+    assert done.stdout.splitlines()[-2:] == [".", "./out"]
+
+
+def test_a_killed_run_leaves_no_corpus_and_no_process(prepared: Prepared, tmp_path: Path) -> None:
+    big = tmp_path / "big.jsonl"
+    big.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(20) for text in prepared.texts))
+    out, model = tmp_path / "out", prepared.folder / "tokenizer.model"
+    command = [sys.executable, "-c", _SCRIPT, str(big), str(out), str(model)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline()
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(workers) == 2
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not out.exists()
+    deadline = time.monotonic() + 10
+    while any(map(_is_running, workers)):
+        assert time.monotonic() < deadline, "the workers outlive the run"
+        time.sleep(0.05)
+    report = prepare([str(big)], out, model, 0.1, 40_000, 2)
+    assert report.train.documents + report.validation.documents == 20 * len(prepared.texts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl", "out"]
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_describe(prepared: Prepared) -> None:
+    description = describe(prepared.folder, show_documents=2)
+    train = description["train"]
+    assert train["documents"] == prepared.report.train.documents and train["tokens"] == prepared.report.train.tokens
+    assert train["digest"] == prepared.train.digest and description["tokenizer_digest"] == prepared.tokenizer.digest
+    assert train["document_tokens_percentiles"][100] == prepared.train.document_lengths().max()
+    assert len(train["first_documents"]) == 2 and set(train["first_documents"]) <= set(prepared.texts)
+    assert "first_documents" not in describe(prepared.folder)["train"]

@@ -1,0 +1,67 @@
+"""Documents come in one order, as they are; what is no text is named and not dropped."""
+
+from pathlib import Path
+
+import pytest
+
+from triplane.data.errors import DataError
+from triplane.data.sources import PYTHON_STDLIB, Document, Rejection, read_documents
+
+
+def _read(*inputs: object) -> tuple[list[Document], list[Rejection]]:
+    rejected: list[Rejection] = []
+    return list(read_documents(map(str, inputs), rejected.append)), rejected
+
+
+def test_a_folder_is_read_recursively_in_order_and_unchanged(tmp_path: Path) -> None:
+    texts = {"b.txt": "two\r\n", "a/z.md": "\ufeffone", "a.py": "x = 'é'\n", "c.jsonl": '{"text": "three"}\n'}
+    (tmp_path / "a").mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    documents, rejected = _read(tmp_path)
+    names = [str(Path(document.name).relative_to(tmp_path)) for document in documents]
+    assert names == ["a/z.md", "a.py", "b.txt", "c.jsonl:1"]
+    assert [document.text for document in documents] == ["\ufeffone", "x = 'é'\n", "two\r\n", "three"]
+    assert not rejected
+
+
+def test_what_is_no_text_is_rejected_by_name(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "cookie.py").write_bytes(b"# coding: latin-1\nx = '\xe9'\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "lie.py").write_bytes(b"# coding: no-such-codec\n")
+    lines = ['{"text": "good"}', "{", '{"txt": "a"}', '{"text": 1}', '{"text": "\\ud800"}', '{"text": "also good"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    documents, rejected = _read(tmp_path)
+    assert [document.text for document in documents] == ["# coding: latin-1\nx = 'é'\n", "good", "also good"]
+    reasons = {Path(rejection.name).name: rejection.reason for rejection in rejected}
+    assert list(reasons) == [
+        "bad.txt", "empty.txt", "lie.py", "rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:4", "rows.jsonl:5"
+    ]  # fmt: skip
+    assert "can't decode byte 0xe9" in reasons["bad.txt"] and reasons["empty.txt"] == "empty"
+    assert "unknown encoding" in reasons["lie.py"] and "surrogates" in reasons["rows.jsonl:5"]
+
+
+def test_a_named_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
+    (tmp_path / "notes.log").write_text("text")
+    assert _read(tmp_path / "notes.log") == ([Document(str(tmp_path / "notes.log"), "text")], [])
+
+
+def test_a_missing_input_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: cannot read this input: No such file"):
+        _read(tmp_path / "nowhere")
+
+
+def test_a_dangling_link_in_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match=r"link\.txt: cannot read"):
+        _read(tmp_path)
+
+
+def test_the_standard_library_without_its_tests() -> None:
+    documents, _ = _read(PYTHON_STDLIB)
+    names = [document.name for document in documents]
+    assert f"{PYTHON_STDLIB}/argparse.py" in names and f"{PYTHON_STDLIB}/topics/lambda" in names
+    assert not [name for name in names if "/test/" in name or "/site-packages/" in name]
+    assert sum(len(document.text) for document in documents) > 8_000_000

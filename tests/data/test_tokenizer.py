@@ -1,0 +1,80 @@
+"""The tokenizer gives back every text, and refuses what it can't learn from."""
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_corpora import Prepared
+
+from triplane.data.errors import DataError
+from triplane.data.tokenizer import Tokenizer, train_tokenizer
+
+_ODD_TEXTS = [
+    "",
+    " ",
+    "  two leading",
+    "trailing  ",
+    "\t\tx\r\ny\n\n\n",
+    "a\0b",
+    "🙂\u200d",
+    "e\u0301 é",
+    "\ufeffx",
+    "½ ﬁ",
+]
+
+
+@pytest.mark.parametrize("text", [*_ODD_TEXTS, "\u2581\u2581 \u2581"])
+def test_odd_text_comes_back(prepared: Prepared, text: str) -> None:
+    assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back(prepared: Prepared, text: str) -> None:
+    assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
+
+
+def test_text_cannot_spell_a_control_symbol(prepared: Prepared) -> None:
+    ids = prepared.tokenizer.encode("<s>a</s> <unk> <0x0A>" * 3)
+    assert not {0, prepared.tokenizer.bos_id, prepared.tokenizer.eos_id} & set(ids)
+
+
+def test_the_model_does_not_depend_on_the_order_of_documents(prepared: Prepared, tmp_path: Path) -> None:
+    paths = [tmp_path / "a.model", tmp_path / "b.model"]
+    for path, texts in zip(paths, (prepared.texts, prepared.texts[::-1])):
+        train_tokenizer(texts, path, vocab_size=400, sample_bytes=20_000)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].read_bytes() != (prepared.folder / "tokenizer.model").read_bytes()  # which saw all bytes
+
+
+def test_one_huge_document_is_sampled(tmp_path: Path) -> None:
+    text = "".join(f"line {i} of a long file\n" for i in range(50_000))
+    tokenizer = train_tokenizer([text], tmp_path / "t.model", vocab_size=300, sample_bytes=100_000)
+    assert tokenizer.vocab_size == 300
+
+
+@pytest.mark.parametrize(("texts", "vocab_size"), [([], 400), ([""], 400), (["ab ab"], 8000), (["ab ab"], 100)])
+def test_a_vocabulary_that_the_text_cannot_give_is_refused(tmp_path: Path, texts: list[str], vocab_size: int) -> None:
+    path = tmp_path / "t.model"
+    with pytest.raises(DataError, match=r"t\.model: no .*") as caught:
+        train_tokenizer(texts, path, vocab_size)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_alters_text_is_refused(tmp_path: Path, prepared: Prepared) -> None:
+    path = tmp_path / "lossy.model"
+    with open(path, "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(prepared.texts), model_writer=model, vocab_size=400, model_type="bpe", minloglevel=2,
+            byte_fallback=True, normalization_rule_name="nfkc",
+        )  # fmt: skip
+    with pytest.raises(DataError, match="readme: the tokenizer alters it at character 2: ' b' comes back as 'b'"):
+        Tokenizer(path).encode_exactly("a  b", "readme")
+
+
+def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match=r"t\.model: not a readable sentencepiece model"):
+        Tokenizer(tmp_path / "t.model")
