@@ -40,13 +40,14 @@ class Checkpoint:
         for key, targets in wanted.items():
             self._fill_tensor(key, targets)
 
-    def weight(self, name: str) -> Tensor:
-        """A whole weight, fp32 on the host."""
-        shape = self.shapes.get(f"weight/{name}")
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor, on the host."""
+        shape = self.shapes.get(key)
         if shape is None:
-            raise CheckpointError(f"{self.folder}: holds no weight {name}; it was written by another model")
+            raise CheckpointError(f"{self.folder}: holds no {key}; it was written by another model")
         whole = torch.empty(shape)
-        self.fill([Fragment("weight", name, whole.shape, (0,) * whole.dim(), whole, primary=False)])
+        kind, _, name = key.partition("/")
+        self.fill([Fragment(kind, name, whole.shape, (0,) * whole.dim(), whole, primary=False)])
         return whole
 
     def verify(self) -> None:

@@ -17,7 +17,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._names = [key.removeprefix(_KIND) for key in checkpoint.shapes if key.startswith(_KIND)]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._checkpoint.weight(name)
+        return self._checkpoint.tensor(_KIND + name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -16,7 +16,7 @@ from triplane.checkpoint.export import export
 from triplane.model.build import load_model
 from triplane.model.config import RopeScaling
 from triplane.model.errors import ModelError
-from triplane.model.generate import generate
+from triplane.model.generate import generate, next_logits
 
 VOCAB = 400
 LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=32)
@@ -87,7 +87,7 @@ def test_transformers_generates_the_same_text(publish, tokenizer_model):
     theirs = AutoModelForCausalLM.from_pretrained(folder).generate(
         torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ours = generate(load_model(config, weights, torch.float32), prompt, 16, 0, None, 0, None)
+    ours = generate(next_logits(load_model(config, weights, torch.float32)), prompt, 16, 0, None, 0, None)
     assert theirs[0, len(prompt) :].tolist() == ours
 
 

@@ -11,7 +11,7 @@ from triplane.model.count import count_parameters
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Ranks, parameters, tokens in a step. The Llama totals are those of the published checkpoints.
 SHIPPED = {
-    "quickstart": (2, 6_524_160, 8_192),
+    "quickstart": (2, 6_524_160, 2_048),
     "125m": (1, 124_275_456, 524_288),
     "1b": (8, 1_103_194_112, 1_048_576),
     "8b": (64, 8_030_261_248, 2_097_152),

@@ -1,0 +1,40 @@
+"""A run config small enough to train in a second."""
+
+from pathlib import Path
+
+from small_corpora import Prepared
+
+from triplane.launcher.config import RunConfig
+
+
+def small_run(prepared: Prepared, run_dir: Path, **changes: dict) -> RunConfig:
+    """Eight steps on the small corpus; `changes` are tables merged over the tables of the same name."""
+    tables = {
+        "model": {
+            "vocab_size": prepared.tokenizer.vocab_size,
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "head_dim": 8,
+            "hidden_dim": 64,
+        },
+        "data": {"corpus": str(prepared.folder), "seq_len": 32},
+        "parallel": {"dp": 1},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"warmup_steps": 2},
+        "training": {
+            "steps": 8,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "log_every_steps": 1,
+            "eval_every_steps": 4,
+            "eval_sequences": 16,
+            "sample_every_steps": 8,
+        },
+        "checkpoint": {"every_steps": 3, "keep_last": 2},
+    }
+    merged = {name: table | changes.pop(name, {}) for name, table in tables.items()}
+    assert not changes, f"unknown tables {changes.keys()}"
+    return RunConfig.model_validate({"run_dir": str(run_dir), "seed": 5, **merged})

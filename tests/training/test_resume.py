@@ -1,0 +1,104 @@
+"""Interrupted after any step and started again, a run ends with the bytes of the uninterrupted one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import small_run
+from small_corpora import Prepared
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
+
+from triplane.checkpoint.manifest import finished, latest
+from triplane.checkpoint.reader import Checkpoint
+from triplane.launcher.config import RunConfig
+from triplane.launcher.preflight import CHECKPOINTS
+from triplane.launcher.run import train_on
+from triplane.parallel.mesh import Mesh
+
+LAYOUTS = {"one": {"dp": 1, "zero": 0}, "zero1 dp2": {"dp": 2}, "tp2 pp2": {"dp": 1, "tp": 2, "pp": 2}}
+STEPS = 8
+
+
+def ranks_of(config: RunConfig) -> int:
+    assert isinstance(config.parallel.dp, int)
+    return config.parallel.dp * config.parallel.tp * config.parallel.pp
+
+
+def start(config: RunConfig) -> None:
+    run_ranks(config.parallel, ranks_of(config), _train, config)
+
+
+def _train(mesh: Mesh, config: RunConfig) -> None:
+    train_on(mesh, config)
+
+
+def final_state(config: RunConfig) -> Checkpoint:
+    newest = latest(Path(config.run_dir) / CHECKPOINTS)
+    assert newest is not None
+    return Checkpoint(newest)
+
+
+def curve(config: RunConfig) -> list[tuple[int, float]]:
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def assert_equal(a: Checkpoint, b: Checkpoint) -> None:
+    assert a.shapes == b.shapes
+    assert a.state["step"] == b.state["step"] == STEPS
+    assert a.state["consumed_sequences"] == b.state["consumed_sequences"]
+    for key in a.shapes:
+        assert a.tensor(key).equal(b.tensor(key)), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_interrupted_at_any_step_and_resumed_is_bitwise_the_same(
+    layout: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    whole = small_run(prepared, tmp_path / "whole", parallel=LAYOUTS[layout])
+    start(whole)
+    for stop in range(1, STEPS):
+        changes = {"parallel": LAYOUTS[layout]}
+        start(small_run(prepared, tmp_path / f"cut{stop}", training={"stop_at_step": stop}, **changes))
+        resumed = small_run(prepared, tmp_path / f"cut{stop}", **changes)
+        start(resumed)
+        assert_equal(final_state(whole), final_state(resumed))
+        assert curve(whole) == curve(resumed)
+
+
+def test_another_layout_goes_on_to_the_same_model(prepared: Prepared, tmp_path: Path) -> None:
+    whole = small_run(prepared, tmp_path / "whole", optimizer={"eps": 1e-3})
+    start(whole)
+    run = tmp_path / "moving"
+    for stop, layout in ((2, {"dp": 2}), (5, {"tp": 2, "pp": 2}), (8, {"dp": 1, "zero": 0})):
+        moved = small_run(prepared, run, optimizer={"eps": 1e-3}, parallel=layout, training={"stop_at_step": stop})
+        start(moved)
+    a, b = final_state(whole), final_state(moved)
+    for key in a.shapes:
+        torch.testing.assert_close(a.tensor(key), b.tensor(key), atol=1e-5, rtol=0)
+    assert [loss for _, loss in curve(whole)] == pytest.approx([loss for _, loss in curve(moved)], abs=1e-5)
+
+
+def test_checkpoints_come_when_due_and_old_ones_go(prepared: Prepared, tmp_path: Path) -> None:
+    config = small_run(prepared, tmp_path / "run")
+    start(config)
+    folder = Path(config.run_dir) / CHECKPOINTS
+    assert [path.name for path in finished(folder)] == ["step_6", "step_8"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_6", "step_8"]
+
+
+def test_what_is_reported(prepared: Prepared, tmp_path: Path) -> None:
+    config = small_run(prepared, tmp_path / "run", parallel={"dp": 2})
+    start(config)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    assert last["step"] == 8
+    assert last["tokens_seen"] == 8 * 8 * 32
+    assert 0 < last["mfu"] < 1
+    parts = ("data_time_s", "forward_backward_time_s", "optimizer_time_s")
+    assert last["step_time_s"] == pytest.approx(sum(last[part] for part in parts))
+    assert last["tokens_per_s"] == pytest.approx(8 * 32 / last["step_time_s"])
+    assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]
+    assert "config.toml" in {path.name for path in (tmp_path / "run").iterdir()}
