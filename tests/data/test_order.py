@@ -16,7 +16,7 @@ _SEEDS = st.integers(0, 2**63)
 
 def _epoch(order: Order, epoch: int) -> list[int]:
     start = epoch * order.n_sequences
-    return order.sequences(np.arange(start, start + order.n_sequences)).tolist()
+    return [int(i) for i in order.sequences(np.arange(start, start + order.n_sequences))]
 
 
 @given(size=_SIZES, key=st.integers(0, 2**64 - 1))
