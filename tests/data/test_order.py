@@ -59,6 +59,6 @@ def test_a_window_reads_few_runs() -> None:
 
 
 def test_a_far_position_is_found_at_once() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert 0 <= Order(10**7, 1, 4096)[10**12] < 10**7
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
