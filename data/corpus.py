@@ -41,7 +41,7 @@ class Corpus:
         assert start >= 0 and count > 0 and start + count <= self.tokens, (start, count, self.tokens)
         tokens = np.empty(count, self.manifest.dtype)
         boundaries: list[NDArray[np.int64]] = []
-        number = int(np.searchsorted(self._starts, start, "right")) - 1
+        number = int(self._starts.searchsorted(start, "right")) - 1
         filled = 0
         while filled < count:
             shard = self._shard(number)
@@ -49,8 +49,8 @@ class Corpus:
             end = min(local + count - filled, shard.size)
             shard.read(local, tokens[filled : filled + end - local])
             # The first token that is read is no boundary; the first of a further shard is one.
-            first, last = np.searchsorted(shard.documents, (local + (filled == 0), end))
-            boundaries.append(shard.documents[first:last] - local + filled)
+            first, last = shard.document_starts.searchsorted((local + (filled == 0), end))
+            boundaries.append(shard.document_starts[first:last] - local + filled)
             filled += end - local
             number += 1
         return tokens, np.concatenate(boundaries)
@@ -80,20 +80,19 @@ class _OpenShard:
         with open(self._path, "rb") as file:
             self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._index = _load_index(folder, shard)
-        self._blocks = _starts(self._index.tokens)
+        self._block_starts = _starts(self._index.tokens)
         self._verified = np.zeros(len(self._index.tokens), bool)
         self.size = shard.tokens
-        self.documents = _starts(self._index.lengths)[:-1]
-        """Offset of each document's first token."""
+        self.document_starts = _starts(self._index.lengths)[:-1]
 
     def read(self, start: int, out: Tokens) -> None:
         """Fills `out` with the tokens from `start` on."""
-        block = int(np.searchsorted(self._blocks, start, "right")) - 1
+        block = int(self._block_starts.searchsorted(start, "right")) - 1
         filled = 0
         while filled < len(out):
             if not self._verified[block]:
                 self._verify(block)
-            skipped = start + filled - int(self._blocks[block])
+            skipped = start + filled - int(self._block_starts[block])
             count = min(len(out) - filled, int(self._index.tokens[block]) - skipped)
             offset = int(self._index.offsets[block]) + skipped * self._dtype.itemsize
             out[filled : filled + count] = np.frombuffer(self._content, self._dtype, count, offset)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,7 @@ def encode_documents(
         chunk, future = running.popleft()
         yield from zip(chunk, future.result(), strict=True)
 
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _die_with_parent) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _follow_parent) as pool:
         try:
             for chunk in _chunks(documents):
                 running.append((chunk, pool.submit(_encode, tokenizer, chunk)))
@@ -72,8 +73,9 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def _die_with_parent() -> None:
-    """Ends a worker whose parent was killed, which else would wait for work forever."""
+def _follow_parent() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it: a worker whose parent is killed would wait for work forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

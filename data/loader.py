@@ -120,7 +120,6 @@ def batches(
         batch_sampler=(list(range(start, start + micro_batch_size)) for start in starts),
         collate_fn=collate,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global one
     )
     try:

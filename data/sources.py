@@ -1,10 +1,11 @@
 """Documents from files, folders and Python's own library, always in the same order."""
 
+import glob
 import io
 import json
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,22 +36,33 @@ class Rejection(BaseModel, extra="forbid", frozen=True):
     reason: str
 
 
-def read_documents(inputs: Iterable[str], reject: Callable[[Rejection], object]) -> Iterator[Document]:
+def read_documents(inputs: Sequence[str], reject: Callable[[Rejection], object]) -> Iterator[Document]:
     """Yields the documents of each input in turn; those that are no text go to `reject`.
 
-    An input is a folder (files with TEXT_SUFFIXES, sorted by path), a `.jsonl` file with a `text` in each line, any
-    other file (one document) or PYTHON_STDLIB. Raises DataError for an input that is missing or can't be read.
+    An input is a folder (its files with TEXT_SUFFIXES, sorted; hidden ones are left out), a `.jsonl` file with a
+    `text` in each line, any other file (one document) or PYTHON_STDLIB. Raises DataError for an input that is
+    missing, before anything is read, or that holds no file of text or can't be read.
     """
+    for name in inputs:
+        if name != PYTHON_STDLIB and not Path(name).exists():
+            raise DataError(f"{name}: no such input; it must be a file, a folder or {PYTHON_STDLIB}")
     for name in inputs:
         if name == PYTHON_STDLIB:
             yield from _read_stdlib(reject)
         elif Path(name).is_dir():
-            files = [path for path in sorted(Path(name).rglob("*")) if path.suffix in TEXT_SUFFIXES]
-            for path in files:
-                if not path.is_dir():
-                    yield from _read_file(path, str(path), reject)
+            for path in _text_files(name):
+                yield from _read_file(path, str(path), reject)
         else:
             yield from _read_file(Path(name), name, reject)
+
+
+def _text_files(folder: str) -> list[Path]:
+    # Unlike Path.rglob this follows links to folders, as collections of text often are.
+    paths = map(Path, sorted(glob.glob(f"{glob.escape(folder)}/**/*", recursive=True)))
+    files = [path for path in paths if path.suffix in TEXT_SUFFIXES and not path.is_dir()]
+    if not files:
+        raise DataError(f"{folder}: no file in there ends in {', '.join(sorted(TEXT_SUFFIXES))}")
+    return files
 
 
 def _read_stdlib(reject: Callable[[Rejection], object]) -> Iterator[Document]:

@@ -96,8 +96,12 @@ def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sampl
         raise DataError(f"{path}: no tokenizer of {vocab_size} ids from this text: {reason}") from error
     write_whole(path, model.getvalue())
     tokenizer = Tokenizer(path)
-    for i, text in enumerate([_ODD_TEXT, *sample[:100]]):
-        tokenizer.encode_exactly(text, f"training text {i}")
+    try:
+        for i, text in enumerate([_ODD_TEXT, *sample[:100]]):
+            tokenizer.encode_exactly(text, f"training text {i}")
+    except DataError:
+        path.unlink()
+        raise
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 """What is read is what was written: by our reader, by a plain WebDataset reader, and never when it is damaged."""
 
+import pickle
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,11 @@ def _plain_documents(folder: Path) -> list[list[int]]:
     return documents
 
 
+@pytest.fixture(scope="module")
+def documents(prepared: Prepared) -> list[list[int]]:
+    return _plain_documents(prepared.folder / "train")
+
+
 def _read_by_hand(documents: list[list[int]], start: int, count: int) -> tuple[list[int], list[int]]:
     tokens = [token for document in documents for token in document]
     starts = np.cumsum([0, *map(len, documents)])[:-1] - start
@@ -64,16 +70,16 @@ def test_the_corpus_has_shards_and_blocks_to_cross(prepared: Prepared) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_read_equals_one_by_hand(prepared: Prepared, data: st.DataObject) -> None:
+def test_any_read_equals_one_by_hand(prepared: Prepared, documents: list[list[int]], data: st.DataObject) -> None:
     corpus = prepared.train
     start = data.draw(st.integers(0, corpus.tokens - 1))
     count = data.draw(st.integers(1, min(50_000, corpus.tokens - start)))
     tokens, starts = corpus.read(start, count)
-    assert (tokens.tolist(), starts.tolist()) == _read_by_hand(_plain_documents(corpus.folder), start, count)
+    assert (tokens.tolist(), starts.tolist()) == _read_by_hand(documents, start, count)
 
 
-def test_short_reads_around_the_joints_of_shards_and_documents(prepared: Prepared) -> None:
-    corpus, documents = prepared.train, _plain_documents(prepared.folder / "train")
+def test_short_reads_around_the_joints_of_shards_and_documents(prepared: Prepared, documents: list[list[int]]) -> None:
+    corpus = prepared.train
     joints = np.cumsum([shard.tokens for shard in corpus.manifest.shards])[:-1].tolist()
     joints += [len(documents[0]), sum(map(len, documents[:256]))]
     for joint in joints:
@@ -179,6 +185,12 @@ def test_a_damaged_index_is_found_when_its_shard_is_read(prepared: Prepared, tmp
     corpus.read(0, 100)
     with pytest.raises(DataError, match=r"shard-000001\.idx\.npz: damaged: expected SHA-256"):
         corpus.read(0, corpus.tokens)
+
+
+def test_a_corpus_can_be_sent_to_another_process(prepared: Prepared) -> None:
+    corpus = prepared.train
+    expected = corpus.read(100, 50)[0].tolist()
+    assert pickle.loads(pickle.dumps(corpus)).read(100, 50)[0].tolist() == expected
 
 
 def test_an_undamaged_corpus_verifies(prepared: Prepared) -> None:

@@ -16,7 +16,7 @@ _SEEDS = st.integers(0, 2**63)
 
 def _epoch(order: Order, epoch: int) -> list[int]:
     start = epoch * order.n_sequences
-    return order.sequences(np.arange(start, start + order.n_sequences)).tolist()
+    return [int(i) for i in order.sequences(np.arange(start, start + order.n_sequences))]
 
 
 @given(size=_SIZES, key=st.integers(0, 2**64 - 1))
@@ -59,6 +59,6 @@ def test_a_window_reads_few_runs() -> None:
 
 
 def test_a_far_position_is_found_at_once() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert 0 <= Order(10**7, 1, 4096)[10**12] < 10**7
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1

@@ -10,10 +10,14 @@ from triplane.data.sources import PYTHON_STDLIB, Document, Rejection, read_docum
 
 def _read(*inputs: object) -> tuple[list[Document], list[Rejection]]:
     rejected: list[Rejection] = []
-    return list(read_documents(map(str, inputs), rejected.append)), rejected
+    return list(read_documents([str(name) for name in inputs], rejected.append)), rejected
 
 
-def test_a_folder_is_read_recursively_in_order_and_unchanged(tmp_path: Path) -> None:
+def test_a_folder_is_read_recursively_in_order_and_unchanged(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path, elsewhere = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "far.txt").write_text("far")
+    (tmp_path / "linked").symlink_to(elsewhere)
+    (tmp_path / ".hidden.txt").write_text("left out")
     texts = {"b.txt": "two\r\n", "a/z.md": "\ufeffone", "a.py": "x = 'é'\n", "c.jsonl": '{"text": "three"}\n'}
     (tmp_path / "a").mkdir()
     for name, text in texts.items():
@@ -21,8 +25,8 @@ def test_a_folder_is_read_recursively_in_order_and_unchanged(tmp_path: Path) -> 
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     documents, rejected = _read(tmp_path)
     names = [str(Path(document.name).relative_to(tmp_path)) for document in documents]
-    assert names == ["a/z.md", "a.py", "b.txt", "c.jsonl:1"]
-    assert [document.text for document in documents] == ["\ufeffone", "x = 'é'\n", "two\r\n", "three"]
+    assert names == ["a.py", "a/z.md", "b.txt", "c.jsonl:1", "linked/far.txt"]
+    assert [document.text for document in documents] == ["x = 'é'\n", "\ufeffone", "two\r\n", "three", "far"]
     assert not rejected
 
 
@@ -49,8 +53,14 @@ def test_a_named_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
 
 
 def test_a_missing_input_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere: cannot read this input: No such file"):
-        _read(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="nowhere: no such input"):
+        next(read_documents([PYTHON_STDLIB, str(tmp_path / "nowhere")], print))
+
+
+def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "image.png").touch()
+    with pytest.raises(DataError, match=r"no file in there ends in \.jsonl, "):
+        _read(tmp_path)
 
 
 def test_a_dangling_link_in_a_folder_is_an_error(tmp_path: Path) -> None:
