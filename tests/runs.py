@@ -31,7 +31,6 @@ def small_run(prepared: Prepared, run_dir: Path, **changes: dict) -> RunConfig:
             "log_every_steps": 1,
             "eval_every_steps": 4,
             "eval_sequences": 16,
-            "sample_every_steps": 8,
         },
         "checkpoint": {"every_steps": 3, "keep_last": 2},
     }
