@@ -34,8 +34,8 @@ def export(
     `weights` are whole tensors by our parameter names. The files are written beside `out`, then read back
     by our reader and, where it is installed, by transformers: both must give the logits of `weights`
     rounded to `dtype`. Only then does `out` appear. Raises CheckpointError, and leaves nothing, if `out`
-    exists, the tokenizer belongs to another model, or a logit differs. Memory: the model in fp32 and one
-    shard of 5 GB.
+    exists, the tokenizer belongs to another model, or a logit differs. Holds, besides `weights`, the model
+    in fp32 and once more in `dtype`.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
@@ -44,6 +44,8 @@ def export(
         raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")
     tokens_BS = probe(config, seq_len)
     expected_TV = probe_logits(load_model(config, weights, dtype), tokens_BS)
+    if not expected_TV.isfinite().all():
+        raise CheckpointError(f"As {_name(dtype)}, the logits are not finite; export an earlier step.")
     bos_id, eos_id = (None if i < 0 else i for i in (tokenizer.bos_id(), tokenizer.eos_id()))
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +57,14 @@ def export(
         write_weights(weights, config, dtype, folder)
         write_hf_tokenizer(tokenizer_model, folder)
         report = verify(folder, tokens_BS, expected_TV, tokenizer)
-        facts = {"parameters": f"{count_parameters(config):,}", "context": f"{seq_len} tokens", "dtype": str(dtype)}
+        facts = {"parameters": f"{count_parameters(config):,}", "context": f"{seq_len} tokens", "dtype": _name(dtype)}
         (folder / "README.md").write_text(_card(out.name, facts | provenance, report), encoding="utf-8")
         folder.rename(out)
     return report
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

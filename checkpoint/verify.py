@@ -78,7 +78,7 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Sent
 
 def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
     difference, largest = (logits_TV - expected_TV).abs().max().item(), expected_TV.abs().max().item()
-    if not difference <= _TOLERANCE * largest:  # not `>`: true for NaN
+    if not difference <= _TOLERANCE * largest:  # not `>`, which NaN would pass
         raise CheckpointError(
             f"Read by {reader}, the exported model's logits differ from the source's by {difference:.2e}, more than "
             f"{_TOLERANCE * largest:.2e}; nothing was published."
@@ -90,7 +90,9 @@ def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
 def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: SentencePieceProcessor) -> Tensor:
     """Logits, (T, V), after a check of the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     theirs = AutoTokenizer.from_pretrained(folder)
     tokens = theirs.encode(_PROBE_TEXT)
     if tokens != tokenizer.encode(_PROBE_TEXT) or theirs.decode(tokens) != _PROBE_TEXT:

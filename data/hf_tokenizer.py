@@ -12,15 +12,16 @@ from triplane.data.errors import DataError
 Piece = ModelProto.SentencePiece
 
 _SPACE = "▁"
-"""How sentencepiece writes a space inside its pieces."""
+"""How sentencepiece writes a space inside its pieces. Here a space stays one, so that this character,
+should a text hold it, is neither read nor given back as a space."""
 
 
 def write_hf_tokenizer(tokenizer_model: Path, folder: Path) -> None:
     """Writes `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`.
 
-    `transformers.AutoTokenizer` then gives the same tokens as sentencepiece and the same text back; a
-    special token that is spelled out in text stays text. Raises DataError unless the model is a BPE with
-    byte fallback that takes text as it is.
+    `transformers.AutoTokenizer` then gives the tokens of sentencepiece (for a literal "▁", its bytes) and the
+    same text back; a special token that is spelled out in text stays text. Raises DataError unless the model
+    is a BPE with byte fallback that takes text as it is.
     """
     model = ModelProto.FromString(tokenizer_model.read_bytes())
     _check(model, tokenizer_model)
@@ -52,17 +53,10 @@ def _tokenizer(model: ModelProto) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": piece, **flags} for i, piece in special],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        "normalizer": None,
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -72,7 +66,7 @@ def _tokenizer(model: ModelProto) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {p.piece: i for i, p in enumerate(model.pieces)},
+            "vocab": {p.piece.replace(_SPACE, " "): i for i, p in enumerate(model.pieces)},
             "merges": _merges(model),
         },
     }
@@ -84,7 +78,7 @@ def _merges(model: ModelProto) -> list[list[str]]:
     Sentencepiece stores only the pieces: it joins the neighbours whose union scores highest.
     """
     normal = [p for p in model.pieces if p.type == Piece.NORMAL]
-    ranks = {p.piece: i for i, p in enumerate(sorted(normal, key=lambda p: -p.score))}
+    ranks = {p.piece.replace(_SPACE, " "): i for i, p in enumerate(sorted(normal, key=lambda p: -p.score))}
     splits = ([piece[:cut], piece[cut:]] for piece in ranks for cut in range(1, len(piece)))
     return [[left, right] for left, right in splits if left in ranks and right in ranks]
 

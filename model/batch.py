@@ -5,8 +5,7 @@ G key/value heads, K head_dim, V vocabulary, B sequences, S tokens in a sequence
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +18,9 @@ IGNORED_TARGET = -100
 class Batch:
     """T tokens in segments that cannot see each other.
 
-    `bounds` is on the host, so that attention needs no device sync: segment i holds the tokens
-    `bounds[i]` to `bounds[i + 1]`, and attends causally within itself.
+    Segment i holds the tokens `bounds[i]` to `bounds[i + 1]`, and attends causally within itself. `bounds`,
+    `longest` and `uniform` are on the host, so that attention needs no device sync; the last two are stored,
+    so that a compiled block that needs no more is not compiled anew for each number of segments.
     """
 
     tokens_T: Tensor
@@ -28,6 +28,10 @@ class Batch:
     positions_T: Tensor
     bounds: tuple[int, ...]
     bounds_int32: Tensor
+    longest: int
+    """Tokens in the longest segment."""
+    uniform: bool
+    """True if all segments have one length."""
 
     @classmethod
     def build(cls, tokens_T: Tensor, targets_T: Tensor, bounds: Sequence[int]) -> "Batch":
@@ -37,20 +41,12 @@ class Batch:
         lengths = bounds_int32.diff()
         starts_T = torch.repeat_interleave(bounds_int32[:-1], lengths)
         positions_T = torch.arange(len(tokens_T), dtype=torch.int32) - starts_T
-        return cls(tokens_T, targets_T, positions_T, tuple(bounds), bounds_int32)
-
-    @property
-    def longest(self) -> int:
-        """Tokens in the longest segment."""
-        return max(b - a for a, b in pairwise(self.bounds))
-
-    @property
-    def uniform(self) -> bool:
-        """True if all segments have one length."""
-        return self.longest * (len(self.bounds) - 1) == self.bounds[-1]
+        longest = int(lengths.max())
+        uniform = longest * len(lengths) == len(tokens_T)
+        return cls(tokens_T, targets_T, positions_T, tuple(bounds), bounds_int32, longest, uniform)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy is asynchronous where the source is pinned."""
         tensors = (self.tokens_T, self.targets_T, self.positions_T, self.bounds_int32)
         tokens_T, targets_T, positions_T, bounds_int32 = (x.to(device, non_blocking=True) for x in tensors)
-        return Batch(tokens_T, targets_T, positions_T, self.bounds, bounds_int32)
+        return replace(self, tokens_T=tokens_T, targets_T=targets_T, positions_T=positions_T, bounds_int32=bounds_int32)

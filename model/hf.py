@@ -52,7 +52,10 @@ def hf_config(
     """The content of config.json.
 
     RoPE and dtype stand there twice: as transformers 5 names them, and as 4 and most other readers do.
+    Raises ModelError if transformers would refuse it.
     """
+    if config.dim % config.n_heads:
+        raise ModelError(f"For a Llama export, dim ({config.dim}) must be a multiple of n_heads ({config.n_heads}).")
     scaling = _hf_rope_scaling(config.rope_scaling)
     dtype_name = str(dtype).removeprefix("torch.")
     return {

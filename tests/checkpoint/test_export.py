@@ -19,7 +19,7 @@ from triplane.model.errors import ModelError
 from triplane.model.generate import generate, next_logits
 
 VOCAB = 400
-LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=32)
+LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
 PROVENANCE = {"run": "first", "step": "1000", "corpus": "sha256:0123", "layout": "tp 2, pp 2, dp 2"}
 
 
@@ -58,7 +58,7 @@ def publish(tokenizer_model, tmp_path):
 VARIANTS = {
     "plain": {},
     "tied": {"tie_embeddings": True},
-    "llama3": {"rope_scaling": LLAMA3, "rope_base": 5e5},
+    "llama3": {"rope_scaling": LLAMA3},
     "linear, wide heads": {"rope_scaling": RopeScaling(kind="linear", factor=3), "head_dim": 16},
 }
 
@@ -181,10 +181,19 @@ def test_another_tokenization_is_not_published(publish, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_that_turns_into_nan_is_not_published(publish, monkeypatch):
+    def damaged(tensors, path, metadata):
+        hf_weights_save({name: tensor / 0 for name, tensor in tensors.items()}, path, metadata=metadata)
+
+    monkeypatch.setattr(hf_weights, "save_file", damaged)
+    with pytest.raises(CheckpointError, match="differ from the source's by nan"):
+        publish()
+
+
 def test_weights_that_are_not_finite_are_not_published(publish, tmp_path):
     weights = random_weights(small_config(vocab_size=VOCAB))
     weights["blocks.0.attention.wo.weight"][0, 0] = float("nan")
-    with pytest.raises(CheckpointError, match="differ from the source's by nan"):
+    with pytest.raises(CheckpointError, match="As float32, the logits are not finite"):
         publish(weights=weights)
     assert list(tmp_path.iterdir()) == []
 

@@ -69,6 +69,13 @@ def train(path: Path, documents: list[str], **changes) -> Path:
     return path
 
 
+def encode(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """Sentencepiece's ids, but a literal "▁", which it reads as a space, as its bytes."""
+    parts = [processor.encode(part) for part in text.split("▁")]
+    mark = [processor.piece_to_id(piece) for piece in ("<0xE2>", "<0x96>", "<0x81>")]
+    return parts[0] + [i for part in parts[1:] for i in mark + part]
+
+
 @pytest.fixture(scope="module")
 def documents():
     return library_sources(2)
@@ -95,9 +102,9 @@ def test_documents_encode_and_decode_alike(tokenizers, documents):
 @pytest.mark.parametrize("text", ODD_TEXTS, ids=ascii)
 def test_odd_texts_encode_and_decode_alike(tokenizers, text):
     ours, theirs = tokenizers
-    ids = ours.encode(text)
+    ids = encode(ours, text)
     assert theirs.encode(text) == ids
-    assert theirs.decode(ids) == ours.decode(ids) == text.replace("▁", " ")
+    assert theirs.decode(ids) == ours.decode(ids) == text
 
 
 def test_random_cuts_encode_and_decode_alike(tokenizers, documents):
@@ -108,9 +115,9 @@ def test_random_cuts_encode_and_decode_alike(tokenizers, documents):
         text = draw.choice(documents)
         start = draw.randrange(len(text))
         text = text[start : start + draw.randrange(200)] + draw.choice(ODD_TEXTS)
-        ids = ours.encode(text)
+        ids = encode(ours, text)
         assert theirs.encode(text) == ids
-        assert theirs.decode(ids) == ours.decode(ids)
+        assert theirs.decode(ids) == ours.decode(ids) == text
 
 
 def test_special_tokens_are_known_and_never_read_from_text(tokenizers):

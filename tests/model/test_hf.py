@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from small_models import small_config
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
@@ -78,3 +79,10 @@ def test_what_the_model_cannot_compute_is_refused(key, value):
     written = hf_config(small_config(), 128, 1, 2, torch.float32)
     with pytest.raises(ModelError, match="this model"):
         from_hf_config(written | {key: value})
+
+
+def test_a_width_that_transformers_refuses_is_refused():
+    with pytest.raises(ModelError, match=r"dim \(50\) must be a multiple of n_heads \(6\)"):
+        hf_config(small_config(dim=50), 128, 1, 2, torch.float32)
+    with pytest.raises(StrictDataclassError, match="multiple of the number of attention heads"):
+        LlamaConfig(hidden_size=50, num_attention_heads=6, head_dim=8)

@@ -10,7 +10,8 @@ from triplane.model.config import RopeScaling
 from triplane.model.errors import ModelError
 from triplane.model.rope import frequencies
 
-LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=32)
+# Of the four frequencies one stays, one is blended and two are divided.
+LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
 VARIANTS = {
     "grouped": {},
     "one key head": {"n_kv_heads": 1},
