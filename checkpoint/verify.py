@@ -92,7 +92,7 @@ def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: SentencePi
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     theirs = AutoTokenizer.from_pretrained(folder)
     tokens = theirs.encode(_PROBE_TEXT)
     if tokens != tokenizer.encode(_PROBE_TEXT) or theirs.decode(tokens) != _PROBE_TEXT:
