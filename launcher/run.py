@@ -29,6 +29,8 @@ from triplane.training.optimizer import adamw
 from triplane.training.report import Report
 from triplane.training.state import State
 
+T = TypeVar("T")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -133,9 +135,6 @@ def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, 
     layout = f"tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size}, zero {config.parallel.zero}"
     begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
-
-
-T = TypeVar("T")
 
 
 def _decide_on_rank_0(decide: Callable[[], T]) -> T:

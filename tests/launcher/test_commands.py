@@ -85,6 +85,15 @@ def test_export_and_inspect(folder: Path, prepared: Prepared) -> None:
     assert "validation" in corpus.stdout
 
 
+def test_one_rank_needs_no_launcher(folder: Path) -> None:
+    for zero in (0, 1):
+        result = triplane(
+            "train", "small.toml", f"run_dir=one{zero}", "parallel.dp=1", f"parallel.zero={zero}", cwd=folder
+        )
+        assert result.returncode == 0, result.stderr
+        assert "step 8/8" in result.stdout
+
+
 def test_torchrun_starts_the_ranks_too(folder: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     result = triplane(
