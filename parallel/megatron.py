@@ -19,6 +19,7 @@ from triplane.parallel.mesh import Axis, Mesh
 with warnings.catch_warnings():
     # It warns of each accelerator library (apex, Transformer Engine) that is not there; none is used.
     warnings.simplefilter("ignore")
+    import megatron.core.transformer.multi_token_prediction  # noqa: F401  the schedules import it in their first step
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.enums import ModelType
     from megatron.core.model_parallel_config import ModelParallelConfig
