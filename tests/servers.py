@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,7 +13,7 @@ Fault = str | int
 
 
 class FaultyServer:
-    """Serves `folder`; `faults[name]` is what happens to the next requests for files whose names end so."""
+    """Serves `folder` and counts each GET; `faults[name]` is what happens to the next requests for files whose names end so."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,20 +47,24 @@ class FaultyServer:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
             def do_GET(self) -> None:
                 fault = server._take(self.path)
                 path = server.folder / self.path.lstrip("/")
                 if isinstance(fault, int) or not path.is_file():
                     self.send_error(fault if isinstance(fault, int) else 404)
-                elif fault == "drop":
-                    self.close_connection = True
-                else:
-                    try:
+                elif fault != "drop":
+                    # A client may be killed, or leave when it has waited for long enough.
+                    with suppress(BrokenPipeError, ConnectionResetError):
                         self._send(bytearray(path.read_bytes()), fault)
-                    except (BrokenPipeError, ConnectionResetError):
-                        self.close_connection = True  # a killed client
+
+            def do_HEAD(self) -> None:
+                path = server.folder / self.path.lstrip("/")
+                if not path.is_file():
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(path.stat().st_size))
+                self.end_headers()
 
             def _send(self, content: bytearray, fault: Fault | None) -> None:
                 middle = len(content) // 2
@@ -75,7 +79,6 @@ class FaultyServer:
                 if fault == "delay":
                     server._closing.wait(10)
                 if fault in ("cut", "delay"):
-                    self.close_connection = True
                     return
                 if server.bytes_per_s:
                     time.sleep(len(content) / server.bytes_per_s)
