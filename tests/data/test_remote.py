@@ -91,9 +91,7 @@ def test_other_protocols(prepared: Prepared, cache: Cache, tmp_path: Path, proto
 
 
 @pytest.mark.parametrize("damage", _DAMAGES)
-def test_a_bad_transfer_is_tried_again(
-    prepared: Prepared, server: FaultyServer, cache: Cache, damage: Fault
-) -> None:
+def test_a_bad_transfer_is_tried_again(prepared: Prepared, server: FaultyServer, cache: Cache, damage: Fault) -> None:
     server.faults = {_SHARD: deque([damage, damage])}
     _assert_reads_alike(Corpus(f"{server.url}/train", cache), prepared.train)
     assert server.requests[f"train/{_SHARD}"] == 3

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from servers import FaultyServer, http_server
 
-from triplane.data.cache import Cache
+from triplane.data.cache import Cache, _locked
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
 from triplane.data.manifest import Manifest, StoredFile
@@ -67,14 +68,14 @@ def _in_processes(count: int, function: Any, *args: Any) -> list[Any]:
 
 
 def _used(cache: Cache) -> int:
-    """What `du` would say of the sizes of its files."""
-    used = 0
-    for path in cache.folder.iterdir():
-        try:
-            used += path.stat().st_size
-        except FileNotFoundError:
-            continue  # removed meanwhile
-    return used
+    """Bytes of its files at a moment when none is added or removed, each counted once if it is renamed meanwhile."""
+    with _locked(cache.folder / ".room.lock"):
+        sizes = {}
+        for path in cache.folder.iterdir():
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                sizes[found.st_ino] = found.st_size
+        return sum(sizes.values())
 
 
 def _read_all(number: int, url: str, cache: Cache) -> bytes:
@@ -96,15 +97,18 @@ def test_processes_fetch_each_file_once(folder: Path, server: FaultyServer, tmp_
 
 def test_twenty_kills_leave_no_partial_file(folder: Path, server: FaultyServer, tmp_path: Path) -> None:
     cache = _cache(tmp_path)
-    server.bytes_per_s = 1e7
+    server.bytes_per_s = 2e6  # 0.1 s a shard
     draw = random.Random(0)
     hashes = {file.sha256: file for shard in Corpus(folder).manifest.shards for file in (shard.data, shard.index)}
     left_behind = 0
     for _ in range(20):
         victim = _FORK.Process(target=_read_all, args=(0, server.url, cache))
+        requests = server.requests.total()
         victim.start()
-        time.sleep(draw.uniform(0.02, 0.08))
         assert victim.pid is not None
+        while server.requests.total() < requests + 2:  # the manifest and a first file
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.12))
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
         assert victim.exitcode == -signal.SIGKILL
@@ -134,7 +138,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(folder: Path, server: Fa
 
 
 def _stream(number: int, url: str, cache: Cache) -> tuple[bytes, int]:
-    """The content, and the most that the cache and this process's unnamed maps held."""
+    """The content, and the most that the cache held."""
     corpus = Corpus(url, cache)
     parts, most = [], 0
     for start in range(0, corpus.tokens, 1000):
