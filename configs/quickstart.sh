@@ -13,7 +13,7 @@ say "2/6  Token shards: WebDataset tars with index and manifest, 2 % held out"
 triplane prepare python-stdlib --out $corpus --tokenizer $corpus.model
 
 say "3/6  Training on 2 ranks, stopped half-way as an interruption would"
-triplane train configs/quickstart.toml training.stop_at_step=60
+triplane train configs/quickstart.toml training.stop_at_step=100
 
 say "4/6  Started again, the run goes on from its checkpoint"
 triplane train configs/quickstart.toml

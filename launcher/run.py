@@ -26,8 +26,10 @@ from triplane.training.batches import Feed
 from triplane.training.hardware import faster_precision, peak_flops_per_s
 from triplane.training.loop import Corpora, Settings, Trainer
 from triplane.training.optimizer import adamw
-from triplane.training.report import Report, RunReport, Silent
+from triplane.training.report import Report
 from triplane.training.state import State
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,7 +57,7 @@ def train_on(mesh: Mesh, config: RunConfig) -> None:
         partial(adamw, config.optimizer),
     )
     state = _restore(engine, checkpoint, config.seed)
-    report = RunReport(Path(config.run_dir), config.training.steps, state.step) if mesh.rank == 0 else Silent()
+    report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
     _announce(report, config, checkpoint, mesh)
     trainer = Trainer(
         engine,
@@ -133,9 +135,6 @@ def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, 
     layout = f"tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size}, zero {config.parallel.zero}"
     begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
-
-
-T = TypeVar("T")
 
 
 def _decide_on_rank_0(decide: Callable[[], T]) -> T:

@@ -103,6 +103,11 @@ def _config(dtype: torch.dtype, hidden_size: int = 0) -> ModelParallelConfig:
     return config
 
 
+def _keywords(dtype: torch.dtype, mesh: Mesh) -> dict[str, Any]:
+    """What every layer takes; weights are initialised elsewhere."""
+    return {"config": _config(dtype), "init_method": None, "tp_group": mesh.tp.group}
+
+
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
     """Holds a share of the output features: (T, in) whole -> (T, out / tp).
 
@@ -114,12 +119,10 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignor
         super().__init__(
             linear.in_features,
             linear.out_features,
-            config=_config(linear.weight.dtype),
-            init_method=None,
+            **_keywords(linear.weight.dtype, mesh),
             bias=False,
             gather_output=False,
             disable_grad_reduce=True,
-            tp_group=mesh.tp.group,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,12 +137,10 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc
         super().__init__(
             linear.in_features,
             linear.out_features,
-            config=_config(linear.weight.dtype),
-            init_method=None,
+            **_keywords(linear.weight.dtype, mesh),
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=mesh.tp.group,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,13 +152,7 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: i
     """Holds a share of the rows; tokens of other shares add zero, and the sum over tp is whole."""
 
     def __init__(self, embedding: nn.Embedding, mesh: Mesh):
-        super().__init__(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            config=_config(embedding.weight.dtype),
-            init_method=None,
-            tp_group=mesh.tp.group,
-        )
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, **_keywords(embedding.weight.dtype, mesh))
 
 
 def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:

@@ -52,6 +52,8 @@ class ZeroOptimizer:
             # first, and a copy of another stage's parameter never.
             placement.parameter.tensor_model_parallel = placement.sharded  # type: ignore[attr-defined]
             placement.parameter.ds_pipe_replicated = placement.tied_copy  # type: ignore[attr-defined]
+        # It insists on the variable, whoever started this rank, and takes the device from it.
+        os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self.engine, *_ = deepspeed.initialize(
             model=module,

@@ -50,9 +50,6 @@ def _rank(
     function: Callable[..., Any],
     args: Any,
 ) -> None:
-    # DeepSpeed reads these at start.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world_size)
     answer = (rank, traceback.format_exc(), None)

@@ -77,6 +77,8 @@ class Trainer:
         """Trains until `steps`, or `stop_at_step`; the state then is on disk."""
         training = self.settings.training
         last = min(training.stop_at_step or training.steps, training.steps)
+        if state.step >= last:
+            self.report.message(f"step {state.step} of {last} is done; set training.steps higher to go on")
         steps = self.feed.steps(
             self.corpora.train, training.global_batch_size, state.consumed_sequences, max(0, last - state.step)
         )

@@ -1,54 +1,45 @@
-"""What a run shows and records: on rank 0 the console, `metrics.jsonl` and TensorBoard; elsewhere nothing."""
+"""What a run shows and records: the console, `metrics.jsonl` and TensorBoard, all by rank 0."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
 
 
-class Report(Protocol):
-    """Told by the training loop on every rank."""
+class Report:
+    """Told by the training loop on every rank; values are reduced over ranks before they get here."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
-    def validation(self, step: int, loss: float) -> None: ...
-    def sample(self, step: int, text: str) -> None: ...
-    def message(self, text: str) -> None: ...
-    def close(self) -> None: ...
-
-
-class Silent:
-    """The report of every rank but the first: values are reduced over ranks before they are reported."""
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
-    def validation(self, step: int, loss: float) -> None: ...
-    def sample(self, step: int, text: str) -> None: ...
-    def message(self, text: str) -> None: ...
-    def close(self) -> None: ...
-
-
-class RunReport:
-    """The report of rank 0."""
-
-    def __init__(self, run_dir: Path, steps: int, resume_step: int):
-        self._writer = MetricsWriter(run_dir, resume_step)
-        self._progress = Progress(steps)
+    def __init__(self, run_dir: Path, steps: int, resume_step: int, rank: int):
+        self._first = rank == 0
+        if self._first:
+            self._writer = MetricsWriter(run_dir, resume_step)
+            self._progress = Progress(steps)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._writer.log(step, values)
-        self._progress.update(step, values)
+        """Records and shows the metrics of a step."""
+        if self._first:
+            self._writer.log(step, values)
+            self._progress.update(step, values)
 
     def validation(self, step: int, loss: float) -> None:
-        self._writer.log(step, {"validation_loss": loss})
-        self.message(f"step {step}: {METRICS['validation_loss'].format(loss)}")
+        """Records and shows the loss on held-out text, nats a token."""
+        if self._first:
+            self._writer.log(step, {"validation_loss": loss})
+            self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}")
 
     def sample(self, step: int, text: str) -> None:
-        self._writer.text(step, "sample", text)
+        """Records text that the model wrote."""
+        if self._first:
+            self._writer.text(step, "sample", text)
 
     def message(self, text: str) -> None:
-        self._progress.message(text)
+        """Shows a line that stays."""
+        if self._first:
+            self._progress.message(text)
 
     def close(self) -> None:
-        self._progress.close()
-        self._writer.close()
+        """Ends the progress line and flushes what was recorded."""
+        if self._first:
+            self._progress.close()
+            self._writer.close()

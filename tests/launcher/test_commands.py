@@ -1,0 +1,183 @@
+"""The commands as a user runs them: real processes, real files, exit codes, one line for a mistake."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import small_run
+from small_corpora import Prepared
+
+from triplane.launcher.toml import to_toml
+
+
+def triplane(
+    *arguments: object, cwd: Path, launch: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, *(launch or ("-m",)), "triplane", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def refused(result: subprocess.CompletedProcess) -> str:
+    """What a mistake printed: exit code 2, no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config `small.toml` and a run of it on two ranks that the launcher started, stopped and resumed."""
+    folder = tmp_path_factory.mktemp("commands")
+    config = small_run(prepared, Path("run"), parallel={"dp": 2})
+    (folder / "small.toml").write_text(to_toml(config))
+    first = triplane("train", "small.toml", "training.stop_at_step=5", cwd=folder)
+    assert first.returncode == 0, first.stderr
+    assert "dp 2, zero 1, fp32 on cpu; starting from initial weights" in first.stdout
+    assert "step 5/8" in first.stdout
+    assert first.stderr == ""
+    second = triplane("train", "small.toml", cwd=folder)
+    assert second.returncode == 0, second.stderr
+    assert "resuming from run/checkpoints/step_5" in second.stdout
+    assert "step 8: validation loss" in second.stdout
+    return folder
+
+
+def test_a_finished_run_says_so(folder: Path) -> None:
+    again = triplane("train", "small.toml", cwd=folder)
+    assert again.returncode == 0
+    assert "step 8 of 8 is done" in again.stdout
+
+
+def test_evaluate_prints_the_loss_beside_a_unigram_models(folder: Path) -> None:
+    result = triplane("evaluate", "run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    ours, unigram = (
+        float(line.split(":")[-1].split()[-4 if "nats" in line else -1]) for line in result.stdout.splitlines()
+    )
+    assert ours > 0
+    assert unigram > 0
+
+
+def test_generate_continues_the_prompt_the_same_way_each_time(folder: Path) -> None:
+    one, two = (triplane("generate", "run", "--prompt", "1: a", "--tokens", 8, cwd=folder) for _ in range(2))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == two.stdout
+    assert one.stdout.startswith("1: a")
+
+
+def test_export_and_inspect(folder: Path, prepared: Prepared) -> None:
+    exported = triplane("export", "run", "out", "--dtype", "fp32", cwd=folder)
+    assert exported.returncode == 0, exported.stderr
+    assert "by transformers" in exported.stdout
+    assert (folder / "out/model.safetensors").exists()
+    checkpoint = triplane("inspect", "run", "--verify", cwd=folder)
+    assert "step 8" in checkpoint.stdout
+    assert "every byte is as it was written" in checkpoint.stdout
+    corpus = triplane("inspect", prepared.folder, "--verify", cwd=folder)
+    assert corpus.returncode == 0, corpus.stderr
+    assert "validation" in corpus.stdout
+
+
+def test_one_rank_needs_no_launcher(folder: Path) -> None:
+    for zero in (0, 1):
+        result = triplane(
+            "train", "small.toml", f"run_dir=one{zero}", "parallel.dp=1", f"parallel.zero={zero}", cwd=folder
+        )
+        assert result.returncode == 0, result.stderr
+        assert "step 8/8" in result.stdout
+
+
+def test_torchrun_starts_the_ranks_too(folder: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    result = triplane(
+        "train", "small.toml", "run_dir=torchrun", "parallel.dp=1", "parallel.tp=2", cwd=folder, launch=launch
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("step 8/8") == 1
+
+
+def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    result = triplane("train", "small.toml", "parallel.tp=2", "parallel.dp=3", cwd=folder, launch=launch)
+    assert "dp (3) x tp (2) x pp (1) = 6, but 2 ranks" in result.stderr
+
+
+MISTAKES = {
+    "unknown key": (["model.n_headz=4"], "override: model.n_headz: unknown key; did you mean n_heads?"),
+    "heads": (["parallel.tp=4"], "n_kv_heads (2) is not a multiple of tp (4)"),
+    "layers": (["parallel.pp=4"], "n_layers (2) is less than pp (4)"),
+    "batch": (
+        ["training.global_batch_size=6"],
+        "global_batch_size (6) is not a multiple of dp (2) x micro_batch_size (2) = 4",
+    ),
+    "another tokenizer": (["model.vocab_size=512"], "model.vocab_size is 512, but the tokenizer of"),
+    "no corpus": (["data.corpus=nowhere"], "nowhere"),
+    "another run": (["seed=6"], "belongs to another run: seed is 5 there and 6 here; set another run_dir"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_before_any_rank_starts(name: str, folder: Path) -> None:
+    overrides, message = MISTAKES[name]
+    result = triplane("train", "small.toml", *overrides, cwd=folder)
+    assert message in refused(result)
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_all_mistakes_are_told_at_once(folder: Path) -> None:
+    result = triplane(
+        "train", "small.toml", "parallel.pp=3", "training.global_batch_size=7", "data.corpus=no", cwd=folder
+    )
+    assert len(refused(result).splitlines()) >= 3
+
+
+@pytest.fixture
+def damaged(folder: Path, prepared: Prepared, tmp_path: Path) -> Iterator[Path]:
+    copy = tmp_path / "corpus"
+    shutil.copytree(prepared.folder, copy)
+    return copy
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_shard_is_named(damage: str, damaged: Path, folder: Path) -> None:
+    shard = sorted((damaged / "train").glob("*.tar"))[0]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size - 512)
+    result = triplane("train", "small.toml", f"data.corpus={damaged}", "run_dir=other", cwd=folder)
+    assert shard.name in refused(result)
+    assert not (folder / "other").exists()
+
+
+COMMANDS = [
+    (),
+    ("tokenizer",),
+    *((name,) for name in ("prepare", "train", "evaluate", "generate", "export", "inspect")),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick_and_needs_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
+    code = (
+        "import sys; from triplane.launcher.cli import app\n"
+        f"try: app([*{command!r}, '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'triplane.launcher.config'} & sys.modules.keys()"
+    )
+    best_s = float("inf")
+    for _ in range(3):
+        start_s = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
+    assert best_s < 0.5
