@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,7 +41,7 @@ class Cache:
         retry = Retry(config.download_retries, config.download_timeout_s)
         return cls(Path(config.cache_dir).expanduser(), int(config.cache_gib * 2**30), retry)
 
-    def open(self, url: str, file: StoredFile) -> BinaryIO:
+    def open(self, url: str, file: StoredFile) -> BufferedReader:
         """The content of `url`, which is known to be `file`, fetched first if it is not here."""
         path = self.folder / file.sha256
         while True:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triplane.data.cache import Cache
+from triplane.data.config import DataConfig
 from triplane.data.folder import LocalFolder, RemoteFolder, folder_at, join
 from triplane.data.index import ShardIndex
 from triplane.data.manifest import MANIFEST_NAME, Manifest, Shard, StoredFile, Tokens, damaged
@@ -40,6 +41,11 @@ class Corpus:
         self.tokenizer_digest = self.manifest.tokenizer_digest
         self._starts = _starts([shard.tokens for shard in self.manifest.shards])
         self._open: dict[int, _OpenShard] = {}
+
+    @classmethod
+    def of(cls, config: DataConfig, split: str) -> "Corpus":
+        """The `train` or `validation` split of the corpus that a config names."""
+        return cls(join(config.corpus, split), Cache.of(config))
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path | str, Cache | None]]:
         # Another process maps the files itself.

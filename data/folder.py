@@ -1,8 +1,8 @@
 """Where the files of a corpus are: in a folder of this machine, or at a URL."""
 
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from triplane.data.cache import Cache
 from triplane.data.errors import DataError
@@ -31,7 +31,7 @@ class LocalFolder:
         """Raises DataError if the file is missing or has another size."""
         file.check_size(self.path)
 
-    def open(self, file: StoredFile) -> BinaryIO:
+    def open(self, file: StoredFile) -> BufferedReader:
         """The file, to be mapped."""
         return open(self.path / file.name, "rb")
 
@@ -54,7 +54,7 @@ class RemoteFolder:
     def check_size(self, file: StoredFile) -> None:
         """Nothing: to ask for each of many files would take long, and each is verified when it is fetched."""
 
-    def open(self, file: StoredFile) -> BinaryIO:
+    def open(self, file: StoredFile) -> BufferedReader:
         """The verified file in the cache, to be mapped."""
         return self.cache.open(f"{self.url}/{file.name}", file)
 

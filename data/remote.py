@@ -31,7 +31,7 @@ class TransferError(Exception):
     """One try failed."""
 
 
-class _WrongContent(TransferError):
+class _WrongContentError(TransferError):
     """A whole file came, and it was another one."""
 
 
@@ -63,7 +63,7 @@ def download(url: str, out: BinaryIO, retry: Retry, sha256: str | None = None, s
         except TransferError as error:
             failures.append(error)
     advice = "check the address, the server and the network, then start again"
-    if all(isinstance(failure, _WrongContent) for failure in failures):
+    if all(isinstance(failure, _WrongContentError) for failure in failures):
         advice = "the file at the source is damaged: restore it or prepare the corpus again"
     happened = "; ".join(f"try {number}: {failure}" for number, failure in enumerate(failures, 1))
     raise DataError(f"{url}: cannot be fetched: {happened}: {advice}") from failures[-1]
@@ -76,12 +76,12 @@ def _try(url: str, out: BinaryIO, timeout_s: float, sha256: str | None, size_byt
         hasher.update(chunk)
         received += len(chunk)
         if size_bytes is not None and received > size_bytes:
-            raise _WrongContent(f"more than {size_bytes:,} bytes")
+            raise _WrongContentError(f"more than {size_bytes:,} bytes")
         out.write(chunk)
     if size_bytes is not None and received < size_bytes:
         raise TransferError(f"cut after {received:,} of {size_bytes:,} bytes")
     if sha256 is not None and (found := hasher.hexdigest()) != sha256:
-        raise _WrongContent(f"expected SHA-256 {sha256[:12]}, found {found[:12]}")
+        raise _WrongContentError(f"expected SHA-256 {sha256[:12]}, found {found[:12]}")
     out.truncate(received)
 
 

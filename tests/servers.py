@@ -13,7 +13,7 @@ Fault = str | int
 
 
 class FaultyServer:
-    """Serves `folder` and counts each GET; `faults[name]` is what happens to the next requests for files whose names end so."""
+    """Serves `folder` and counts each GET; `faults[name]` befall the next GETs of files whose names end so."""
 
     def __init__(self, folder: Path):
         self.folder = folder
