@@ -1,29 +1,39 @@
 """Random access to the tokens of one split, memory-mapped and checked."""
 
+import hashlib
+import io
 import mmap
+import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from triplane.data.cache import Cache
+from triplane.data.config import DataConfig
+from triplane.data.folder import LocalFolder, RemoteFolder, folder_at, join
 from triplane.data.index import ShardIndex
-from triplane.data.manifest import Manifest, Shard, Tokens, damaged
+from triplane.data.manifest import MANIFEST_NAME, Manifest, Shard, StoredFile, Tokens, damaged
 
 
 class Corpus:
     """The tokens of a split as one sequence, in stored order.
 
-    Opening checks that every file is there in its full size; the checksum of a block is checked when it is first
-    read. Nothing damaged is ever skipped: DataError says where it is.
+    Opening a folder checks that every file is there in its full size. Of a corpus at a URL only the manifest is
+    fetched then; a shard comes into the `cache` with its index when it is first read. The checksum of a block is
+    checked when it is first read. Nothing damaged is ever skipped: DataError says where it is.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest = Manifest.load(folder)
+    def __init__(self, location: Path | str, cache: Cache | None = None):
+        """`location` is a path, or an fsspec URL, for which a cache is needed."""
+        self.location = location
+        self.cache = cache
+        self._folder = folder_at(location, cache)
+        self.manifest = Manifest.parse(self._folder.read(MANIFEST_NAME), str(join(location, MANIFEST_NAME)))
         for shard in self.manifest.shards:
-            shard.data.check_size(folder)
-            shard.index.check_size(folder)
+            self._folder.check_size(shard.data)
+            self._folder.check_size(shard.index)
         self.digest = self.manifest.digest
         self.tokens = self.manifest.tokens
         self.documents = self.manifest.documents
@@ -32,9 +42,14 @@ class Corpus:
         self._starts = _starts([shard.tokens for shard in self.manifest.shards])
         self._open: dict[int, _OpenShard] = {}
 
-    def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
+    @classmethod
+    def of(cls, config: DataConfig, split: str) -> "Corpus":
+        """The `train` or `validation` split of the corpus that a config names."""
+        return cls(join(config.corpus, split), Cache.of(config))
+
+    def __reduce__(self) -> tuple[type["Corpus"], tuple[Path | str, Cache | None]]:
         # Another process maps the files itself.
-        return Corpus, (self.folder,)
+        return Corpus, (self.location, self.cache)
 
     def read(self, start: int, count: int) -> tuple[Tokens, NDArray[np.int64]]:
         """Tokens `start` to `start + count`, and the offsets in (0, count) at which a document starts."""
@@ -57,33 +72,61 @@ class Corpus:
 
     def document_lengths(self) -> NDArray[np.uint32]:
         """Tokens of each document, (documents,), in stored order."""
-        return np.concatenate([_load_index(self.folder, shard).lengths for shard in self.manifest.shards])
+        return np.concatenate([_load_index(self._folder, shard).lengths for shard in self.manifest.shards])
+
+    def shards_of(self, starts: NDArray[np.int64], counts: NDArray[np.int64] | int) -> list[int]:
+        """Numbers of the shards that reads of `counts` tokens from `starts` on touch, ascending."""
+        first = self._starts.searchsorted(starts, "right") - 1
+        last = self._starts.searchsorted(np.minimum(starts + counts, self.tokens) - 1, "right") - 1
+        touched = np.zeros(len(self.manifest.shards) + 1, np.int64)
+        np.add.at(touched, first, 1)
+        np.add.at(touched, last + 1, -1)
+        numbers: list[int] = np.flatnonzero(np.cumsum(touched)[:-1]).tolist()
+        return numbers
+
+    def fetch(self, number: int) -> None:
+        """Makes shard `number` local, if it is not, and the one that was used last."""
+        shard = self.manifest.shards[number]
+        for file in (shard.index, shard.data):
+            self._folder.open(file).close()
 
     def verify(self) -> None:
         """Reads every byte; raises DataError at the first file that is not what was written."""
         for shard in self.manifest.shards:
-            shard.data.check_content(self.folder)
-            shard.index.check_content(self.folder)
+            for file in (shard.data, shard.index):
+                with self._folder.open(file) as content:
+                    _check(file, hashlib.file_digest(content, "sha256").hexdigest(), self._folder)
 
     def _shard(self, number: int) -> "_OpenShard":
         if number not in self._open:
-            self._open[number] = _OpenShard(self.folder, self.manifest.shards[number], self.manifest.dtype)
+            if isinstance(self._folder, RemoteFolder):
+                # Of a shard that left the cache, the space is free only when it is unmapped.
+                self._open = {other: shard for other, shard in self._open.items() if not shard.is_evicted()}
+            self._open[number] = _OpenShard(self._folder, self.manifest.shards[number], self.manifest.dtype)
         return self._open[number]
 
 
 class _OpenShard:
     """A mapped tar and its index."""
 
-    def __init__(self, folder: Path, shard: Shard, dtype: np.dtype[np.unsignedinteger]):
-        self._path = folder / shard.data.name
+    def __init__(self, folder: LocalFolder | RemoteFolder, shard: Shard, dtype: np.dtype[np.unsignedinteger]):
+        self._where = folder.where(shard.data)
         self._dtype = dtype
-        with open(self._path, "rb") as file:
-            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._index = _load_index(folder, shard)
+        with folder.open(shard.data) as file:
+            self._path, self._inode = file.name, os.fstat(file.fileno()).st_ino
+            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._block_starts = _starts(self._index.tokens)
         self._verified = np.zeros(len(self._index.tokens), bool)
         self.size = shard.tokens
         self.document_starts = _starts(self._index.lengths)[:-1]
+
+    def is_evicted(self) -> bool:
+        """True if the name is gone, or stands for another copy."""
+        try:
+            return os.stat(self._path).st_ino != self._inode
+        except FileNotFoundError:
+            return True
 
     def read(self, start: int, out: Tokens) -> None:
         """Fills `out` with the tokens from `start` on."""
@@ -104,14 +147,21 @@ class _OpenShard:
         with memoryview(self._content) as view:
             found = zlib.crc32(view[start:end])
         if found != (expected := self._index.crc32[block]):
-            where = f"{self._path}: bytes {start} to {end}"
+            where = f"{self._where}: bytes {start} to {end}"
             raise damaged(where, f"CRC32 {expected:08x}", f"{found:08x}")
         self._verified[block] = True
 
 
-def _load_index(folder: Path, shard: Shard) -> ShardIndex:
-    shard.index.check_content(folder)
-    return ShardIndex.load(folder / shard.index.name)
+def _load_index(folder: LocalFolder | RemoteFolder, shard: Shard) -> ShardIndex:
+    with folder.open(shard.index) as file:
+        content = file.read()
+    _check(shard.index, hashlib.sha256(content).hexdigest(), folder)
+    return ShardIndex.load(io.BytesIO(content))
+
+
+def _check(file: StoredFile, found_sha256: str, folder: LocalFolder | RemoteFolder) -> None:
+    if found_sha256 != file.sha256:
+        raise damaged(folder.where(file), f"SHA-256 {file.sha256}", found_sha256)
 
 
 def _starts(sizes: NDArray[np.integer] | list[int]) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ import mmap
 import tarfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,9 @@ class ShardIndex(NamedTuple):
     """(D,) tokens in each document."""
 
     @classmethod
-    def load(cls, path: Path) -> "ShardIndex":
+    def load(cls, file: Path | BinaryIO) -> "ShardIndex":
         """Reads what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(file, allow_pickle=False) as arrays:
             return cls(**arrays)
 
     def save(self, path: Path) -> None:

@@ -37,13 +37,6 @@ class StoredFile(BaseModel, extra="forbid", frozen=True):
         if found != (expected := f"{self.bytes:,} bytes"):
             raise damaged(path, expected, found)
 
-    def check_content(self, folder: Path) -> None:
-        """Reads the whole file; raises DataError if it is not what was written."""
-        self.check_size(folder)
-        found = _sha256(folder / self.name)
-        if found != self.sha256:
-            raise damaged(folder / self.name, f"SHA-256 {self.sha256}", found)
-
 
 class Shard(BaseModel, extra="forbid", frozen=True):
     """A tar of tokens, its index, and how much is in it."""
@@ -87,17 +80,14 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         return hashlib.sha256(self._json()).hexdigest()
 
     @classmethod
-    def load(cls, folder: Path) -> "Manifest":
-        """Raises DataError if `folder` holds no finished corpus, or one that this release can't read."""
-        path = folder / MANIFEST_NAME
+    def parse(cls, content: bytes, where: str) -> "Manifest":
+        """Raises DataError, which names `where`, if this release can't read it."""
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: write a corpus there with `triplane prepare`") from error
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise DataError(f"{path}: {where}: {first['msg']}: prepare the corpus again") from error
+            key = ".".join(map(str, first["loc"]))
+            raise DataError(f"{where}: {key}: {first['msg']}: prepare the corpus again") from error
 
     def save(self, folder: Path) -> None:
         """Written last: a split without it is unfinished."""

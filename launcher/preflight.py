@@ -7,6 +7,7 @@ from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.manifest import latest, read_manifest
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
+from triplane.data.folder import tokenizer_model
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
 
@@ -17,10 +18,10 @@ _FIXED = ("seed", "model", "data.seq_len", "data.document_mask", "data.shuffle_w
 
 def check_data(config: RunConfig) -> list[str]:
     """A corpus that is absent, damaged, or made with a tokenizer that does not fit the model."""
-    folder = Path(config.data.corpus)
+    folder = config.data.corpus
     try:
-        corpora = [Corpus(folder / split) for split in ("train", "validation")]
-        tokenizer = Tokenizer(folder / "tokenizer.model")
+        corpora = [Corpus.of(config.data, split) for split in ("train", "validation")]
+        tokenizer = Tokenizer(tokenizer_model(folder, corpora[0].tokenizer_digest, corpora[0].cache))
     except DataError as error:
         return [str(error)]
     problems = [
@@ -58,7 +59,7 @@ def check_run_dir(config: RunConfig, record: dict[str, Any]) -> list[str]:
 
 def run_record(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it."""
-    return {**config.model_dump(mode="json"), "corpus_digest": Corpus(Path(config.data.corpus) / "train").digest}
+    return {**config.model_dump(mode="json"), "corpus_digest": Corpus.of(config.data, "train").digest}
 
 
 def config_of(record: dict[str, Any]) -> RunConfig:

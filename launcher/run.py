@@ -13,6 +13,7 @@ from triplane.checkpoint.manifest import latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore, on_rank_0
 from triplane.data.corpus import Corpus
+from triplane.data.folder import tokenizer_model
 from triplane.data.loader import SequenceDataset, count_sequences
 from triplane.data.order import Order
 from triplane.data.tokenizer import Tokenizer
@@ -120,13 +121,13 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None, seed: int) -> State:
 
 
 def _corpora(config: RunConfig) -> Corpora:
-    data, folder = config.data, Path(config.data.corpus)
-    train, validation = Corpus(folder / "train"), Corpus(folder / "validation")
+    data = config.data
+    train, validation = Corpus.of(data, "train"), Corpus.of(data, "validation")
     order = Order(count_sequences(train.tokens, data.seq_len), config.seed, data.shuffle_window)
     return Corpora(
         SequenceDataset(train, order, data.seq_len, data.document_mask),
         SequenceDataset(validation, None, data.seq_len, data.document_mask),
-        Tokenizer(folder / "tokenizer.model"),
+        Tokenizer(tokenizer_model(data.corpus, train.tokenizer_digest, train.cache)),
         data.seq_len,
     )
 

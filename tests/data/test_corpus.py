@@ -49,7 +49,7 @@ def test_a_plain_reader_and_ours_see_the_input(prepared: Prepared) -> None:
     tokenizer = prepared.tokenizer
     texts = []
     for corpus in (prepared.train, prepared.validation):
-        documents = _plain_documents(corpus.folder)
+        documents = _plain_documents(Path(corpus.location))
         tokens, starts = corpus.read(0, corpus.tokens)
         assert [part.tolist() for part in np.split(tokens, starts)] == documents
         assert corpus.document_lengths().tolist() == [len(document) for document in documents]

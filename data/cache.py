@@ -1,0 +1,135 @@
+"""Remote files on the local disk: fetched once for all processes of a node, never more than a limit of them."""
+
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO
+
+from triplane.data.config import DataConfig
+from triplane.data.errors import DataError
+from triplane.data.files import replacing
+from triplane.data.manifest import StoredFile
+from triplane.data.remote import Retry, download
+
+_OURS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.tmp")
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of verified files, each named by its SHA-256; several processes and corpora may share it.
+
+    A file that is being fetched has a temporary name, its full size from the start, so that it counts, and a lock
+    that dies with its process. Beyond the limit the files that were opened longest ago are removed; who has one
+    mapped reads on, and its space is free when the last of them lets go.
+    """
+
+    folder: Path
+    limit_bytes: int
+    retry: Retry
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Cache":
+        """The cache that a config describes."""
+        retry = Retry(config.download_retries, config.download_timeout_s)
+        return cls(Path(config.cache_dir).expanduser(), int(config.cache_gib * 2**30), retry)
+
+    def open(self, url: str, file: StoredFile) -> BufferedReader:
+        """The content of `url`, which is known to be `file`, fetched first if it is not here."""
+        path = self.folder / file.sha256
+        while True:
+            with suppress(FileNotFoundError):
+                os.utime(path)
+                return open(path, "rb")
+            self._make_folder()
+            with _locked(_lock_of(path)):
+                if not path.exists():
+                    with replacing(path, file.bytes) as out:
+                        self._reserve(out, file.bytes)
+                        download(url, out, self.retry, file.sha256, file.bytes)
+
+    def add(self, content: bytes) -> Path:
+        """Keeps a small file that was fetched already; returns where it is."""
+        path = self.folder / hashlib.sha256(content).hexdigest()
+        self._make_folder()
+        with _locked(_lock_of(path)):
+            if not path.exists():
+                with replacing(path, len(content)) as out:
+                    self._reserve(out, len(content))
+                    out.write(content)
+        return path
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be made: {error.strerror}: set another data.cache_dir") from error
+
+    def _reserve(self, out: BinaryIO, size_bytes: int) -> None:
+        """Gives the empty `out` its size when there is room for it, which may mean to wait for others' transfers."""
+        if size_bytes > self.limit_bytes:
+            raise DataError(
+                f"{self.folder}: a file of {size_bytes:,} bytes does not fit into the cache of {self.limit_bytes:,}: "
+                f"raise data.cache_gib"
+            )
+        with _locked(self.folder / ".room.lock"):
+            while not self._make_room(size_bytes):
+                time.sleep(_POLL_S)
+            out.truncate(size_bytes)
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Removes what was opened longest ago until `size_bytes` fit; False if what is being fetched is in the way."""
+        held = []
+        for path in self.folder.iterdir():
+            if _OURS.fullmatch(path.name):
+                with suppress(FileNotFoundError):
+                    found = path.stat()
+                    held.append((found.st_mtime_ns, found.st_size, path))
+        excess = sum(size for _, size, _ in held) + size_bytes - self.limit_bytes
+        for _, size, path in sorted(held):
+            if excess <= 0:
+                break
+            if _remove(path):
+                excess -= size
+        return excess <= 0
+
+
+def _remove(path: Path) -> bool:
+    """Removes a file, but not one that a living process is fetching."""
+    if path.suffix != ".tmp":
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        with _locked(path.with_suffix(".lock"), fcntl.LOCK_NB):
+            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def _locked(path: Path, flags: int = 0) -> Iterator[None]:
+    """Holds a lock among processes and threads; the kernel lets go of it when its process dies."""
+    while True:
+        with open(path, "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | flags)
+            if not os.fstat(lock.fileno()).st_nlink:
+                continue  # its last holder removed it while this one waited
+            try:
+                yield
+            finally:
+                path.unlink()
+                # A process that was forked meanwhile shares the lock: closing would not let go of it.
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            return

@@ -1,0 +1,84 @@
+"""Where the files of a corpus are: in a folder of this machine, or at a URL."""
+
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from triplane.data.cache import Cache
+from triplane.data.errors import DataError
+from triplane.data.manifest import StoredFile
+from triplane.data.remote import is_url, read_url
+
+TOKENIZER_NAME = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """Files that are read in place."""
+
+    path: Path
+
+    def read(self, name: str, sha256: str | None = None) -> bytes:
+        """The content of a small file; whether it is what it should be is for the caller to check."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{self.path / name}: {error.strerror}: write a corpus there with `triplane prepare`"
+            ) from error
+
+    def check_size(self, file: StoredFile) -> None:
+        """Raises DataError if the file is missing or has another size."""
+        file.check_size(self.path)
+
+    def open(self, file: StoredFile) -> BufferedReader:
+        """The file, to be mapped."""
+        return open(self.path / file.name, "rb")
+
+    def where(self, file: StoredFile) -> str:
+        """How an error about its content names the file."""
+        return str(self.path / file.name)
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """Files that are fetched when they are first opened."""
+
+    url: str
+    cache: Cache
+
+    def read(self, name: str, sha256: str | None = None) -> bytes:
+        """The content of a small file, with this checksum if one is given; it is not kept."""
+        return read_url(f"{self.url}/{name}", self.cache.retry, sha256)
+
+    def check_size(self, file: StoredFile) -> None:
+        """Nothing: to ask for each of many files would take long, and each is verified when it is fetched."""
+
+    def open(self, file: StoredFile) -> BufferedReader:
+        """The verified file in the cache, to be mapped."""
+        return self.cache.open(f"{self.url}/{file.name}", file)
+
+    def where(self, file: StoredFile) -> str:
+        """How an error about its content names the file: it was whole when it was fetched, so the disk is to blame."""
+        return f"{self.cache.folder / file.sha256} (fetched from {self.url}/{file.name}; remove it)"
+
+
+def folder_at(location: Path | str, cache: Cache | None) -> LocalFolder | RemoteFolder:
+    """The folder at a path, or at a URL, for which a cache is needed."""
+    if not is_url(location):
+        return LocalFolder(Path(location))
+    assert cache is not None, f"{location}: no cache"
+    return RemoteFolder(str(location).rstrip("/"), cache)
+
+
+def join(location: Path | str, name: str) -> Path | str:
+    """What is called `name` in a folder at a path or URL."""
+    return f"{str(location).rstrip('/')}/{name}" if is_url(location) else Path(location) / name
+
+
+def tokenizer_model(location: Path | str, sha256: str, cache: Cache | None) -> Path:
+    """The `tokenizer.model` of the corpus at `location`; one at a URL is fetched, and has the checksum `sha256`."""
+    folder = folder_at(location, cache)
+    if isinstance(folder, LocalFolder):
+        return folder.path / TOKENIZER_NAME
+    return folder.cache.add(folder.read(TOKENIZER_NAME, sha256))
