@@ -7,8 +7,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """A prepared corpus and how it is cut into sequences."""
 
     corpus: str
-    """What `triplane prepare` wrote, `train/`, `validation/` and `tokenizer.model`: a folder, or its fsspec URL
-    (`https://...`, `s3://...`, `gs://...`)."""
+    """Folder that `triplane prepare` wrote, or its fsspec URL (`https://...`, `s3://...`, `gs://...`)."""
     seq_len: PositiveInt
     """Tokens in a sequence that the model predicts."""
     document_mask: bool = True
