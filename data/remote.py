@@ -94,8 +94,9 @@ def _chunks(url: str, timeout_s: float, size_bytes: int | None) -> Iterator[byte
         extra = {"https": "http"}.get(protocol, protocol)
         install = f"pip install 'triplane[{extra}]'" if extra in ("http", "s3") else "install fsspec's package for it"
         raise DataError(f"{url}: {protocol}:// cannot be read here: {error}: {install}") from error
-    # Block size 0 is one request for the whole body, with the size known; the others read in ranges.
-    options = {"block_size": 0, "size": size_bytes} if protocol in ("http", "https") else {"cache_type": "none"}
+    # Block size 0 is one request for the whole body; others read in ranges. fsspec ignores the size then, but without
+    # one it would send a HEAD first, whose every failure it calls FileNotFoundError.
+    options = {"block_size": 0, "size": size_bytes or 1} if protocol.startswith("http") else {"cache_type": "none"}
     try:
         with files.open(path, "rb", **options) as file:
             while chunk := file.read(_CHUNK_BYTES):

@@ -13,6 +13,7 @@ from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.baseline import unigram_loss
 from triplane.data.corpus import Corpus
+from triplane.data.folder import tokenizer_model
 from triplane.data.loader import SequenceDataset
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
@@ -45,12 +46,10 @@ class TrainedModel:
         return cls(checkpoint, config_of(checkpoint.state["run"]))
 
     @property
-    def corpus(self) -> Path:
-        return Path(self.config.data.corpus)
-
-    @property
     def tokenizer_model(self) -> Path:
-        return self.corpus / "tokenizer.model"
+        data = self.config.data
+        train = Corpus.of(data, "train")
+        return tokenizer_model(data.corpus, train.tokenizer_digest, train.cache)
 
     def load(self) -> tuple[Transformer, torch.device]:
         """The whole model, fp32, on a GPU if there is one."""
@@ -62,7 +61,7 @@ def evaluate(run: Path, sequences: int | None) -> None:
     """Prints the validation loss, and what a unigram model has."""
     trained = TrainedModel.open(run)
     data = trained.config.data
-    train, validation = (Corpus(trained.corpus / split) for split in ("train", "validation"))
+    train, validation = (Corpus.of(data, split) for split in ("train", "validation"))
     dataset = SequenceDataset(validation, None, data.seq_len, data.document_mask)
     model, device = trained.load()
     feed = Feed(trained.config.training.micro_batch_size, 0, Axis(), device)
@@ -92,7 +91,7 @@ def export(run: Path, out: Path, dtype: str) -> None:
         "run": trained.config.run_dir,
         "step": f"{state['step']:,}",
         "tokens seen": f"{state['tokens_seen']:,}",
-        "corpus": f"{trained.corpus} ({state['run']['corpus_digest']})",
+        "corpus": f"{trained.config.data.corpus} ({state['run']['corpus_digest']})",
         "seed": str(trained.config.seed),
     }
     weights = CheckpointWeights(trained.checkpoint)

@@ -57,15 +57,6 @@ class FaultyServer:
                     with suppress(BrokenPipeError, ConnectionResetError):
                         self._send(bytearray(path.read_bytes()), fault)
 
-            def do_HEAD(self) -> None:
-                path = server.folder / self.path.lstrip("/")
-                if not path.is_file():
-                    self.send_error(404)
-                    return
-                self.send_response(200)
-                self.send_header("Content-Length", str(path.stat().st_size))
-                self.end_headers()
-
             def _send(self, content: bytearray, fault: Fault | None) -> None:
                 middle = len(content) // 2
                 if fault == "corrupt":

@@ -128,6 +128,8 @@ def test_a_server_that_is_gone(prepared: Prepared, cache: Cache) -> None:
         corpus = Corpus(f"{server.url}/train", cache)
     with pytest.raises(DataError, match=r"try 4: ClientConnectorError.*: check the address"):
         corpus.read(0, 10)
+    with pytest.raises(DataError, match=r"/train/manifest\.json: .*try 4: ClientConnectorError"):
+        Corpus(f"{server.url}/train", cache)
 
 
 def test_a_cut_manifest_or_tokenizer_is_tried_again(prepared: Prepared, server: FaultyServer, cache: Cache) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -213,12 +214,13 @@ def test_the_prefetcher_stays_ahead_within_its_budget(server: FaultyServer, tmp_
     assert set(server.requests.values()) == {1}
 
 
-def _train(number: int, url: str, cache: Cache, steps: int) -> bytes:
+def _train(number: int, url: str, cache: Cache, steps: int, together: threading.Barrier) -> bytes:
     corpus = Corpus(url, cache)
     parts = []
     plan: Iterable[list[int]] = islice(_endless(), steps)
     with Prefetcher(corpus, plan, cache.limit_bytes // 3) as prefetcher:
         for shards in islice(_endless(), steps):
+            together.wait(20)  # as an all-reduce does
             prefetcher.next_step()
             parts += [corpus.read(shard * _SHARD_TOKENS + number, 100)[0].tobytes() for shard in shards]
     return b"".join(parts)
@@ -227,7 +229,8 @@ def _train(number: int, url: str, cache: Cache, steps: int) -> bytes:
 def test_ranks_prefetch_together_through_a_small_cache(folder: Path, server: FaultyServer, tmp_path: Path) -> None:
     cache = _cache(tmp_path, 9)
     steps = _SHARDS - 1
-    contents = _in_processes(3, _train, server.url, cache, steps)
+    with _FORK.Manager() as manager:
+        contents = _in_processes(3, _train, server.url, cache, steps, manager.Barrier(3))
     local = Corpus(folder)
     for number, content in enumerate(contents):
         assert content == b"".join(
