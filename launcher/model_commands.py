@@ -12,8 +12,8 @@ from triplane.checkpoint.manifest import MANIFEST, latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.baseline import unigram_loss
-from triplane.data.corpus import Corpus
 from triplane.data.loader import SequenceDataset
+from triplane.data.opening import open_sources, validation_plan
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
 from triplane.launcher.preflight import CHECKPOINTS, config_of
@@ -45,12 +45,8 @@ class TrainedModel:
         return cls(checkpoint, config_of(checkpoint.state["run"]))
 
     @property
-    def corpus(self) -> Path:
-        return Path(self.config.data.corpus)
-
-    @property
     def tokenizer_model(self) -> Path:
-        return self.corpus / "tokenizer.model"
+        return Path(self.config.data.sources[0].corpus) / "tokenizer.model"
 
     def load(self) -> tuple[Transformer, torch.device]:
         """The whole model, fp32, on a GPU if there is one."""
@@ -62,12 +58,13 @@ def evaluate(run: Path, sequences: int | None) -> None:
     """Prints the validation loss, and what a unigram model has."""
     trained = TrainedModel.open(run)
     data = trained.config.data
-    train, validation = (Corpus(trained.corpus / split) for split in ("train", "validation"))
-    dataset = SequenceDataset(validation, None, data.seq_len, data.document_mask)
+    sources = open_sources(data)
+    plan = validation_plan(data, sources.validation)
+    dataset = SequenceDataset(sources.validation, plan, data.document_mask)
     model, device = trained.load()
     feed = Feed(trained.config.training.micro_batch_size, 0, Axis(), device)
     loss = validation_loss(evaluate_model(model), feed, dataset, sequences or len(dataset))
-    unigram = unigram_loss(train, validation)
+    unigram = unigram_loss(sources.train, sources.validation)
     _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats a token")
     _print(f"a unigram model of the same training data: {unigram:.4f}")
 
@@ -92,7 +89,10 @@ def export(run: Path, out: Path, dtype: str) -> None:
         "run": trained.config.run_dir,
         "step": f"{state['step']:,}",
         "tokens seen": f"{state['tokens_seen']:,}",
-        "corpus": f"{trained.corpus} ({state['run']['corpus_digest']})",
+        "corpora": ", ".join(
+            f"{source.corpus} ({digest})"
+            for source, digest in zip(trained.config.data.sources, state["run"]["corpus_digests"])
+        ),
         "seed": str(trained.config.seed),
     }
     weights = CheckpointWeights(trained.checkpoint)
