@@ -105,7 +105,8 @@ def test_every_epoch_has_each_target_once_through_changes_of_length(data: st.Dat
     try:
         plan = _plan(tokens, phases, seed)
     except DataError as error:
-        assert "is still finished" in str(error)
+        if "is still finished" not in str(error):
+            raise
         return
     stop = phases[-1][0] + 600
     found = _sequences(plan, stop)
