@@ -55,16 +55,16 @@ def _stored(corpus: Corpus) -> np.ndarray:
     return corpus.read(0, corpus.tokens)[0]
 
 
-def triplane(folder: Path) -> Callable[[], Iterator[int]]:
+def triplane(folder: Path, num_workers: int = 0) -> Callable[[], Iterator[int]]:
     """Shuffled, with boundaries, targets and loss masks."""
     corpus = Corpus(folder / "triplane")
     plan = TrainingPlan([Phase(0, [1.0], [Even(corpus.tokens, _SEQ_LEN, 64 * _SEQ_LEN)], _SEQ_LEN)], 0, 64, 1)
     dataset = SequenceDataset([corpus], plan, document_mask=True)
     steps = len(dataset) // _BATCH
-    settings = {"global_batch_size": _BATCH, "micro_batch_size": _BATCH, "dp_rank": 0, "dp_size": 1, "num_workers": 0}
+    settings = {"global_batch_size": _BATCH, "micro_batch_size": _BATCH, "dp_rank": 0, "dp_size": 1}
 
     def read() -> Iterator[int]:
-        for batch in batches(dataset, consumed_sequences=0, steps=steps, **settings):
+        for batch in batches(dataset, consumed_sequences=0, steps=steps, num_workers=num_workers, **settings):
             yield len(batch.tokens_T)
 
     return read
@@ -157,10 +157,11 @@ def _cold_start_ms() -> float:
     return 1e3 * (time.process_time() - started)
 
 
-def _data_time_percent(folder: Path, tokens_per_s: float) -> float:
+def _data_time_percent(folder: Path, num_workers: int, tokens_per_s: float) -> float:
     """What part of a step a consumer of `tokens_per_s` waits for its data."""
     waited = steps = 0.0
-    batches_read = triplane(folder)()
+    batches_read = triplane(folder, num_workers)()
+    next(batches_read)
     for _ in range(200):
         started = time.perf_counter()
         tokens = next(batches_read)
@@ -198,7 +199,9 @@ def main() -> None:
             print(f"| {reader.__name__} | {spread} | {reader.__doc__} |", flush=True)
         cold = [_in_a_process(["--only", "cold"]) for _ in range(options.repeats)]
         print(f"\nplan of 10^12 sequences, position 10^12, fresh process: {statistics.median(cold):.1f} ms")
-        print(f"data time of a 1 M tokens/s consumer: {_data_time_percent(folder, 1e6):.2f} % of its step")
+        for workers in (0, 1):
+            percent = _data_time_percent(folder, workers, 1e6)
+            print(f"data time of a 1 M tokens/s consumer, {workers} workers, blocks not yet verified: {percent:.2f} %")
     finally:
         shutil.rmtree(folder)
 

@@ -101,9 +101,13 @@ def batches(
     assert rest == 0 and share % micro_batch_size == 0, (global_batch_size, dp_size, micro_batch_size)
     stride = micro_batch_size * dp_size
     starts = range(consumed_sequences + dp_rank, consumed_sequences + steps * global_batch_size, stride)
+    positions = (range(start, start + stride, dp_size) for start in starts)
+    if num_workers == 0:
+        yield from map(dataset.__getitem__, positions)
+        return
     loader = DataLoader(
         dataset,
-        sampler=(range(start, start + stride, dp_size) for start in starts),
+        sampler=positions,
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
