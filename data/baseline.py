@@ -1,5 +1,7 @@
 """The loss of a model that knows only how frequent each token is: what a trained one must beat."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,14 +10,15 @@ from triplane.data.corpus import Corpus
 _CHUNK_TOKENS = 1 << 22
 
 
-def unigram_loss(train: Corpus, validation: Corpus) -> float:
+def unigram_loss(train: Sequence[Corpus], validation: Sequence[Corpus]) -> float:
     """Nats per validation target under the add-one-smoothed frequencies of `train`.
 
     The first token of a document is no target, so it counts in neither.
     """
-    assert train.tokenizer_digest == validation.tokenizer_digest
-    counts = _count_targets(train) + 1
-    targets = _count_targets(validation)
+    assert len({corpus.tokenizer_digest for corpus in (*train, *validation)}) == 1
+    counts = 1 + sum(map(_count_targets, train))
+    targets = sum(map(_count_targets, validation))
+    assert isinstance(counts, np.ndarray) and isinstance(targets, np.ndarray)
     log_probabilities = np.log(counts / counts.sum())
     return float(-(targets @ log_probabilities) / targets.sum())
 

@@ -5,16 +5,29 @@ import io
 import mmap
 import os
 import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from triplane.data.cache import Cache
-from triplane.data.config import DataConfig
 from triplane.data.folder import LocalFolder, RemoteFolder, folder_at, join
 from triplane.data.index import ShardIndex
 from triplane.data.manifest import MANIFEST_NAME, Manifest, Shard, StoredFile, Tokens, damaged
+
+
+class DocumentPart(NamedTuple):
+    """What a read covers of one document."""
+
+    shard: str
+    document: int
+    """Its number in the shard."""
+    start: int
+    """Token of the document."""
+    stop: int
 
 
 class Corpus:
@@ -40,12 +53,8 @@ class Corpus:
         self.vocab_size = self.manifest.vocab_size
         self.tokenizer_digest = self.manifest.tokenizer_digest
         self._starts = _starts([shard.tokens for shard in self.manifest.shards])
+        self._stops: list[int] = self._starts[1:].tolist()
         self._open: dict[int, _OpenShard] = {}
-
-    @classmethod
-    def of(cls, config: DataConfig, split: str) -> "Corpus":
-        """The `train` or `validation` split of the corpus that a config names."""
-        return cls(join(config.corpus, split), Cache.of(config))
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path | str, Cache | None]]:
         # Another process maps the files itself.
@@ -70,9 +79,29 @@ class Corpus:
             number += 1
         return tokens, np.concatenate(boundaries)
 
+    def view(self, start: int, count: int) -> Tokens:
+        """Tokens `start` to `start + count`, not to be written to; not copied if they are in one block."""
+        number = bisect_right(self._stops, start)
+        tokens = self._shard(number).view(start - int(self._starts[number]), count)
+        return self.read(start, count)[0] if tokens is None else tokens
+
+    def parts(self, start: int, count: int) -> Iterator[DocumentPart]:
+        """The documents that hold the tokens `start` to `start + count`."""
+        while count > 0:
+            number = int(self._starts.searchsorted(start, "right")) - 1
+            local = start - int(self._starts[number])
+            document, first, stop = self._shard(number).document_at(local)
+            taken = min(count, stop - local)
+            yield DocumentPart(self.manifest.shards[number].data.name, document, local - first, local - first + taken)
+            start, count = start + taken, count - taken
+
     def document_lengths(self) -> NDArray[np.uint32]:
         """Tokens of each document, (documents,), in stored order."""
-        return np.concatenate([_load_index(self._folder, shard).lengths for shard in self.manifest.shards])
+        return np.concatenate(list(self.document_lengths_by_shard()))
+
+    def document_lengths_by_shard(self) -> Iterator[NDArray[np.uint32]]:
+        """Tokens of each document of a shard, one shard after the other."""
+        return (_load_index(self._folder, shard).lengths for shard in self.manifest.shards)
 
     def shards_of(self, starts: NDArray[np.int64], counts: NDArray[np.int64] | int) -> list[int]:
         """Numbers of the shards that reads of `counts` tokens from `starts` on touch, ascending."""
@@ -117,7 +146,9 @@ class _OpenShard:
             self._path, self._inode = file.name, os.fstat(file.fileno()).st_ino
             self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._block_starts = _starts(self._index.tokens)
+        self._block_stops: list[int] = self._block_starts[1:].tolist()
         self._verified = np.zeros(len(self._index.tokens), bool)
+        self._views: dict[int, Tokens] = {}
         self.size = shard.tokens
         self.document_starts = _starts(self._index.lengths)[:-1]
 
@@ -141,6 +172,24 @@ class _OpenShard:
             out[filled : filled + count] = np.frombuffer(self._content, self._dtype, count, offset)
             filled += count
             block += 1
+
+    def view(self, start: int, count: int) -> Tokens | None:
+        """The tokens from `start` on where they lie; None if they are not in one block."""
+        block = bisect_right(self._block_stops, start)
+        if start + count > self._block_stops[block]:
+            return None
+        if block not in self._views:
+            self._verify(block)
+            size, offset = int(self._index.tokens[block]), int(self._index.offsets[block])
+            self._views[block] = np.frombuffer(self._content, self._dtype, size, offset)
+        start -= self._block_stops[block] - len(self._views[block])
+        return self._views[block][start : start + count]
+
+    def document_at(self, token: int) -> tuple[int, int, int]:
+        """Number, first token and end of the document that holds `token`."""
+        document = int(self.document_starts.searchsorted(token, "right")) - 1
+        bounds = [*self.document_starts[document : document + 2].tolist(), self.size]
+        return document, bounds[0], bounds[1]
 
     def _verify(self, block: int) -> None:
         start, end = self._index.extents[block : block + 2]

@@ -1,5 +1,6 @@
 """What is in a prepared corpus."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
+from triplane.data.plan import Plan
 from triplane.data.tokenizer import Tokenizer
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
@@ -51,3 +53,22 @@ def _describe_split(corpus: Corpus, tokenizer: Tokenizer, show_documents: int) -
         tokens, starts = corpus.read(0, int(ends[-1]))
         description["first_documents"] = [tokenizer.decode(part.tolist()) for part in np.split(tokens, starts)]
     return description
+
+
+def describe_batch(
+    plan: Plan, names: Sequence[str], corpora: Sequence[Corpus], tokenizer: Tokenizer, positions: Sequence[int]
+) -> Iterator[str]:
+    """Lines on each of `positions`: the documents that it holds, where they are stored, and their text."""
+    for position in positions:
+        chunk = plan.chunk(position)
+        offset = position - chunk.start
+        source, pieces = chunk.sources[offset], chunk.pieces[offset]
+        padding = chunk.seq_len - sum(count for _, count in pieces)
+        yield f"== sequence {position:,}: {names[source]}" + (f", {padding:,} of padding" if padding else "")
+        for start, count in pieces:
+            # One token more is read than is predicted from: the last one is only a target.
+            for part in corpora[source].parts(start, count + 1):
+                length = part.stop - part.start
+                yield f"-- {part.shard}, document {part.document:,}, tokens {part.start:,} to {part.stop:,}"
+                yield tokenizer.decode(corpora[source].view(start, length).tolist())
+                start += length

@@ -16,6 +16,7 @@ def check(config: RunConfig, ranks: int | None) -> list[str]:
         *_check_split(config),
         *_check_batch(config, dp),
         *_check_schedule(config),
+        *config.data.problems(config.training.global_batch_size),
     ]
 
 
@@ -34,7 +35,7 @@ def grad_accum_steps(config: RunConfig, dp: int) -> int:
 
 
 def tokens_per_step(config: RunConfig) -> int:
-    """Tokens in one update, over all ranks."""
+    """Tokens in one update, over all ranks, until a phase of the data changes the length."""
     return config.training.global_batch_size * config.data.seq_len
 
 

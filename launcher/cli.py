@@ -3,9 +3,10 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.data.errors import DataError
@@ -20,6 +21,24 @@ USER_ERRORS = (CheckpointError, ConfigError, DataError, LaunchError, LayoutError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
 app.add_typer(tokenizer_app, name="tokenizer")
+
+
+class _PathOrCommand(TyperGroup):
+    """`inspect PATH` is `inspect path PATH`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["path", *args]
+        return super().parse_args(ctx, args)
+
+
+inspect_app = typer.Typer(
+    cls=_PathOrCommand,
+    no_args_is_help=True,
+    subcommand_metavar="PATH | data CONFIG --at STEP",
+    help="Show what is in a corpus, a run folder or a checkpoint, or in a batch (a folder named data is ./data).",
+)
+app.add_typer(inspect_app, name="inspect")
 
 Inputs = Annotated[
     list[str],
@@ -67,6 +86,9 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.", show_default=False),
     ] = None,
+    allow_data_change: Annotated[
+        bool, typer.Option(help="Go on with a corpus that is not what the run read; recorded in history.jsonl.")
+    ] = False,
 ) -> None:
     """Train, or go on with the run that the config's run folder holds.
 
@@ -74,7 +96,7 @@ def train(
     """
     from triplane.launcher.train import train
 
-    raise typer.Exit(train(config, overrides or []))
+    raise typer.Exit(train(config, overrides or [], allow_data_change))
 
 
 @app.command()
@@ -115,7 +137,7 @@ def export(
     export(run, out, dtype)
 
 
-@app.command()
+@inspect_app.command("path", hidden=True)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A corpus, a run folder or a checkpoint.")],
     documents: Annotated[int, typer.Option(help="Corpus: show this many first documents.")] = 0,
@@ -125,6 +147,20 @@ def inspect(
     from triplane.launcher.inspect_command import inspect
 
     inspect(path, documents, verify)
+
+
+@inspect_app.command("data")
+def inspect_data(
+    config: Annotated[Path, typer.Argument(help="A run's TOML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.")
+    ] = None,
+    at: Annotated[int, typer.Option(help="The step, counted from 1.", min=1)] = 1,
+) -> None:
+    """Show every document that the global batch of a step holds, decoded."""
+    from triplane.launcher.inspect_command import inspect_data
+
+    inspect_data(config, overrides or [], at)
 
 
 def main() -> None:

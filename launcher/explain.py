@@ -28,8 +28,10 @@ def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[
     """
     key: list[str] = []
     table, below = schema, schema
-    for name in map(str, loc):
-        key.append(name)
+    for name in loc:
+        key.append(str(name))
+        if isinstance(name, int):  # the number of a table in a list
+            continue
         table, subtable = below, _subtable(below, name)
         if subtable is None:
             break

@@ -4,7 +4,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from triplane.data.inspect import describe_batch
+from triplane.data.opening import open_sources, training_plan
+from triplane.launcher.checks import check
+from triplane.launcher.config import load_config
 from triplane.launcher.corpus_commands import show_corpus
+from triplane.launcher.errors import ConfigError
 
 
 def inspect(path: Path, documents: int, verify: bool) -> None:
@@ -16,3 +21,24 @@ def inspect(path: Path, documents: int, verify: bool) -> None:
     from triplane.launcher.model_commands import show_checkpoint  # imports torch
 
     show_checkpoint(console, path, verify)
+
+
+def inspect_data(path: Path, overrides: list[str], step: int) -> None:
+    """Prints what a run with this config, begun with it, reads in `step`."""
+    config = load_config(path, overrides)
+    if problems := check(config, None):
+        raise ConfigError("\n".join(problems))
+    sources = open_sources(config.data)
+    plan = training_plan(config.data, sources.train, config.seed, Path(config.run_dir))
+    size = config.training.global_batch_size
+    first = (step - 1) * size
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"step {step:,}: sequences {first:,} to {first + size:,} of {config.data.seq_len_at(first):,} tokens, seed "
+        f"{config.seed}"
+    )
+    for source, digest, epochs in zip(config.data.sources, sources.digests, plan.epochs(first)):
+        console.print(f"{source.corpus} ({digest[:12]}): {epochs:.4f} epochs before this step", markup=False)
+    names = [source.corpus for source in config.data.sources]
+    for line in describe_batch(plan, names, sources.train, sources.tokenizer, range(first, first + size)):
+        console.print(line, markup=False)

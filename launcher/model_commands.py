@@ -12,9 +12,8 @@ from triplane.checkpoint.manifest import MANIFEST, latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.baseline import unigram_loss
-from triplane.data.corpus import Corpus
-from triplane.data.folder import tokenizer_model
 from triplane.data.loader import SequenceDataset
+from triplane.data.opening import open_sources, tokenizer_path, validation_plan
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
 from triplane.launcher.preflight import CHECKPOINTS, config_of
@@ -47,9 +46,7 @@ class TrainedModel:
 
     @property
     def tokenizer_model(self) -> Path:
-        data = self.config.data
-        train = Corpus.of(data, "train")
-        return tokenizer_model(data.corpus, train.tokenizer_digest, train.cache)
+        return tokenizer_path(self.config.data)
 
     def load(self) -> tuple[Transformer, torch.device]:
         """The whole model, fp32, on a GPU if there is one."""
@@ -61,12 +58,13 @@ def evaluate(run: Path, sequences: int | None) -> None:
     """Prints the validation loss, and what a unigram model has."""
     trained = TrainedModel.open(run)
     data = trained.config.data
-    train, validation = (Corpus.of(data, split) for split in ("train", "validation"))
-    dataset = SequenceDataset(validation, None, data.seq_len, data.document_mask)
+    sources = open_sources(data)
+    plan = validation_plan(data, sources.validation)
+    dataset = SequenceDataset(sources.validation, plan, data.document_mask)
     model, device = trained.load()
     feed = Feed(trained.config.training.micro_batch_size, 0, Axis(), device)
     loss = validation_loss(evaluate_model(model), feed, dataset, sequences or len(dataset))
-    unigram = unigram_loss(train, validation)
+    unigram = unigram_loss(sources.train, sources.validation)
     _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats a token")
     _print(f"a unigram model of the same training data: {unigram:.4f}")
 
@@ -91,7 +89,10 @@ def export(run: Path, out: Path, dtype: str) -> None:
         "run": trained.config.run_dir,
         "step": f"{state['step']:,}",
         "tokens seen": f"{state['tokens_seen']:,}",
-        "corpus": f"{trained.config.data.corpus} ({state['run']['corpus_digest']})",
+        "corpora": ", ".join(
+            f"{source.corpus} ({digest})"
+            for source, digest in zip(trained.config.data.sources, state["run"]["corpus_digests"])
+        ),
         "seed": str(trained.config.seed),
     }
     weights = CheckpointWeights(trained.checkpoint)

@@ -5,66 +5,75 @@ from typing import Any
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.manifest import latest, read_manifest
-from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
-from triplane.data.folder import tokenizer_model
-from triplane.data.tokenizer import Tokenizer
+from triplane.data.opening import Sources
 from triplane.launcher.config import RunConfig
+from triplane.launcher.data_change import DataChange, data_change
 
 CHECKPOINTS = "checkpoints"
-_FIXED = ("seed", "model", "data.seq_len", "data.document_mask", "data.shuffle_window")
+_FIXED = (
+    "seed",
+    "model",
+    "data.seq_len",
+    "data.document_mask",
+    "data.shuffle_window",
+    "data.packing",
+    "data.lanes",
+)
 """Keys that a run may not change when it is resumed: they define the weights' shapes and the order of the data."""
 
 
-def check_data(config: RunConfig) -> list[str]:
-    """A corpus that is absent, damaged, or made with a tokenizer that does not fit the model."""
-    folder = config.data.corpus
-    try:
-        corpora = [Corpus.of(config.data, split) for split in ("train", "validation")]
-        tokenizer = Tokenizer(tokenizer_model(folder, corpora[0].tokenizer_digest, corpora[0].cache))
-    except DataError as error:
-        return [str(error)]
-    problems = [
-        f"{folder}: tokenized with {corpus.tokenizer_digest[:12]}, but its tokenizer.model is {tokenizer.digest[:12]}; "
-        f"prepare the corpus again"
-        for corpus in corpora
-        if corpus.tokenizer_digest != tokenizer.digest
-    ]
+def check_data(config: RunConfig, sources: Sources) -> list[str]:
+    """A tokenizer that does not fit the model."""
+    problems: list[str] = []
+    tokenizer = sources.tokenizer
     if tokenizer.vocab_size != config.model.vocab_size:
         problems.append(
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {folder} has {tokenizer.vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size}"
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {config.data.sources[0].corpus} has "
+            f"{tokenizer.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
         )
     return problems
 
 
-def check_run_dir(config: RunConfig, record: dict[str, Any]) -> list[str]:
-    """A run folder whose newest checkpoint belongs to another run."""
+def check_run_dir(config: RunConfig, record: dict[str, Any], allow_data_change: bool) -> list[str]:
+    """A run folder whose newest checkpoint belongs to another run, or read other data."""
     newest = latest(Path(config.run_dir) / CHECKPOINTS)
     if newest is None:
         return []
     try:
-        saved = read_manifest(newest).state["run"]
+        state = read_manifest(newest).state
     except CheckpointError as error:
         return [str(error)]
-    theirs, ours = _flatten(saved), _flatten(record)
+    theirs, ours = _flatten(state["run"]), _flatten(record)
     keys = sorted(theirs.keys() | ours.keys())
-    differing = [key for key in keys if key.startswith(("corpus_digest", *_FIXED)) and theirs.get(key) != ours.get(key)]
-    return [
+    differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]
+    problems = [
         f"{newest} belongs to another run: {key} is {theirs.get(key)} there and {ours.get(key)} here; "
         f"set another run_dir, or delete {config.run_dir} to start afresh"
         for key in differing
     ]
+    change = change_since(state, record)
+    problems += [f"{newest}: {line}" for line in change.refused]
+    if not allow_data_change:
+        problems += [
+            f"{newest}: {line}; restore the corpus, or go on with the new one by --allow-data-change"
+            for line in change.replaced
+        ]
+    return problems
 
 
-def run_record(config: RunConfig) -> dict[str, Any]:
+def change_since(state: dict[str, Any], record: dict[str, Any]) -> DataChange:
+    """How the data differs from that of the checkpoint with this state."""
+    return data_change(state["run"], record, state["consumed_sequences"])
+
+
+def run_record(config: RunConfig, sources: Sources) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it."""
-    return {**config.model_dump(mode="json"), "corpus_digest": Corpus.of(config.data, "train").digest}
+    return {**config.model_dump(mode="json"), "corpus_digests": sources.digests}
 
 
 def config_of(record: dict[str, Any]) -> RunConfig:
     """The config in a `run_record`."""
-    return RunConfig.model_validate({key: value for key, value in record.items() if key != "corpus_digest"})
+    return RunConfig.model_validate({key: value for key, value in record.items() if key != "corpus_digests"})
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,19 +12,17 @@ import torch.distributed as dist
 from triplane.checkpoint.manifest import latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore, on_rank_0
-from triplane.data.corpus import Corpus
-from triplane.data.folder import tokenizer_model
-from triplane.data.loader import SequenceDataset, count_sequences
-from triplane.data.order import Order
-from triplane.data.tokenizer import Tokenizer
+from triplane.data.loader import SequenceDataset
+from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
-from triplane.launcher.preflight import CHECKPOINTS, run_record
+from triplane.launcher.preflight import CHECKPOINTS, change_since, run_record
 from triplane.launcher.ranks import Rank
 from triplane.launcher.toml import to_toml
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
 from triplane.training.hardware import faster_precision, peak_flops_per_s
+from triplane.training.history import record_event
 from triplane.training.loop import Corpora, Settings, Trainer
 from triplane.training.optimizer import adamw
 from triplane.training.report import Report
@@ -58,15 +56,20 @@ def train_on(mesh: Mesh, config: RunConfig) -> None:
         partial(adamw, config.optimizer),
     )
     state = _restore(engine, checkpoint, config.seed)
+    sources = open_sources(config.data)
+    record = run_record(config, sources)
+    corpora = _corpora(config, sources)
+    if checkpoint is not None:
+        on_rank_0(lambda: _record_change(config, checkpoint, record))
     report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
     _announce(report, config, checkpoint, mesh)
     trainer = Trainer(
         engine,
-        _corpora(config),
+        corpora,
         Feed(config.training.micro_batch_size, config.data.num_workers, mesh.dp, mesh.device),
         Settings(config.training, config.optimizer, config.schedule, config.checkpoint.every_steps, peak),
         CheckpointStore(Path(config.run_dir) / CHECKPOINTS, config.checkpoint),
-        run_record(config),
+        record,
         report,
     )
     trainer.run(state)
@@ -120,16 +123,24 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None, seed: int) -> State:
     return State(saved["step"], saved["consumed_sequences"], saved["tokens_seen"])
 
 
-def _corpora(config: RunConfig) -> Corpora:
-    data = config.data
-    train, validation = Corpus.of(data, "train"), Corpus.of(data, "validation")
-    order = Order(count_sequences(train.tokens, data.seq_len), config.seed, data.shuffle_window)
+def _corpora(config: RunConfig, sources: Sources) -> Corpora:
+    data, run_dir = config.data, Path(config.run_dir)
+    # One rank writes the plans of packing before the others read them.
+    on_rank_0(lambda: training_plan(data, sources.train, config.seed, run_dir))
+    plan = training_plan(data, sources.train, config.seed, run_dir)
     return Corpora(
-        SequenceDataset(train, order, data.seq_len, data.document_mask),
-        SequenceDataset(validation, None, data.seq_len, data.document_mask),
-        Tokenizer(tokenizer_model(data.corpus, train.tokenizer_digest, train.cache)),
-        data.seq_len,
+        SequenceDataset(sources.train, plan, data.document_mask),
+        SequenceDataset(sources.validation, validation_plan(data, sources.validation), data.document_mask),
+        sources.tokenizer,
+        data.seq_len_at,
     )
+
+
+def _record_change(config: RunConfig, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
+    change = change_since(checkpoint.state, record)
+    for event, lines in (("data replaced", change.replaced), ("data appended", change.appended)):
+        if lines:
+            record_event(Path(config.run_dir), event, checkpoint.state["step"], changes=lines)
 
 
 def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:

@@ -12,8 +12,10 @@ def to_toml(config: BaseModel) -> str:
 
 
 def format_value(value: object) -> str:
-    """A scalar as TOML writes it."""
-    assert isinstance(value, str | int | float), f"{type(value)} is no TOML scalar of ours"
+    """A scalar, or a list of them, as TOML writes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(format_value, value))}]"
+    assert isinstance(value, str | int | float), f"{type(value)} is no TOML value of ours"
     if isinstance(value, float):
         return repr(value)
     # JSON's strings, integers and booleans are TOML's too, but for the delete character.
@@ -21,8 +23,16 @@ def format_value(value: object) -> str:
 
 
 def _lines(table: Mapping[str, object], prefix: str) -> list[str]:
-    lines = [f"{key} = {format_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
-    for key, value in table.items():
+    below = {key: value for key, value in table.items() if isinstance(value, Mapping) or _is_tables(value)}
+    lines = [f"{key} = {format_value(value)}" for key, value in table.items() if key not in below]
+    for key, value in below.items():
         if isinstance(value, Mapping):
             lines += ["", f"[{prefix}{key}]", *_lines(value, f"{prefix}{key}.")]
+        elif isinstance(value, list):
+            for entry in value:
+                lines += ["", f"[[{prefix}{key}]]", *_lines(entry, f"{prefix}{key}.")]
     return lines
+
+
+def _is_tables(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)

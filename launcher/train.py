@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from triplane.data.errors import DataError
+from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
@@ -10,14 +12,15 @@ from triplane.launcher.preflight import check_data, check_run_dir, run_record
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous, start_local_ranks
 
 
-def train(path: Path, overrides: list[str]) -> int:
+def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
     """Trains what the config says; returns the exit code."""
     config = load_config(path, overrides)
     rank = current_rank(os.environ)
     ranks = _local_ranks(config) if rank is None else rank.world_size
-    _check(config, ranks)
+    _check(config, ranks, allow_data_change)
     if rank is None and ranks > 1:
-        return start_local_ranks(ranks, ["train", str(path), *overrides], Path(config.run_dir) / "logs")
+        flags = ["--allow-data-change"] if allow_data_change else []
+        return start_local_ranks(ranks, ["train", str(path), *overrides, *flags], Path(config.run_dir) / "logs")
     if rank is not None and "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
     from triplane.launcher.cli import leave
@@ -28,12 +31,15 @@ def train(path: Path, overrides: list[str]) -> int:
     return 0
 
 
-def _check(config: RunConfig, ranks: int) -> None:
+def _check(config: RunConfig, ranks: int, allow_data_change: bool) -> None:
     problems = check(config, ranks)
-    data_problems = check_data(config)
-    problems += data_problems
-    if not data_problems:
-        problems += check_run_dir(config, run_record(config))
+    try:
+        sources = open_sources(config.data)
+    except DataError as error:
+        problems += str(error).splitlines()
+    else:
+        problems += check_data(config, sources)
+        problems += check_run_dir(config, run_record(config, sources), allow_data_change)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -4,7 +4,7 @@ Shape suffixes in this package: T tokens (batch x sequence), D dim, F hidden_dim
 G key/value heads, K head_dim, V vocabulary, B sequences, S tokens in a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +47,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy is asynchronous where the source is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = (self.tokens_T, self.targets_T, self.positions_T, self.bounds_int32)
-        tokens_T, targets_T, positions_T, bounds_int32 = (x.to(device, non_blocking=True) for x in tensors)
+        tokens_T, targets_T, positions_T, bounds_int32 = map(function, tensors)
         return replace(self, tokens_T=tokens_T, targets_T=targets_T, positions_T=positions_T, bounds_int32=bounds_int32)

@@ -19,7 +19,7 @@ def small_run(prepared: Prepared, run_dir: Path, **changes: dict) -> RunConfig:
             "head_dim": 8,
             "hidden_dim": 64,
         },
-        "data": {"corpus": str(prepared.folder), "seq_len": 32},
+        "data": {"sources": [{"corpus": str(prepared.folder)}], "seq_len": 32},
         "parallel": {"dp": 1},
         "optimizer": {"lr": 1e-2},
         "schedule": {"warmup_steps": 2},

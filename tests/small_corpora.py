@@ -12,7 +12,7 @@ from triplane.data.tokenizer import Tokenizer, train_tokenizer
 _ODD_WORDS = ["<s>", "</s>", "2026", "x=1", "Straße", "東京", "🙂", "\u2581", "\t", "\r\n", "\n\n", "", "e\u0301"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prepared:
     """A corpus on the disk and what it was made of."""
 

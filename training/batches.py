@@ -40,5 +40,6 @@ class Feed:
 
 
 def to_batch(micro_batch: MicroBatch, device: torch.device) -> Batch:
-    """Adds the positions within documents, and copies to the device."""
-    return Batch.build(micro_batch.tokens_T, micro_batch.targets_T, micro_batch.bounds).to(device)
+    """Adds the positions within documents, and copies to the device, on a GPU without waiting for the copy."""
+    batch = Batch.build(micro_batch.tokens_T, micro_batch.targets_T, micro_batch.bounds)
+    return (batch.pinned() if device.type == "cuda" else batch).to(device)

@@ -15,7 +15,7 @@ Evaluate = Callable[[list[Batch]], StepLoss]
 
 
 def validation_loss(evaluate: Evaluate, feed: Feed, validation: SequenceDataset, sequences: int) -> float:
-    """Mean over tokens, nats, of the first `sequences` of the corpus, or of all if it has fewer."""
+    """Mean over tokens, nats, of the first `sequences` of the plan, or of all if it has fewer."""
     product = feed.dp.size * feed.micro_batch_size
     # Rounded up to whole micro-batches of all ranks: past the corpus come sequences without targets.
     steps = -(-min(sequences, len(validation)) // product)

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ class Corpora:
     train: SequenceDataset
     validation: SequenceDataset
     tokenizer: Tokenizer
-    seq_len: int
+    seq_len_at: Callable[[int], int]
+    """Tokens in the training sequence at a position."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Trainer:
         self.run_record = run_record
         self.report = report
         self.watch = Stopwatch(engine.mesh.device)
-        self.tokens_per_step = settings.training.global_batch_size * corpora.seq_len
-        self.warmup_steps = warmup_steps(settings.schedule, self.tokens_per_step)
+        first_step_tokens = settings.training.global_batch_size * corpora.seq_len_at(0)
+        self.warmup_steps = warmup_steps(settings.schedule, first_step_tokens)
 
     def run(self, state: State) -> State:
         """Trains until `steps`, or `stop_at_step`; the state then is on disk."""
@@ -95,9 +97,10 @@ class Trainer:
                     self.settings.schedule, self.settings.optimizer.lr, step, training.steps, self.warmup_steps
                 )
                 norm = self.engine.step(rate)
-            state = state.after(training.global_batch_size, self.tokens_per_step)
+            seq_len = self.corpora.seq_len_at(state.consumed_sequences)
+            state = state.after(training.global_batch_size, training.global_batch_size * seq_len)
             if log:
-                self._log(state, state.step - logged.step, loss, norm, rate)
+                self._log(state, logged, loss, norm, rate)
                 logged = state
             if self._due(step, training.eval_every_steps):
                 self._validate(state)
@@ -119,9 +122,10 @@ class Trainer:
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.settings.training.steps
 
-    def _log(self, state: State, steps: int, loss: StepLoss, norm: Tensor, rate: float) -> None:
+    def _log(self, state: State, logged: State, loss: StepLoss, norm: Tensor, rate: float) -> None:
         _check_finite(state.step, loss, norm)
         seconds = self.watch.take()
+        steps = state.step - logged.step
         checkpoint_s = seconds.pop("checkpoint_time_s", 0.0)
         names = [*seconds, "checkpoint_time_s", "memory_gib"]
         mine = [*(total / steps for total in seconds.values()), checkpoint_s, peak_memory_gib(self.feed.device)]
@@ -130,9 +134,9 @@ class Trainer:
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         values = dict(zip(names, slowest.tolist()))
         step_s = sum(values[name] for name in seconds)
-        tokens_per_s = self.tokens_per_step / step_s
+        tokens_per_s = (state.tokens_seen - logged.tokens_seen) / steps / step_s
         ranks = dist.get_world_size()
-        flops = flops_per_token(self.engine.config, self.corpora.seq_len)
+        flops = flops_per_token(self.engine.config, self.corpora.seq_len_at(logged.consumed_sequences))
         cross_entropy = float(loss.cross_entropy)
         self.report.metrics(
             state.step,

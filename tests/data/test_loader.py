@@ -2,34 +2,61 @@
 
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
 from small_corpora import Prepared
 
 from triplane.data.baseline import unigram_loss
+from triplane.data.config import DataConfig
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
-from triplane.data.loader import (
-    IGNORED_TARGET,
-    MicroBatch,
-    Sequence,
-    SequenceDataset,
-    batches,
-    collate,
-    count_sequences,
-)
-from triplane.data.order import Order
+from triplane.data.loader import IGNORED_TARGET, MicroBatch, SequenceDataset, batches
+from triplane.data.opening import training_plan, validation_plan
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.mesh import Mesh
 
 _SEQ_LEN = 64
 _GLOBAL_BATCH = 24
 
 
-def _dataset(corpus: Corpus, shuffled: bool = True, document_mask: bool = True) -> SequenceDataset:
-    order = Order(count_sequences(corpus.tokens, _SEQ_LEN), seed=5, window=100) if shuffled else None
-    return SequenceDataset(corpus, order, _SEQ_LEN, document_mask)
+def _config(**changes: object) -> DataConfig:
+    values = {"sources": [{"corpus": "a"}], "seq_len": _SEQ_LEN, "shuffle_window": 64, **changes}
+    config = DataConfig.model_validate(values)
+    assert not list(config.problems(_GLOBAL_BATCH))
+    return config
+
+
+def _dataset(*corpora: Corpus, run_dir: Path = Path(), **changes: object) -> SequenceDataset:
+    config = _config(**changes)
+    return SequenceDataset(corpora, training_plan(config, corpora, 5, run_dir), config.document_mask)
+
+
+def _stored(*corpora: Corpus, **changes: object) -> SequenceDataset:
+    config = _config(**changes)
+    return SequenceDataset(corpora, validation_plan(config, corpora), config.document_mask)
+
+
+def _mixed(prepared: Prepared, run_dir: Path = Path(), **changes: object) -> SequenceDataset:
+    """Two sources; the second one joins later. The length changes twice when they are concatenated."""
+    lengths = (None, None) if "packing" in changes else (256, 32)
+    return _dataset(
+        prepared.train,
+        prepared.validation,
+        run_dir=run_dir,
+        sources=[{"corpus": "a"}, {"corpus": "b", "weight": 0}],
+        phases=[
+            {"from_sequence": 4 * _GLOBAL_BATCH, "weights": [0.7, 0.3], "seq_len": lengths[0]},
+            {"from_sequence": 12 * _GLOBAL_BATCH, "weights": [1, 3], "seq_len": lengths[1]},
+        ],
+        **changes,
+    )
 
 
 def _steps(
@@ -51,16 +78,41 @@ def _steps(
         )
         for rank in range(dp_size)
     ]
-    a_step = _GLOBAL_BATCH // dp_size // micro
+    return _join_ranks(ranks, steps, micro)
+
+
+def _join_ranks(ranks: list[list[MicroBatch]], steps: int, micro: int) -> list[MicroBatch]:
+    a_step = _GLOBAL_BATCH // len(ranks) // micro
     assert all(len(rank) == steps * a_step for rank in ranks)
+    joined = []
+    for step in range(steps):
+        by_rank = [
+            [one for batch in rank[step * a_step : (step + 1) * a_step] for one in _split(batch, micro)]
+            for rank in ranks
+        ]
+        joined.append(_join([sequence for turn in zip(*by_rank) for sequence in turn]))
+    return joined
+
+
+def _split(batch: MicroBatch, sequences: int) -> list[MicroBatch]:
+    size = len(batch.tokens_T) // sequences
     return [
-        _join([batch for rank in ranks for batch in rank[step * a_step : (step + 1) * a_step]]) for step in range(steps)
+        MicroBatch(
+            batch.tokens_T[i * size : (i + 1) * size],
+            batch.targets_T[i * size : (i + 1) * size],
+            tuple(b - i * size for b in batch.bounds if i * size <= b <= (i + 1) * size),
+        )
+        for i in range(sequences)
     ]
 
 
 def _join(parts: list[MicroBatch]) -> MicroBatch:
-    as_sequences = [Sequence(part.tokens_T.numpy(), part.targets_T.numpy(), part.bounds) for part in parts]
-    return collate(as_sequences)
+    bounds = [0]
+    for part in parts:
+        shift = bounds[-1]
+        bounds += [shift + bound for bound in part.bounds[1:]]
+    tokens_T, targets_T = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens_T", "targets_T"))
+    return MicroBatch(tokens_T, targets_T, tuple(bounds))
 
 
 def _assert_equal(some: list[MicroBatch], others: list[MicroBatch]) -> None:
@@ -74,10 +126,11 @@ def test_a_sequence_by_hand(prepared: Prepared, document_mask: bool) -> None:
     corpus = prepared.train
     stored, starts = corpus.read(0, corpus.tokens)
     starts_of_documents = {0, *starts.tolist()}
-    dataset = _dataset(corpus, shuffled=False, document_mask=document_mask)
+    dataset = _stored(corpus, document_mask=document_mask)
     for i in range(len(dataset)):
-        tokens, targets, bounds = dataset[i]
-        assert tokens.dtype == targets.dtype == np.int64 and tokens.shape == targets.shape == (_SEQ_LEN,)
+        batch = dataset[[i]]
+        tokens, targets = batch.tokens_T, batch.targets_T
+        assert tokens.dtype == targets.dtype == torch.int64 and tokens.shape == targets.shape == (_SEQ_LEN,)
         inner = []
         for j in range(_SEQ_LEN):
             at = i * _SEQ_LEN + j
@@ -90,52 +143,116 @@ def test_a_sequence_by_hand(prepared: Prepared, document_mask: bool) -> None:
             if document_mask and j > 0 and at in starts_of_documents:
                 inner.append(j)
         padding = len(stored) - 1 - i * _SEQ_LEN
-        if document_mask and padding < _SEQ_LEN:
+        if padding < _SEQ_LEN:
             inner.append(padding)
-        assert bounds == (0, *inner, _SEQ_LEN)
+        assert batch.bounds == (0, *inner, _SEQ_LEN)
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 10**6])
 def test_each_token_but_the_first_is_a_target_once(prepared: Prepared, seq_len: int) -> None:
     corpus = prepared.validation
-    dataset = SequenceDataset(corpus, None, seq_len, document_mask=False)
-    targets = np.concatenate([dataset[i].targets for i in range(len(dataset))])
+    dataset = _stored(corpus, seq_len=seq_len, document_mask=False)
+    targets = torch.cat([dataset[[i]].targets_T for i in range(len(dataset))])
     assert targets[targets != IGNORED_TARGET].tolist() == corpus.read(0, corpus.tokens)[0][1:].tolist()
 
 
 def test_an_epoch_is_each_sequence_once_in_another_order(prepared: Prepared) -> None:
-    shuffled, stored = _dataset(prepared.train), _dataset(prepared.train, shuffled=False)
+    shuffled, stored = _dataset(prepared.train), _stored(prepared.train)
     n = len(stored)
-    every = [stored[i].tokens.tobytes() for i in range(n)]
-    epochs = [[shuffled[p].tokens.tobytes() for p in range(e * n, (e + 1) * n)] for e in (0, 1)]
+    every = [stored[[i]].tokens_T.numpy().tobytes() for i in range(n)]
+    epochs = [[shuffled[[p]].tokens_T.numpy().tobytes() for p in range(e * n, (e + 1) * n)] for e in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(every)
     assert len({tuple(epochs[0]), tuple(epochs[1]), tuple(every)}) == 3
 
 
 def test_past_the_end_of_stored_order_nothing_is_counted(prepared: Prepared) -> None:
-    dataset = _dataset(prepared.validation, shuffled=False)
-    tokens, targets, bounds = dataset[len(dataset) + 3]
-    assert not tokens.any() and (targets == IGNORED_TARGET).all() and bounds == (0, _SEQ_LEN)
+    dataset = _stored(prepared.validation)
+    batch = dataset[[len(dataset) + 3]]
+    assert not batch.tokens_T.any() and (batch.targets_T == IGNORED_TARGET).all() and batch.bounds == (0, _SEQ_LEN)
 
 
-def test_ranks_workers_and_resumption_change_nothing(prepared: Prepared) -> None:
-    dataset = _dataset(prepared.train)
-    steps = 2 * len(dataset) // _GLOBAL_BATCH  # into the second epoch
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_ranks_workers_and_resumption_change_nothing(prepared: Prepared, tmp_path: Path, packing: str) -> None:
+    changes = {} if packing == "concatenate" else {"packing": packing}
+    dataset = _mixed(prepared, tmp_path, **changes)
+    steps = 20
     whole = _steps(dataset, consumed=0, steps=steps)
     parts = [
         _steps(dataset, 0, steps=4, micro=3, dp_size=4, num_workers=2),
         _steps(dataset, 4 * _GLOBAL_BATCH, steps=5, micro=2, dp_size=3, num_workers=1),
-        _steps(_dataset(prepared.train), 9 * _GLOBAL_BATCH, steps=steps - 9, micro=3, dp_size=8, num_workers=0),
+        _steps(_mixed(prepared, tmp_path, **changes), 9 * _GLOBAL_BATCH, steps=11, micro=3, dp_size=8),
     ]
     _assert_equal([step for part in parts for step in part], whole)
     assert len({step.tokens_T.numpy().tobytes() for step in whole}) == steps
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_interruptions_and_layouts_change_nothing(prepared: Prepared, data: st.DataObject) -> None:
+    steps, done = 16, 0
+    dataset = _mixed(prepared)
+    whole = _steps(dataset, 0, steps=steps)
+    found: list[MicroBatch] = []
+    while done < steps:
+        more = data.draw(st.integers(1, steps - done))
+        micro, dp_size = data.draw(st.sampled_from([(1, 1), (3, 2), (2, 3), (1, 4), (3, 8)]))
+        found += _steps(_mixed(prepared), done * _GLOBAL_BATCH, more, micro, dp_size)
+        done += more
+    _assert_equal(found, whole)
+
+
+def _read_on_a_rank(mesh: Mesh, dataset: SequenceDataset, consumed: int, steps: int, workers: int) -> list[MicroBatch]:
+    return list(
+        batches(
+            dataset,
+            consumed_sequences=consumed,
+            steps=steps,
+            global_batch_size=_GLOBAL_BATCH,
+            micro_batch_size=1,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+            num_workers=workers,
+        )
+    )
+
+
+def test_real_ranks_4_then_3_then_8_read_what_one_reads(prepared: Prepared) -> None:
+    dataset = _mixed(prepared)
+    found: list[MicroBatch] = []
+    for done, steps, dp_size, workers in ((0, 5, 4, 1), (5, 4, 3, 0), (9, 6, 8, 0)):
+        layout = ParallelConfig(dp=dp_size)
+        ranks = run_ranks(layout, dp_size, _read_on_a_rank, dataset, done * _GLOBAL_BATCH, steps, workers)
+        found += _join_ranks(ranks, steps, micro=1)
+    _assert_equal(found, _steps(dataset, 0, steps=15))
+
+
+def test_tensor_peers_read_the_same(prepared: Prepared) -> None:
+    ranks = run_ranks(ParallelConfig(dp=2, tp=2), 4, _read_on_a_rank, _mixed(prepared), 0, 2, 0)
+    _assert_equal(ranks[0], ranks[1])
+    _assert_equal(ranks[2], ranks[3])
+    assert not torch.equal(ranks[0][0].tokens_T, ranks[2][0].tokens_T)
+
+
+def test_packed_sequences_hold_whole_documents(prepared: Prepared, tmp_path: Path) -> None:
+    corpus = prepared.train
+    dataset = _dataset(corpus, run_dir=tmp_path, seq_len=512, packing="best_fit")
+    tokens, starts = corpus.read(0, corpus.tokens)
+    documents = sorted(part.tolist() for part in np.split(tokens, starts))
+    assert max(map(len, documents)) <= 513
+    found = []
+    for position in range(len(dataset)):
+        batch = dataset[[position]]
+        for start, stop in pairwise(batch.bounds):
+            if batch.targets_T[start] != IGNORED_TARGET:
+                found.append([*batch.tokens_T[start:stop].tolist(), int(batch.targets_T[stop - 1])])
+    assert sorted(found) == documents
 
 
 def test_a_step_is_the_positions_of_that_step(prepared: Prepared) -> None:
     dataset = _dataset(prepared.train)
     far = 10**12
     (step,) = _steps(dataset, consumed=far, steps=1, micro=4, dp_size=2)
-    _assert_equal([step], [collate([dataset[far + i] for i in range(_GLOBAL_BATCH)])])
+    _assert_equal([step], [dataset[range(far, far + _GLOBAL_BATCH)]])
 
 
 def test_the_environment_of_a_rank_changes_nothing(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,16 +268,9 @@ def test_loading_leaves_the_global_generator_alone(prepared: Prepared) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_collate_keeps_sequences_apart(prepared: Prepared) -> None:
+def test_a_batch_is_its_sequences_end_to_end(prepared: Prepared) -> None:
     dataset = _dataset(prepared.train)
-    sequences = [dataset[i] for i in range(3)]
-    batch = collate(sequences)
-    assert batch.tokens_T.dtype == torch.int64 and batch.tokens_T.shape == (3 * _SEQ_LEN,)
-    for i, sequence in enumerate(sequences):
-        part = slice(i * _SEQ_LEN, (i + 1) * _SEQ_LEN)
-        assert batch.tokens_T[part].tolist() == sequence.tokens.tolist()
-        assert batch.targets_T[part].tolist() == sequence.targets.tolist()
-        assert tuple(b - part.start for b in batch.bounds if part.start <= b <= part.stop) == sequence.bounds
+    _assert_equal([dataset[range(3, 9)]], [_join([dataset[[i]] for i in range(3, 9)])])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -182,4 +292,4 @@ def test_unigram_loss_by_hand(prepared: Prepared) -> None:
     total = sum(counts.values())
     targets = [t for t in prepared.validation.read(0, prepared.validation.tokens)[0].tolist() if t != 1]
     expected = -sum(math.log(counts[token] / total) for token in targets) / len(targets)
-    assert unigram_loss(prepared.train, prepared.validation) == pytest.approx(expected, rel=1e-12)
+    assert unigram_loss([prepared.train], [prepared.validation]) == pytest.approx(expected, rel=1e-12)

@@ -11,7 +11,7 @@ def config(**changes) -> RunConfig:
     shape = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 64}
     tables = {
         "model": {"vocab_size": 96, **shape},
-        "data": {"corpus": "c", "seq_len": 16},
+        "data": {"sources": [{"corpus": "c"}], "seq_len": 16},
         "parallel": {"tp": 2},
         "schedule": {"warmup_steps": 2},
         "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},

@@ -20,7 +20,7 @@ n_kv_heads = 2
 head_dim = 8
 hidden_dim = 64
 [data]
-corpus = "corpora/a"
+sources = [{ corpus = "corpora/a" }]
 seq_len = 16
 [training]
 steps = 10
@@ -58,7 +58,7 @@ def test_an_integer_serves_as_a_float(write):
 def test_overrides_are_toml_values_or_bare_strings(write):
     overrides = [
         "run_dir = runs/b",
-        'data.corpus="c=d"',
+        'data.sources=[{corpus="c=d"}]',
         "model.tie_embeddings=true",
         "optimizer.lr=1e-2",
         "parallel.dp=3",
@@ -68,14 +68,14 @@ def test_overrides_are_toml_values_or_bare_strings(write):
         "model.rope_scaling.factor=4.0",
     ]
     config = load_config(write(GOOD), overrides)
-    assert (config.run_dir, config.data.corpus, config.model.tie_embeddings) == ("runs/b", "c=d", True)
+    assert (config.run_dir, config.data.sources[0].corpus, config.model.tie_embeddings) == ("runs/b", "c=d", True)
     assert (config.optimizer.lr, config.parallel.dp, config.seed) == (0.01, 3, 2)
     assert config.model.rope_scaling is not None and config.model.rope_scaling.factor == 4.0
 
 
 def test_every_problem_is_named_at_once(write):
     text = GOOD.replace("dim = 32\n", 'dim = "32"\n').replace("n_layers = 4", "n_layers = true")
-    text = text.replace('corpus = "corpora/a"\n', "") + "n_headz = 3\nlr = 1\n[parallel]\ndp = 0\nzero = 3\n[rope]\n"
+    text = text.replace('corpus = "corpora/a"', "") + "n_headz = 3\nlr = 1\n[parallel]\ndp = 0\nzero = 3\n[rope]\n"
     assert problems(write(text), "model.n_headz=2", "model.vocab_size=many", "nonsense", "run_dir.x=1", "a..b=1") == [
         "override 'nonsense': give it as key.path=value, for example optimizer.lr=1e-3",
         "override 'a..b=1': give it as key.path=value, for example optimizer.lr=1e-3",
@@ -84,8 +84,8 @@ def test_every_problem_is_named_at_once(write):
         'a.toml: model.dim: "32" given; should be a valid integer',
         "a.toml: model.n_layers: true given; should be a valid integer",
         "override: model.n_headz: unknown key; did you mean n_heads?",
-        "a.toml: data.corpus: missing. What `triplane prepare` wrote, `train/`, `validation/` and `tokenizer.model`: "
-        "a folder, or its fsspec URL (`https://...`, `s3://...`, `gs://...`)",
+        "a.toml: data.sources.0.corpus: missing. Folder that `triplane prepare` wrote, or its fsspec URL (`https://...`, "
+        "`s3://...`, `gs://...`)",
         "a.toml: parallel.dp: 0 given; should be greater than 0 or 'auto'",
         "a.toml: parallel.zero: 3 given; should be 0 or 1",
         "a.toml: training.n_headz: unknown key; known here: steps, global_batch_size, micro_batch_size, precision, "

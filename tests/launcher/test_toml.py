@@ -41,7 +41,7 @@ def test_it_reads_like_a_config_by_hand():
                 "hidden_dim": 8,
             }
             | {"rope_scaling": {"kind": "linear", "factor": 2}},
-            "data": {"corpus": "c", "seq_len": 4},
+            "data": {"sources": [{"corpus": "c"}], "seq_len": 4},
             "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
         }
     )

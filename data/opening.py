@@ -1,0 +1,87 @@
+"""From a data config to its corpora, and to datasets that read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from triplane.data.cache import Cache
+from triplane.data.config import DataConfig
+from triplane.data.corpus import Corpus
+from triplane.data.cuts import Even
+from triplane.data.errors import DataError
+from triplane.data.folder import join, tokenizer_model
+from triplane.data.packing import packing
+from triplane.data.plan import Phase, StoredPlan, TrainingPlan
+from triplane.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The opened corpora of a config, in its order."""
+
+    train: list[Corpus]
+    validation: list[Corpus]
+    tokenizer: Tokenizer
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the training split of each source."""
+        return [corpus.digest for corpus in self.train]
+
+
+def open_sources(config: DataConfig) -> Sources:
+    """Raises DataError, a line for each source that is absent, damaged or made with another tokenizer."""
+    problems: list[str] = []
+    train: list[Corpus] = []
+    validation: list[Corpus] = []
+    tokenizers: list[Tokenizer] = []
+    cache = Cache.of(config)
+    for source in config.sources:
+        folder = source.corpus
+        try:
+            splits = [Corpus(join(folder, split), cache) for split in ("train", "validation")]
+            tokenizer = Tokenizer(tokenizer_model(folder, splits[0].tokenizer_digest, cache))
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        tokenizers.append(tokenizer)
+        for corpora, corpus in zip((train, validation), splits):
+            corpora.append(corpus)
+            if corpus.tokenizer_digest != tokenizer.digest:
+                problems.append(
+                    f"{folder}: tokenized with {corpus.tokenizer_digest[:12]}, but its tokenizer.model is "
+                    f"{tokenizer.digest[:12]}; prepare the corpus again"
+                )
+        if tokenizer.digest != tokenizers[0].digest:
+            problems.append(
+                f"{folder}: its tokenizer is {tokenizer.digest[:12]}, but that of {config.sources[0].corpus} is "
+                f"{tokenizers[0].digest[:12]}; prepare all sources with one tokenizer"
+            )
+    if problems:
+        raise DataError("\n".join(problems))
+    return Sources(train, validation, tokenizers[0])
+
+
+def tokenizer_path(config: DataConfig) -> Path:
+    """The model file of the tokenizer of all sources, fetched if they are at URLs."""
+    first, cache = config.sources[0].corpus, Cache.of(config)
+    return tokenizer_model(first, Corpus(join(first, "train"), cache).tokenizer_digest, cache)
+
+
+def training_plan(config: DataConfig, corpora: Sequence[Corpus], seed: int, run_dir: Path) -> TrainingPlan:
+    """The order in which a run reads; the plans of best-fit packing are kept in `run_dir`, made there if absent."""
+    if config.packing == "best_fit":
+        run = config.run_tokens // config.seq_len
+        cuts = [packing(corpus, config.seq_len, run, run_dir / "packing") for corpus in corpora]
+        phases = [Phase(start, weights, cuts, seq_len) for start, weights, seq_len in config.timeline()]
+    else:
+        phases = [
+            Phase(start, weights, [Even(corpus.tokens, seq_len, config.run_tokens) for corpus in corpora], seq_len)
+            for start, weights, seq_len in config.timeline()
+        ]
+    return TrainingPlan(phases, seed, config.window_runs, config.lanes)
+
+
+def validation_plan(config: DataConfig, corpora: Sequence[Corpus]) -> StoredPlan:
+    """The validation sequences of all sources, whatever their weights."""
+    return StoredPlan([Even(corpus.tokens, config.seq_len, config.run_tokens) for corpus in corpora], config.seq_len)
