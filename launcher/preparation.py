@@ -5,11 +5,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from triplane.data.prepare import Progress as Progressed
 from triplane.data.report import Report
 
-_BAR_CELLS = 24
+_BAR_CELLS = 16
 
 
 class PreparationBar:
@@ -66,13 +67,15 @@ def show_report(console: Console, report: Report) -> None:
         if sum(row):
             share = f"{100 * sum(row) / documents:.1f} %"
             lengths.add_row(f"{1 << power:,} to {(2 << power) - 1:,}", *(f"{count:,}" for count in row), share)
+    console.print()
     console.print(lengths)
     if report.rejected:
         rejected = Table("left out because", "inputs", "the first", box=None, header_style="bold", pad_edge=False)
         rejected.columns[1].justify = "right"
         for reason, what in sorted(report.rejected.items(), key=lambda item: -item[1].count):
-            rejected.add_row(reason, f"{what.count:,}", what.first)
-        console.print(rejected, markup=False)
+            rejected.add_row(Text(reason), f"{what.count:,}", Text(what.first))
+        console.print()
+        console.print(rejected)
 
 
 def _table(first: str, *others: str) -> Table:
