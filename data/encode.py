@@ -1,5 +1,6 @@
-"""Documents to tokens in parallel processes."""
+"""Records to tokens in parallel processes."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -10,62 +11,102 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from triplane.data.dedupe import HASH_BYTES, minhash_signature
 from triplane.data.errors import DataError
 from triplane.data.manifest import Tokens, token_dtype
-from triplane.data.sources import Document
+from triplane.data.records import Record, text_of
 from triplane.data.tokenizer import Tokenizer
 
-_CHUNK_CHARS = 1 << 18
-"""Text that a process encodes at once."""
+_CHUNK_BYTES = 1 << 18
+"""Stored text that a process encodes at once."""
+_CHUNK_RECORDS = 1024
 
 
-def encode_documents(
-    documents: Iterable[Document], tokenizer: Path, processes: int
-) -> Iterator[tuple[Document, Tokens]]:
-    """Yields each document, in order, with bos, its tokens and eos; reads ahead only what keeps `processes` busy.
+class Encoded(NamedTuple):
+    """A document in tokens."""
+
+    tokens: Tokens
+    """bos, those of the text, eos."""
+    text_bytes: int
+    """UTF-8 bytes of the text."""
+    content_hash: bytes
+    """16 bytes, the same for the same text."""
+    signature: bytes
+    """What near duplicates share much of; empty if it is not asked for."""
+
+
+class Encoding(NamedTuple):
+    """How records become tokens."""
+
+    tokenizer: Path
+    text_field: str
+    with_signature: bool
+
+
+Outcome = Encoded | str
+"""A document in tokens, or the reason why there is none."""
+
+
+def encode_records(
+    records: Iterable[Record], encoding: Encoding, processes: int
+) -> Iterator[list[tuple[Record, Outcome]]]:
+    """Yields all records, in order, in lists; reads ahead only what keeps `processes` busy.
 
     Raises DataError if the tokenizer alters a text.
     """
-    running: deque[tuple[list[Document], Future[list[Tokens]]]] = deque()
+    running: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
 
-    def finish_oldest() -> Iterator[tuple[Document, Tokens]]:
+    def finish_oldest() -> list[tuple[Record, Outcome]]:
         chunk, future = running.popleft()
-        yield from zip(chunk, future.result(), strict=True)
+        return list(zip(chunk, future.result(), strict=True))
 
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _follow_parent) as pool:
         try:
-            for chunk in _chunks(documents):
-                running.append((chunk, pool.submit(_encode, tokenizer, chunk)))
+            for chunk in _chunks(records):
+                running.append((chunk, pool.submit(_encode, encoding, chunk)))
                 if len(running) > 2 * processes:
-                    yield from finish_oldest()
+                    yield finish_oldest()
             while running:
-                yield from finish_oldest()
+                yield finish_oldest()
         except BrokenProcessPool as error:
             raise DataError("an encoding process was killed, perhaps for memory: use fewer processes") from error
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
     size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= _CHUNK_CHARS:
+    for record in records:
+        chunk.append(record)
+        size += len(record.content or b"")
+        if size >= _CHUNK_BYTES or len(chunk) == _CHUNK_RECORDS:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
 
 
-def _encode(tokenizer: Path, documents: list[Document]) -> list[Tokens]:
-    model = _load_tokenizer(tokenizer)
-    dtype = token_dtype(model.vocab_size)
-    return [
-        np.array([model.bos_id, *model.encode_exactly(text, name), model.eos_id], dtype) for name, text in documents
-    ]
+def _encode(encoding: Encoding, records: list[Record]) -> list[Outcome]:
+    return [_encode_one(encoding, record) for record in records]
+
+
+def _encode_one(encoding: Encoding, record: Record) -> Outcome:
+    try:
+        text = text_of(record, encoding.text_field)
+    except ValueError as error:
+        return str(error)
+    model = _load_tokenizer(encoding.tokenizer)
+    tokens = [model.bos_id, *model.encode_exactly(text, record.name), model.eos_id]
+    content = text.encode()
+    return Encoded(
+        np.array(tokens, token_dtype(model.vocab_size)),
+        len(content),
+        hashlib.blake2b(content, digest_size=HASH_BYTES).digest(),
+        minhash_signature(text) if encoding.with_signature else b"",
+    )
 
 
 @cache

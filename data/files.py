@@ -1,14 +1,17 @@
 """Files that appear whole or not at all."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from triplane.data.errors import DataError
+
+_LOCK_NAME = "lock"
 
 
 @contextmanager
@@ -18,41 +21,68 @@ def replacing(path: Path, size_bytes: int) -> Iterator[BinaryIO]:
     `size_bytes` is what it will need. Raises DataError if the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise DataError(f"{path}: the disk is full: {size_bytes:,} bytes needed, {free:,} free") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk_full_is_an_error(path, size_bytes):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `path` when it is complete, and is removed on an error.
-
-    `path` must not exist, or be an empty folder. What an earlier, killed writer left is removed first.
-    """
-    path = path.resolve()
-    staging = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+def disk_full_is_an_error(path: Path, size_bytes: int) -> Iterator[None]:
+    """Raises DataError, with what is needed and free, if there is no room for what is written within."""
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        staging.rename(path)
-        sync_folder(path.parent)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DataError(f"{path}: the disk is full: {size_bytes:,} bytes needed, {free:,} free") from error
+
+
+@contextmanager
+def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
+    """Makes `folder` if need be and holds it: no other process, on any machine, gets it meanwhile.
+
+    If another holds it, waits, or raises DataError. Within, the holder may remove the folder.
+    """
+    try:
+        lock = None
+        while lock is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder / _LOCK_NAME, wait)
+    except BlockingIOError as error:
+        raise DataError(f"{folder}: another process is at work in there: wait for it to end") from error
     except PermissionError as error:
         raise DataError(f"{error.filename}: cannot write there: {error.strerror}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with lock:
+        yield
+
+
+def _lock(path: Path, wait: bool) -> TextIO | None:
+    """The locked file, or None if a holder removed it meanwhile."""
+    try:
+        file = open(path, "a")  # noqa: SIM115 - closing it releases the lock
+    except FileNotFoundError:
+        return None
+    # A POSIX lock works over NFS, and forked workers do not keep it when this process is killed.
+    fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    if _is_named(file.fileno(), path):
+        return file
+    file.close()
+    return None
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_whole(path: Path, content: bytes) -> None:

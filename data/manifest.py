@@ -37,6 +37,13 @@ class StoredFile(BaseModel, extra="forbid", frozen=True):
         if found != (expected := f"{self.bytes:,} bytes"):
             raise damaged(path, expected, found)
 
+    def check_content(self, folder: Path) -> None:
+        """Reads the whole file; raises DataError if it is not what was written."""
+        self.check_size(folder)
+        found = _sha256(folder / self.name)
+        if found != self.sha256:
+            raise damaged(folder / self.name, f"SHA-256 {self.sha256}", found)
+
 
 class Shard(BaseModel, extra="forbid", frozen=True):
     """A tar of tokens, its index, and how much is in it."""

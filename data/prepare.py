@@ -1,119 +1,229 @@
-"""Text to corpus: reads, splits, tokenizes in parallel and writes, with one result for any number of processes."""
+"""Text to corpus: reads, splits, tokenizes in parallel and writes, with one result for any number of processes.
+
+A run that was killed goes on from the last shard that it finished, and the result is the same to the byte.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from triplane.data.corpus import Corpus
-from triplane.data.encode import encode_documents
+from triplane.data.dedupe import Dedupe, Duplicates, check_library
+from triplane.data.encode import Encoding, Outcome, encode_records
 from triplane.data.errors import DataError
-from triplane.data.files import new_folder, write_whole
-from triplane.data.manifest import Manifest
+from triplane.data.files import locked_folder, sync_folder, write_whole
+from triplane.data.journal import Journal
+from triplane.data.readers import read_records
+from triplane.data.records import Position, Record, Rejection, text_of
+from triplane.data.report import Counts, Recipe, Rejected, Report
 from triplane.data.shards import SplitWriter
-from triplane.data.sources import Document, Rejection, read_documents
+from triplane.data.sources import SourceFile, find_files
 from triplane.data.tokenizer import Tokenizer
 
 _REPORT_NAME = "report.json"
 
 
-class Counts(BaseModel, extra="forbid", frozen=True):
-    """The size of a split."""
+class Progress(NamedTuple):
+    """How far a preparation is, earlier runs of it included."""
 
     documents: int
-    tokens: int
     text_bytes: int
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each stored token, bos and eos among them."""
-        return self.text_bytes / self.tokens
-
-
-class Report(BaseModel, extra="forbid", frozen=True):
-    """What `prepare` did."""
-
-    fingerprint: str
-    """Of the documents, the tokenizer and the settings."""
-    train: Counts
-    validation: Counts
-    rejected: tuple[Rejection, ...]
-    """Documents that are not in the corpus, and why."""
-    reused: bool = Field(default=False, exclude=True)
-    """True: the folder held this corpus already."""
+    tokens: int
+    read_bytes: int
+    total_bytes: int | None
+    """Of all input files, None if a server does not tell."""
 
 
 def prepare(
-    inputs: list[str],
+    inputs: Sequence[str],
     out: Path,
     tokenizer: Path,
     validation_fraction: float,
     shard_tokens: int,
     processes: int,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    *,
+    text_field: str = "text",
+    dedupe: Dedupe = "none",
+    wait: bool = False,
 ) -> Report:
-    """Writes the documents of `inputs` to `out`: `tokenizer.model`, `train/`, `validation/` and `report.json`.
+    """Writes the documents of `inputs` (see find_files) to `out`: `tokenizer.model`, `train/`, `validation/`,
+    `report.json`, and `rejected.jsonl`, which names each input that is not in the corpus.
 
-    `out` appears when all of it is written. Which split a document is in depends on its content alone, so copies of
-    it are all in one. `progress` gets the documents and bytes of text so far. Raises DataError if `out` holds
-    something else, an input can't be read, a split is empty, the tokenizer alters a text or the disk is full.
+    `text_field` is the field of JSON rows and the column of tables that holds the text. Which split a document is in
+    depends on its content alone, so copies of it are all in one. `out` appears when all of it is written; until then
+    what is finished stays in `out` with `.partial` added, and the same call goes on from there. If another process
+    is writing there, `wait` says whether to wait for its corpus. Raises DataError if `out` holds something else or
+    was begun with other inputs or settings, an input can't be read, a split is empty, the tokenizer alters a text or
+    the disk is full.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction must be between 0 and 1, is {validation_fraction}")
+    check_library(dedupe)
     model = Tokenizer(tokenizer)
-    rejected: list[Rejection] = []
-    documents = read_documents(inputs, rejected.append)
-    fingerprint = hashlib.sha256(f"{model.digest} {validation_fraction} {shard_tokens}".encode())
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        return _reuse(out, documents, fingerprint)
-    with new_folder(out) as folder:
-        write_whole(folder / "tokenizer.model", tokenizer.read_bytes())
-        train = SplitWriter(folder / "train", model, shard_tokens)
-        validation = SplitWriter(folder / "validation", model, shard_tokens)
-        for document, tokens in encode_documents(documents, tokenizer, processes):
-            content_hash = _content_hash(document)
-            fingerprint.update(content_hash)
-            is_validation = int.from_bytes(content_hash[:8], "little") < validation_fraction * 2**64
-            (validation if is_validation else train).add(tokens, len(document.text.encode()))
+    skipped: list[Rejection] = []
+    files = find_files(inputs, skipped.append)
+    recipe = Recipe(
+        inputs_digest=_digest(files),
+        tokenizer_digest=model.digest,
+        validation_fraction=validation_fraction,
+        shard_tokens=shard_tokens,
+        text_field=text_field,
+        dedupe=dedupe,
+    )
+    partial = out.resolve().with_name(f"{out.name}.partial")
+    if not _is_taken(out) or partial.exists():
+        with locked_folder(partial, wait):
+            try:
+                if not _is_taken(out):
+                    build = _Build(partial, recipe, model, skipped)
+                    records = read_records(files, text_field, build.state.position)
+                    chunks = encode_records(records, Encoding(tokenizer, text_field, dedupe == "near"), processes)
+                    build.fill(chunks, _sum_sizes(files), progress)
+                    return build.finish(out, tokenizer)
+            finally:
+                if _is_taken(out) or not Journal.exists(partial):  # nothing to go on from
+                    shutil.rmtree(partial)
+    return _reuse(out, recipe)
+
+
+def read_documents(
+    inputs: Sequence[str], reject: Callable[[Rejection], object], text_field: str = "text"
+) -> Iterator[tuple[str, str]]:
+    """Yields name and text of the documents of `inputs`, in the order of `prepare`; what holds none goes to `reject`.
+
+    Raises DataError as `prepare` does.
+    """
+    for record in read_records(find_files(inputs, reject), text_field, Position()):
+        try:
+            yield record.name, text_of(record, text_field)
+        except ValueError as error:
+            reject(Rejection(name=record.name, reason=str(error)))
+
+
+class _State(BaseModel, extra="forbid"):
+    """What is known at a commit."""
+
+    recipe: Recipe
+    position: Position = Position()
+    train: Counts = Field(default_factory=Counts)
+    validation: Counts = Field(default_factory=Counts)
+    rejected: dict[str, Rejected] = Field(default_factory=dict)
+
+
+class _Build:
+    """A corpus that is being written, in its own folder."""
+
+    def __init__(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer, skipped: Sequence[Rejection]):
+        """Goes on from the last commit in `folder`, if there was one; DataError if it was of another recipe."""
+        self._folder = folder
+        self._journal = Journal(folder)
+        self.state = _State(recipe=recipe)
+        if self._journal.state is not None:
+            if difference := recipe.difference(self._journal.state["recipe"]):
+                raise DataError(f"{folder}: was begun with {difference}: remove it or name another folder")
+            self.state = _State.model_validate(self._journal.state)
+        self._corpus = folder / "corpus"
+        self._corpus.mkdir(exist_ok=True)
+        self._rejections = self._journal.log("rejected.jsonl")
+        self._duplicates = Duplicates(self._journal, recipe.dedupe)
+        self._train, self._validation = (
+            SplitWriter(self._corpus / split, self._journal, tokenizer, recipe.shard_tokens, counts)
+            for split, counts in (("train", self.state.train), ("validation", self.state.validation))
+        )
+        if self._journal.state is None:
+            for rejection in skipped:
+                self._reject(rejection)
+
+    def fill(
+        self,
+        chunks: Iterator[list[tuple[Record, Outcome]]],
+        total_bytes: int | None,
+        progress: Callable[[Progress], object] | None,
+    ) -> None:
+        """Adds all documents, with a commit after each shard."""
+        for chunk in chunks:
+            for record, outcome in chunk:
+                if self._add(record, outcome):
+                    self.state.position = record.end
+                    self._journal.commit(self.state)
             if progress:
-                progress(train.documents + validation.documents, train.text_bytes + validation.text_bytes)
+                splits = (self.state.train, self.state.validation)
+                documents, tokens, text_bytes = (
+                    sum(getattr(split, key) for split in splits) for key in ("documents", "tokens", "text_bytes")
+                )
+                progress(Progress(documents, text_bytes, tokens, chunk[-1][0].read_bytes, total_bytes))
+
+    def finish(self, out: Path, tokenizer: Path) -> Report:
+        """Publishes the corpus as `out`."""
+        train, validation, rejected = self.state.train, self.state.validation, self.state.rejected
         if not (train.documents and validation.documents):
+            Journal.remove(self._folder)
             raise DataError(
-                f"{', '.join(inputs)}: {train.documents} documents for training and {validation.documents} for "
-                f"validation ({len(rejected)} rejected), each needs one: give more text or another "
-                f"validation_fraction than {validation_fraction}"
+                f"{out}: {train.documents} documents for training and {validation.documents} for validation "
+                f"({sum(reason.count for reason in rejected.values())} rejected), each needs one: give more text or "
+                f"another validation_fraction than {self.state.recipe.validation_fraction}"
             )
-        report = Report(
-            fingerprint=fingerprint.hexdigest(),
-            train=_counts(train.close()),
-            validation=_counts(validation.close()),
-            rejected=tuple(rejected),
+        self._train.close()
+        self._validation.close()
+        write_whole(self._corpus / "tokenizer.model", tokenizer.read_bytes())
+        write_whole(self._corpus / "rejected.jsonl", self._rejections.read())
+        report = Report(recipe=self.state.recipe, train=train, validation=validation, rejected=rejected)
+        write_whole(self._corpus / _REPORT_NAME, report.model_dump_json(indent=1).encode())
+        self._journal.close()
+        self._corpus.rename(out)
+        sync_folder(out.parent)
+        return report
+
+    def _add(self, record: Record, outcome: Outcome) -> bool:
+        """True if this finished a shard."""
+        if isinstance(outcome, str):
+            self._reject(Rejection(name=record.name, reason=outcome))
+            return False
+        if duplicate := self._duplicates.find(outcome.content_hash, outcome.signature):
+            self._reject(Rejection(name=record.name, reason=duplicate))
+            return False
+        is_validation = (
+            int.from_bytes(outcome.content_hash[:8], "little") < self.state.recipe.validation_fraction * 2**64
         )
-        write_whole(folder / _REPORT_NAME, report.model_dump_json(indent=1).encode())
-    return report
+        return (self._validation if is_validation else self._train).add(outcome.tokens, outcome.text_bytes)
+
+    def _reject(self, rejection: Rejection) -> None:
+        self._rejections.append(rejection.model_dump_json().encode() + b"\n")
+        reason, colon, details = rejection.reason.partition(":")
+        first = rejection.name + colon + details
+        self.state.rejected.setdefault(reason, Rejected(first=first)).count += 1
 
 
-def _reuse(out: Path, documents: Iterable[Document], fingerprint: "hashlib._Hash") -> Report:
+def _reuse(out: Path, recipe: Recipe) -> Report:
+    path = out / _REPORT_NAME
     try:
-        report = Report.model_validate_json((out / _REPORT_NAME).read_bytes())
-    except (OSError, ValidationError) as error:
+        stored = json.loads(path.read_bytes())
+        difference = recipe.difference(stored["recipe"])
+        report = None if difference else Report.model_validate(stored)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{out}: holds something that is no finished corpus: name another folder") from error
-    for document in documents:
-        fingerprint.update(_content_hash(document))
-    if report.fingerprint != fingerprint.hexdigest():
-        raise DataError(
-            f"{out}: holds the corpus {report.fingerprint[:12]}, not {fingerprint.hexdigest()[:12]}, which these "
-            "documents, tokenizer and settings give: name another folder or remove this one"
-        )
+    if report is None:
+        raise DataError(f"{out}: holds a corpus with {difference}: name another folder or remove this one")
     for split in ("train", "validation"):
         Corpus(out / split)
     return report.model_copy(update={"reused": True})
 
 
-def _counts(manifest: Manifest) -> Counts:
-    return Counts(documents=manifest.documents, tokens=manifest.tokens, text_bytes=manifest.text_bytes)
+def _is_taken(out: Path) -> bool:
+    return out.is_file() or (out.is_dir() and any(out.iterdir()))
 
 
-def _content_hash(document: Document) -> bytes:
-    return hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+def _digest(files: Sequence[SourceFile]) -> str:
+    lines = (f"{PurePosixPath(file.path).name} {file.size} {file.version}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sum_sizes(files: Sequence[SourceFile]) -> int | None:
+    sizes = [file.size for file in files if file.size is not None]
+    return sum(sizes) if len(sizes) == len(files) else None

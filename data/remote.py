@@ -91,8 +91,7 @@ def _chunks(url: str, timeout_s: float, size_bytes: int | None) -> Iterator[byte
         # Asked for each time: a file system must not outlive a fork, and fsspec keeps one for each process.
         files, path = fsspec.core.url_to_fs(url, **_options(protocol, timeout_s))
     except (ImportError, ValueError) as error:
-        extra = {"https": "http"}.get(protocol, protocol)
-        install = f"pip install 'triplane[{extra}]'" if extra in ("http", "s3") else "install fsspec's package for it"
+        install = "pip install 'triplane[s3]'" if protocol == "s3" else "install fsspec's package for it"
         raise DataError(f"{url}: {protocol}:// cannot be read here: {error}: {install}") from error
     # Block size 0 is one request for the whole body; others read in ranges. fsspec ignores the size then, but without
     # one it would send a HEAD first, whose every failure it calls FileNotFoundError.

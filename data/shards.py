@@ -12,7 +12,9 @@ import webdataset
 
 from triplane.data.files import replacing
 from triplane.data.index import index_shard
+from triplane.data.journal import Journal
 from triplane.data.manifest import Manifest, Shard, StoredFile, Tokens, token_dtype
+from triplane.data.report import Counts
 from triplane.data.tokenizer import Tokenizer
 
 _BLOCK_DOCUMENTS = 256
@@ -21,46 +23,64 @@ _BLOCK_TOKENS = 1 << 20
 
 
 class SplitWriter:
-    """Collects the documents of one split into shards of about `shard_tokens`, and its manifest."""
+    """Collects the documents of one split into shards of at least `shard_tokens`, and its manifest.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int):
-        folder.mkdir()
-        self.documents = 0
-        self.text_bytes = 0
+    What is not in a shard yet waits in the journal's logs and not in memory.
+    """
+
+    def __init__(self, folder: Path, journal: Journal, tokenizer: Tokenizer, shard_tokens: int, counts: Counts):
+        """Goes on from the journal's last commit, whose finished shards are read and compared with their checksums."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.counts = counts
         self._folder = folder
         self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
-        self._pending: list[Tokens] = []
-        self._pending_tokens = 0
-        self._shards: list[Shard] = []
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._shard_bytes = shard_tokens * self._dtype.itemsize
+        self._tokens = journal.log(f"{folder.name}.tokens")
+        self._lengths = journal.log(f"{folder.name}.lengths")
+        self._shard_log = journal.log(f"{folder.name}.shards.jsonl")
+        self._shards = [Shard.model_validate_json(line) for line in self._shard_log.read().splitlines()]
+        for shard in self._shards:
+            shard.data.check_content(folder)
+            shard.index.check_content(folder)
 
-    def add(self, tokens: Tokens, text_bytes: int) -> None:
-        """Appends a document: `tokens` starts with bos and ends with eos, and came from so many bytes of text."""
-        self.documents += 1
-        self.text_bytes += text_bytes
-        self._pending.append(tokens)
-        self._pending_tokens += len(tokens)
-        if self._pending_tokens >= self._shard_tokens:
-            self._flush()
+    def add(self, tokens: Tokens, text_bytes: int) -> bool:
+        """Appends a document: `tokens` starts with bos and ends with eos, and came from so many bytes of text.
+
+        True if this finished a shard, after which the journal should be committed.
+        """
+        assert tokens.dtype == self._dtype
+        self.counts.add(len(tokens), text_bytes)
+        self._tokens.append(tokens.tobytes())
+        self._lengths.append(np.uint32(len(tokens)).tobytes())
+        if self._tokens.size < self._shard_bytes:
+            return False
+        self._finish_shard()
+        return True
 
     def close(self) -> Manifest:
         """Writes the last shard, then the manifest; there must be a document."""
-        if self._pending:
-            self._flush()
+        if self._tokens.size:
+            self._finish_shard()
         manifest = Manifest(
             tokenizer_digest=self._tokenizer.digest,
             vocab_size=self._tokenizer.vocab_size,
             bos_id=self._tokenizer.bos_id,
-            text_bytes=self.text_bytes,
+            text_bytes=self.counts.text_bytes,
             shards=tuple(self._shards),
         )
         manifest.save(self._folder)
         return manifest
 
-    def _flush(self) -> None:
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        self._shards.append(write_shard(self._folder, len(self._shards), self._pending, dtype))
-        self._pending, self._pending_tokens = [], 0
+    def _finish_shard(self) -> None:
+        tokens = np.frombuffer(self._tokens.read(), self._dtype)
+        lengths = np.frombuffer(self._lengths.read(), np.uint32)
+        documents = np.split(tokens, np.cumsum(lengths[:-1], dtype=np.int64))
+        shard = write_shard(self._folder, len(self._shards), documents, self._dtype)
+        self._shards.append(shard)
+        self._shard_log.append(shard.model_dump_json().encode() + b"\n")
+        self._tokens.restart()
+        self._lengths.restart()
 
 
 def write_shard(folder: Path, number: int, documents: Sequence[Tokens], dtype: np.dtype[np.unsignedinteger]) -> Shard:

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -42,8 +42,12 @@ app.add_typer(inspect_app, name="inspect")
 
 Inputs = Annotated[
     list[str],
-    typer.Argument(help="Folders of text, .txt or .jsonl files, or `python-stdlib`.", show_default=False),
+    typer.Argument(
+        help="Folders, files, patterns or URLs of text, .jsonl, .parquet, .arrow or .tar, or `python-stdlib`.",
+        show_default=False,
+    ),
 ]
+TextField = Annotated[str, typer.Option(help="JSON field or table column that holds the text.")]
 Run = Annotated[Path, typer.Argument(help="A run folder (its newest checkpoint is taken) or a checkpoint.")]
 
 
@@ -57,11 +61,12 @@ def tokenizer_train(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="The model file to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of token ids.")] = 32_768,
+    text_field: TextField = "text",
 ) -> None:
     """Train a sentencepiece tokenizer (BPE with byte fallback) that gives every text back exactly."""
     from triplane.launcher.corpus_commands import train_tokenizer
 
-    train_tokenizer(inputs, out, vocab_size)
+    train_tokenizer(inputs, out, vocab_size, text_field)
 
 
 @app.command()
@@ -72,11 +77,19 @@ def prepare(
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.02,
     shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard.")] = 16_777_216,
     processes: Annotated[int, typer.Option(help="Tokenizing processes; the result is the same.")] = 0,
+    text_field: TextField = "text",
+    dedupe: Annotated[
+        Literal["none", "exact", "near"], typer.Option(help="Leave out copies of a document, or near copies too.")
+    ] = "none",
 ) -> None:
-    """Tokenize text into a corpus: WebDataset shards with an index and a manifest."""
+    """Tokenize text into a corpus: WebDataset shards with an index and a manifest.
+
+    After an interruption, the same command goes on from the last finished shard.
+    """
     from triplane.launcher.corpus_commands import prepare
 
-    prepare(inputs, out, tokenizer, validation_fraction, shard_tokens, processes or len(os.sched_getaffinity(0)))
+    processes = processes or len(os.sched_getaffinity(0))
+    prepare(inputs, out, tokenizer, validation_fraction, shard_tokens, processes, text_field, dedupe)
 
 
 @app.command()

@@ -5,19 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from triplane.data.corpus import Corpus
+from triplane.data.dedupe import Dedupe
 from triplane.data.errors import DataError
 from triplane.data.inspect import describe
 from triplane.data.prepare import prepare as prepare_corpus
-from triplane.data.sources import Rejection, read_documents
+from triplane.data.prepare import read_documents
+from triplane.data.records import Rejection
 from triplane.data.tokenizer import train_tokenizer as train_sentencepiece
+from triplane.launcher.preparation import PreparationBar, show_report
 
 _SHOWN_REJECTIONS = 10
 
 
-def train_tokenizer(inputs: list[str], out: Path, vocab_size: int) -> None:
+def train_tokenizer(inputs: list[str], out: Path, vocab_size: int, text_field: str) -> None:
     """Trains on the documents of `inputs` and says what came of it."""
     console = Console(highlight=False, soft_wrap=True)
     if out.exists():
@@ -25,33 +27,39 @@ def train_tokenizer(inputs: list[str], out: Path, vocab_size: int) -> None:
     rejected: list[Rejection] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status("training the tokenizer"):
-        texts = (document.text for document in read_documents(inputs, rejected.append))
+        texts = (text for _, text in read_documents(inputs, rejected.append, text_field))
         tokenizer = train_sentencepiece(texts, out, vocab_size)
     _show_rejections(console, rejected)
     console.print(f"{out}: {tokenizer.vocab_size:,} tokens, gives every text back exactly", markup=False)
 
 
 def prepare(
-    inputs: list[str], out: Path, tokenizer: Path, validation_fraction: float, shard_tokens: int, processes: int
+    inputs: list[str],
+    out: Path,
+    tokenizer: Path,
+    validation_fraction: float,
+    shard_tokens: int,
+    processes: int,
+    text_field: str,
+    dedupe: Dedupe,
 ) -> None:
     """Writes the corpus and says what is in it."""
     console = Console(highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("tokenizing")
-
-        def show(documents: int, text_bytes: int) -> None:
-            progress.update(task, description=f"tokenizing: {documents:,} documents, {text_bytes / 1e6:.1f} MB")
-
-        report = prepare_corpus(inputs, out, tokenizer, validation_fraction, shard_tokens, processes, show)
-    _show_rejections(console, report.rejected)
+    with PreparationBar(console) as bar:
+        report = prepare_corpus(
+            inputs,
+            out,
+            tokenizer,
+            validation_fraction,
+            shard_tokens,
+            processes,
+            bar.update,
+            text_field=text_field,
+            dedupe=dedupe,
+        )
     state = "holds this corpus already" if report.reused else "written"
     console.print(f"{out}: {state}", markup=False)
-    for name, counts in (("train", report.train), ("validation", report.validation)):
-        console.print(
-            f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
-            f"{counts.bytes_per_token:.2f} bytes a token"
-        )
+    show_report(console, report)
 
 
 def show_corpus(console: Console, folder: Path, documents: int, verify: bool) -> None:
@@ -77,10 +85,10 @@ def _describe_lines(value: dict[Any, Any], indent: int) -> Iterator[str]:
             yield f"{pad}{key}: {f'{below:,}' if isinstance(below, int) else below}"
 
 
-def _show_rejections(console: Console, rejected: list[Rejection] | tuple[Rejection, ...]) -> None:
+def _show_rejections(console: Console, rejected: list[Rejection]) -> None:
     if not rejected:
         return
-    console.print(f"{len(rejected)} documents could not be read and are not in the corpus:")
+    console.print(f"{len(rejected)} inputs were left out:")
     for rejection in rejected[:_SHOWN_REJECTIONS]:
         console.print(f"  {rejection.name}: {rejection.reason}", markup=False)
     if len(rejected) > _SHOWN_REJECTIONS:

@@ -38,8 +38,8 @@ def _check(config: RunConfig, ranks: int, allow_data_change: bool) -> None:
     except DataError as error:
         problems += str(error).splitlines()
     else:
-        problems += check_data(config, sources)
-        problems += check_run_dir(config, run_record(config, sources), allow_data_change)
+        # Whether the run folder holds this run means nothing until model and data fit each other.
+        problems += check_data(config, sources) or check_run_dir(config, run_record(config, sources), allow_data_change)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from small_corpora import Prepared
 
+from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
 from triplane.data.inspect import describe
-from triplane.data.prepare import Report, prepare
+from triplane.data.prepare import Progress, prepare
+from triplane.data.report import Rejected, Report
 
 
 def _prepare(prepared: Prepared, out: Path, processes: int = 1, fraction: float = 0.1) -> Report:
@@ -39,16 +41,22 @@ def test_the_report_counts_what_was_written_and_rejected(prepared: Prepared, tmp
     for i in range(50):
         (source / f"{i}.txt").write_text(f"text {i} " * 20)
     (source / "bad.txt").write_bytes(b"\xff\xfe")
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     out, model = tmp_path / "out", prepared.folder / "tokenizer.model"
-    report = prepare([str(source)], out, model, 0.3, 1000, 2, lambda *counts: seen.append(counts))
+    report = prepare([str(source)], out, model, 0.3, 1000, 2, seen.append)
     assert report.train.documents + report.validation.documents == 50
     text_bytes = sum(path.stat().st_size for path in source.iterdir()) - 2
     assert report.train.text_bytes + report.validation.text_bytes == text_bytes
-    assert seen[-1] == (50, text_bytes) and len(seen) == 50
-    assert [(Path(rejection.name).name, rejection.reason[:18]) for rejection in report.rejected] == [
-        ("bad.txt", "'utf-8' codec can'")
-    ]
+    tokens = report.train.tokens + report.validation.tokens
+    assert seen[-1] == Progress(50, text_bytes, tokens, text_bytes + 2, text_bytes + 2)
+    bad = f"{source}/bad.txt"
+    assert report.rejected == {"not utf-8": Rejected(count=1, first=f"{bad}: invalid start byte at byte 0")}
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"name": bad, "reason": "not utf-8: invalid start byte at byte 0"}]
+    assert Report.model_validate_json((out / "report.json").read_bytes()) == report
+    for counts, corpus in ((report.train, Corpus(out / "train")), (report.validation, Corpus(out / "validation"))):
+        powers = [length.bit_length() - 1 for length in corpus.document_lengths().tolist()]
+        assert counts.lengths == [powers.count(power) for power in range(max(powers) + 1)]
     assert report.train.bytes_per_token == report.train.text_bytes / report.train.tokens
 
 
@@ -68,7 +76,7 @@ def test_the_same_corpus_is_reused_and_another_is_refused(prepared: Prepared, tm
     before = _contents(out)
     again = _prepare(prepared, out)
     assert again.reused and again.train == prepared.report.train
-    with pytest.raises(DataError, match=r"out: holds the corpus \w{12}, not \w{12}.*another folder"):
+    with pytest.raises(DataError, match=r"out: holds a corpus with validation_fraction 0\.1 and not 0\.2: name"):
         _prepare(prepared, out, fraction=0.2)
     (out / "train" / "shard-000000.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000000\.tar: damaged"):
@@ -88,7 +96,7 @@ def test_a_folder_with_other_files_is_refused(prepared: Prepared, tmp_path: Path
 def test_too_few_documents_are_refused(prepared: Prepared, tmp_path: Path, content: str) -> None:
     source = tmp_path / "few.jsonl"
     source.write_text(content)
-    with pytest.raises(DataError, match=r"few\.jsonl: [01] documents for training and [01] for validation"):
+    with pytest.raises(DataError, match=r"out: [01] documents for training and [01] for validation"):
         prepare([str(source)], tmp_path / "out", prepared.folder / "tokenizer.model", 0.5, 1000, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
 
@@ -103,7 +111,7 @@ import sys
 from pathlib import Path
 from triplane.data.prepare import prepare
 source, out, model = sys.argv[1:]
-prepare([source], Path(out), Path(model), 0.1, 40_000, 2, lambda *counts: print(*counts, flush=True))
+prepare([source], Path(out), Path(model), 0.1, 40_000, 2, lambda now: print(*now, flush=True))
 """
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from triplane.data.errors import DataError
-from triplane.data.sources import PYTHON_STDLIB, Document, Rejection, read_documents
+from triplane.data.prepare import read_documents
+from triplane.data.records import Rejection
+from triplane.data.sources import PYTHON_STDLIB
 
 
-def _read(*inputs: object) -> tuple[list[Document], list[Rejection]]:
+def _read(*inputs: object) -> tuple[list[tuple[str, str]], list[Rejection]]:
     rejected: list[Rejection] = []
     return list(read_documents([str(name) for name in inputs], rejected.append)), rejected
 
@@ -24,10 +26,10 @@ def test_a_folder_is_read_recursively_in_order_and_unchanged(tmp_path_factory: p
         (tmp_path / name).write_bytes(text.encode())
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     documents, rejected = _read(tmp_path)
-    names = [str(Path(document.name).relative_to(tmp_path)) for document in documents]
+    names = [str(Path(name).relative_to(tmp_path)) for name, _ in documents]
     assert names == ["a.py", "a/z.md", "b.txt", "c.jsonl:1", "linked/far.txt"]
-    assert [document.text for document in documents] == ["x = 'é'\n", "\ufeffone", "two\r\n", "three", "far"]
-    assert not rejected
+    assert [text for _, text in documents] == ["x = 'é'\n", "\ufeffone", "two\r\n", "three", "far"]
+    assert rejected == [Rejection(name=f"{tmp_path}/image.png", reason="no document format: .png")]
 
 
 def test_what_is_no_text_is_rejected_by_name(tmp_path: Path) -> None:
@@ -38,18 +40,18 @@ def test_what_is_no_text_is_rejected_by_name(tmp_path: Path) -> None:
     lines = ['{"text": "good"}', "{", '{"txt": "a"}', '{"text": 1}', '{"text": "\\ud800"}', '{"text": "also good"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     documents, rejected = _read(tmp_path)
-    assert [document.text for document in documents] == ["# coding: latin-1\nx = 'é'\n", "good", "also good"]
+    assert [text for _, text in documents] == ["# coding: latin-1\nx = 'é'\n", "good", "also good"]
     reasons = {Path(rejection.name).name: rejection.reason for rejection in rejected}
     assert list(reasons) == [
         "bad.txt", "empty.txt", "lie.py", "rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:4", "rows.jsonl:5"
     ]  # fmt: skip
-    assert "can't decode byte 0xe9" in reasons["bad.txt"] and reasons["empty.txt"] == "empty"
-    assert "unknown encoding" in reasons["lie.py"] and "surrogates" in reasons["rows.jsonl:5"]
+    assert reasons["bad.txt"] == "not utf-8: unexpected end of data at byte 3" and reasons["empty.txt"] == "empty"
+    assert "unknown encoding" in reasons["lie.py"] and "surrogate pair" in reasons["rows.jsonl:5"]
 
 
 def test_a_named_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     (tmp_path / "notes.log").write_text("text")
-    assert _read(tmp_path / "notes.log") == ([Document(str(tmp_path / "notes.log"), "text")], [])
+    assert _read(tmp_path / "notes.log") == ([(str(tmp_path / "notes.log"), "text")], [])
 
 
 def test_a_missing_input_is_an_error(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_a_missing_input_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "image.png").touch()
-    with pytest.raises(DataError, match=r"no file in there ends in \.jsonl, "):
+    with pytest.raises(DataError, match=r"no file in there ends in \.arrow, \.jsonl, "):
         _read(tmp_path)
 
 
@@ -71,7 +73,7 @@ def test_a_dangling_link_in_a_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_the_standard_library_without_its_tests() -> None:
     documents, _ = _read(PYTHON_STDLIB)
-    names = [document.name for document in documents]
+    names = [name for name, _ in documents]
     assert f"{PYTHON_STDLIB}/argparse.py" in names and f"{PYTHON_STDLIB}/topics/lambda" in names
     assert not [name for name in names if "/test/" in name or "/site-packages/" in name]
-    assert sum(len(document.text) for document in documents) > 8_000_000
+    assert sum(len(text) for _, text in documents) > 8_000_000

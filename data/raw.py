@@ -1,0 +1,47 @@
+"""Training from WebDataset tars that the project did not make: they become a corpus once, in a cache."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from triplane.data.errors import DataError
+from triplane.data.prepare import Progress, prepare
+from triplane.data.sources import find_files
+from triplane.data.tokenizer import Tokenizer
+
+
+def ensure_corpus(
+    tars: Sequence[str],
+    cache: Path,
+    tokenizer: Path,
+    *,
+    processes: int,
+    text_field: str = "text",
+    validation_fraction: float = 0.02,
+    shard_tokens: int = 1 << 24,
+    progress: Callable[[Progress], object] | None = None,
+) -> Path:
+    """The folder in `cache` with the corpus of `tars` (paths, URLs, patterns), written if it is not there yet.
+
+    A sample's text is its `txt` member, or the `text_field` of its `json` member. Its folder is named by the names,
+    sizes and versions of the tars, the tokenizer and the settings. Of any number of processes and machines that ask
+    at once, one writes while the others wait; a writer that was killed is taken over. Raises DataError as `prepare`.
+    """
+    files = find_files(tars, lambda rejection: None)
+    if others := [file.name for file in files if file.format != ".tar"]:
+        raise DataError(f"{others[0]}: not a tar: prepare it with `triplane prepare` and name the corpus")
+    key = [Tokenizer(tokenizer).digest, text_field, validation_fraction, shard_tokens]
+    key += [(file.path, file.size, file.version) for file in files]
+    folder = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    prepare(
+        [file.path for file in files],
+        folder,
+        tokenizer,
+        validation_fraction,
+        shard_tokens,
+        processes,
+        progress,
+        text_field=text_field,
+        wait=True,
+    )
+    return folder

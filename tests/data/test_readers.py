@@ -1,0 +1,215 @@
+"""Each kind of input gives the same texts, and each damage is an error that names the file."""
+
+import bz2
+import contextlib
+import functools
+import gzip
+import http.server
+import io
+import json
+import lzma
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+from backports import zstd
+
+from triplane.data.errors import DataError
+from triplane.data.prepare import read_documents
+from triplane.data.readers import read_records
+from triplane.data.records import Position, Rejection
+from triplane.data.sources import find_files
+
+TEXTS = [f"text {i} é\n" for i in range(3000)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+def _read(*inputs: object, text_field: str = "text") -> tuple[list[str], list[Rejection]]:
+    rejected: list[Rejection] = []
+    texts = [text for _, text in read_documents([str(name) for name in inputs], rejected.append, text_field)]
+    return texts, rejected
+
+
+def _write_tar(path: Path, texts: list[str], member: str) -> None:
+    with webdataset.TarWriter(str(path)) as tar:
+        for i, text in enumerate(texts):
+            tar.write({"__key__": f"a/{i:05d}", member: text if member == "txt" else {"text": text}, "cls": i})
+
+
+def _write_parquet(path: Path, texts: list[str | None]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), path, row_group_size=700)
+
+
+def _write_dataset(folder: Path, texts: list[str]) -> None:
+    """What `datasets.Dataset.save_to_disk` leaves."""
+    folder.mkdir()
+    half = len(texts) // 2
+    for i, part in enumerate((texts[:half], texts[half:])):
+        table = pyarrow.table({"text": pyarrow.array(part, pyarrow.large_string())})
+        path = folder / f"data-{i:05d}-of-00002.arrow"
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=400)
+    (folder / "cache-0123456789abcdef.arrow").write_bytes(b"")
+    (folder / "state.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".zst", zstd.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
+)
+def test_compressed_lines_of_several_frames(tmp_path: Path, suffix: str, compress: functools.partial) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    middle = LINES.index(b"\n", len(LINES) // 2) + 1
+    path.write_bytes(compress(LINES[:middle]) + compress(LINES[middle:]))
+    assert _read(path) == (TEXTS, [])
+    path.write_bytes(compress(LINES)[:-20])
+    with pytest.raises(DataError, match=rf"rows\.jsonl\{suffix}: cannot read this input: "):
+        _read(path)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    _write_parquet(path, [*TEXTS, None])
+    texts, rejected = _read(tmp_path)
+    assert texts == TEXTS
+    assert rejected == [Rejection(name=f"{path}:3001", reason="no text: a null, or a sample without txt and json")]
+    with pytest.raises(DataError, match=r'rows\.parquet: no column "body"; there are id, text: name one'):
+        _read(path, text_field="body")
+    with pytest.raises(DataError, match=r'column "id" holds int64, not strings'):
+        _read(path, text_field="id")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"rows\.parquet: cannot read this input: "):
+        _read(path)
+
+
+def test_a_hugging_face_dataset_on_disk(tmp_path: Path) -> None:
+    _write_dataset(tmp_path / "train", TEXTS)
+    texts, rejected = _read(tmp_path)
+    assert texts == TEXTS
+    assert [(Path(item.name).name, item.reason) for item in rejected] == [
+        ("cache-0123456789abcdef.arrow", "a cache of Hugging Face datasets"),
+        ("state.json", "no document format: .json"),
+    ]
+    path = tmp_path / "train" / "data-00000-of-00002.arrow"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"data-00000-of-00002\.arrow: damaged: an Arrow stream without its end"):
+        _read(tmp_path)
+
+
+def test_an_arrow_file(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": TEXTS})
+    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=999)
+    assert _read(tmp_path) == (TEXTS, [])
+
+
+@pytest.mark.parametrize("member", ["txt", "json"])
+def test_webdataset_tars_by_a_pattern(tmp_path: Path, member: str) -> None:
+    for i in range(3):
+        _write_tar(tmp_path / f"part-{i}.tar", TEXTS[1000 * i : 1000 * (i + 1)], member)
+    for pattern in ("part-{0..2}.tar", "part-*.tar"):
+        assert _read(tmp_path / pattern) == (TEXTS, [])
+    with pytest.raises(DataError, match=r"part-\{0\.\.3\}\.tar: no such input"):
+        _read(tmp_path / "part-{0..3}.tar")
+
+
+def test_a_sample_without_text_is_rejected(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "0", "txt": "both", "json": {"text": "metadata"}})
+        tar.write({"__key__": "1", "cls": 1})
+    texts, rejected = _read(tmp_path)
+    assert texts == ["both"]
+    assert [item.name for item in rejected] == [f"{tmp_path}/a.tar:1"]
+
+
+def _cut(content: bytearray, offset: int) -> bytearray:
+    return content[:offset]
+
+
+def _flip(content: bytearray, offset: int) -> bytearray:
+    content[offset + 5] ^= 4
+    return content
+
+
+def _zero(content: bytearray, offset: int) -> bytearray:
+    content[offset : offset + 1024] = bytes(1024)
+    return content
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _zero])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damage_that_python_takes_for_the_end_of_a_tar(
+    tmp_path: Path, damage: functools.partial, compressed: bool
+) -> None:
+    path = tmp_path / ("a.tar.gz" if compressed else "a.tar")
+    _write_tar(tmp_path / "whole", TEXTS[:100], "txt")
+    with tarfile.open(tmp_path / "whole") as tar:
+        offset = tar.getmembers()[51].offset
+    content = damage(bytearray((tmp_path / "whole").read_bytes()), offset)
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    with tarfile.open(path) as tar:
+        assert len(tar.getmembers()) == 51  # silently
+    with pytest.raises(DataError, match=r"a\.tar(\.gz)?: damaged: "):
+        _read(path)
+
+
+@contextlib.contextmanager
+def _serve(folder: Path) -> Iterator[str]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_urls(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    _write_parquet(tmp_path / "c.parquet", TEXTS)
+    _write_tar(tmp_path / "d.tar", TEXTS, "txt")
+    # Python's server does not serve ranges, which a file over some hundred KiB needs.
+    (tmp_path / "d.tar.gz").write_bytes(gzip.compress((tmp_path / "d.tar").read_bytes()))
+    (tmp_path / "d.tar").unlink()
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    with _serve(tmp_path) as url:
+        for name in names:
+            assert _read(f"{url}/{name}") == (TEXTS, []), name
+        with pytest.raises(DataError, match=r"http://.*/nothing: no such input"):
+            _read(f"{url}/nothing")
+    assert _read(f"file://{tmp_path}/a.jsonl") == (TEXTS, [])
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/folder/a.jsonl", LINES)
+    memory.pipe("/folder/deep/b.txt", b"b")
+    assert _read("memory://folder") == ([*TEXTS, "b"], [])
+    assert _read("memory://folder/*.jsonl") == (TEXTS, [])
+    with pytest.raises(DataError, match="nosuch://a: cannot read this input: Protocol not known"):
+        _read("nosuch://a")
+
+
+def test_reading_goes_on_from_any_position(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES[: LINES.index(b"text 50 ") - 10])
+    (tmp_path / "b.txt").write_text("b")
+    _write_parquet(tmp_path / "c.parquet", TEXTS[:30])
+    _write_tar(tmp_path / "d.tar", TEXTS[:30], "txt")
+    files = find_files([str(tmp_path)], print)
+    records = list(read_records(files, "text", Position()))
+    assert records[-1].read_bytes == sum(file.size or 0 for file in files)
+    for i, record in enumerate(records):
+        rest = list(read_records(files, "text", record.end))
+        assert [(item.name, item.content) for item in rest] == [(item.name, item.content) for item in records[i + 1 :]]
+
+
+def test_deep_json_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(io.BytesIO(b"[" * 200_000 + b"\n\n" + b'{"text": "good"}\n').getvalue())
+    texts, rejected = _read(tmp_path)
+    assert texts == ["good"] and [item.reason for item in rejected] == ["not JSON: nested too deeply", "empty"]
