@@ -118,7 +118,7 @@ MISTAKES = {
         "global_batch_size (6) is not a multiple of dp (2) x micro_batch_size (2) = 4",
     ),
     "another tokenizer": (["model.vocab_size=512"], "model.vocab_size is 512, but the tokenizer of"),
-    "no corpus": (["data.corpus=nowhere"], "nowhere"),
+    "no corpus": (["data.sources=[{corpus='nowhere'}]"], "nowhere"),
     "another run": (["seed=6"], "belongs to another run: seed is 5 there and 6 here; set another run_dir"),
 }
 
@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_before_any_rank_starts(name: str, folder: Path) -
 
 def test_all_mistakes_are_told_at_once(folder: Path) -> None:
     result = triplane(
-        "train", "small.toml", "parallel.pp=3", "training.global_batch_size=7", "data.corpus=no", cwd=folder
+        "train", "small.toml", "parallel.pp=3", "training.global_batch_size=7", "data.sources=[{corpus='no'}]", cwd=folder
     )
     assert len(refused(result).splitlines()) >= 3
 
@@ -153,7 +153,7 @@ def test_a_damaged_shard_is_named(damage: str, damaged: Path, folder: Path) -> N
         shard.unlink()
     else:
         os.truncate(shard, shard.stat().st_size - 512)
-    result = triplane("train", "small.toml", f"data.corpus={damaged}", "run_dir=other", cwd=folder)
+    result = triplane("train", "small.toml", f"data.sources=[{{corpus='{damaged}'}}]", "run_dir=other", cwd=folder)
     assert shard.name in refused(result)
     assert not (folder / "other").exists()
 
