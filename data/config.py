@@ -12,9 +12,15 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """A prepared corpus and how much of it is read."""
 
     corpus: str
-    """Folder that `triplane prepare` wrote, or its fsspec URL (`https://...`, `s3://...`, `gs://...`)."""
+    """Folder that `triplane prepare` wrote, or its fsspec URL (`https://...`, `s3://...`, `gs://...`). Or WebDataset
+    tars with `txt` or `json` members, a path, URL or pattern that ends in `.tar`: they are tokenized once."""
     weight: NonNegativeFloat = 1.0
     """Share of the sequences from this source, relative to the other weights, until a phase gives another one."""
+
+    @property
+    def is_tars(self) -> bool:
+        """True for tars of text, False for a prepared corpus."""
+        return self.corpus.endswith(".tar")
 
 
 class PhaseConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -35,6 +41,8 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Corpora with one tokenizer. Append to it during a run, with weight 0 until a phase gives another."""
     phases: list[PhaseConfig] = []
     """Changes of weights or length. Append to it during a run; earlier positions keep their meaning."""
+    tokenizer: str | None = None
+    """Model file with which sources that are tars are tokenized; prepared corpora have their own."""
     seq_len: PositiveInt
     """Tokens in a sequence that the model predicts, until a phase gives another number. Validation keeps this one."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"

@@ -56,6 +56,11 @@ class Corpus:
         self._stops: list[int] = self._starts[1:].tolist()
         self._open: dict[int, _OpenShard] = {}
 
+    @property
+    def is_remote(self) -> bool:
+        """True if its shards must be fetched."""
+        return isinstance(self._folder, RemoteFolder)
+
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path | str, Cache | None]]:
         # Another process maps the files itself.
         return Corpus, (self.location, self.cache)
@@ -128,7 +133,7 @@ class Corpus:
 
     def _shard(self, number: int) -> "_OpenShard":
         if number not in self._open:
-            if isinstance(self._folder, RemoteFolder):
+            if self.is_remote:
                 # Of a shard that left the cache, the space is free only when it is unmapped.
                 self._open = {other: shard for other, shard in self._open.items() if not shard.is_evicted()}
             self._open[number] = _OpenShard(self._folder, self.manifest.shards[number], self.manifest.dtype)

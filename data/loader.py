@@ -1,19 +1,31 @@
 """Batches as a function of (corpora, plan, position): ranks and workers divide the work and never change it."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from triplane.data.corpus import Corpus
+from triplane.data.cuts import Piece
 from triplane.data.errors import DataError
 from triplane.data.plan import Chunk, Plan
+from triplane.data.prefetch import Prefetcher
 
 IGNORED_TARGET = -100
 """A position with this target has no loss."""
+
+_READ_AHEAD = 2
+"""Micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class SequenceDataset(Dataset[MicroBatch]):
     """Positions -> their sequences end to end."""
 
     def __init__(self, corpora: Sequence[Corpus], plan: Plan, document_mask: bool):
-        self._corpora = corpora
+        self.corpora = corpora
         self._plan = plan
         self._document_mask = document_mask
         self._bos_id = corpora[0].manifest.bos_id
@@ -54,7 +66,7 @@ class SequenceDataset(Dataset[MicroBatch]):
             chunk = self._around(position)
             assert chunk.seq_len == seq_len, (positions, seq_len, chunk.seq_len)
             offset = position - chunk.start
-            corpus = self._corpora[chunk.sources[offset]]
+            corpus = self.corpora[chunk.sources[offset]]
             at, end = row * seq_len, (row + 1) * seq_len
             for start, count in chunk.pieces[offset]:
                 stored = corpus.view(start, count + 1)
@@ -75,6 +87,19 @@ class SequenceDataset(Dataset[MicroBatch]):
             bounds.update((starts + 1).tolist())
         return MicroBatch(tokens_T, targets_T, tuple(sorted(bounds)))
 
+    def shards(self, source: int, positions: Sequence[int]) -> list[int]:
+        """Numbers of the shards of corpus `source` that `positions` read, ascending."""
+        pieces: list[Piece] = []
+        for position in positions:
+            chunk = self._around(position)
+            offset = position - chunk.start
+            if chunk.sources[offset] == source:
+                pieces += chunk.pieces[offset]
+        if not pieces:
+            return []
+        starts, counts = np.array(pieces, np.int64).T
+        return self.corpora[source].shards_of(starts, counts + 1)
+
     def _around(self, position: int) -> Chunk:
         if not self._chunk.start <= position < self._chunk.stop:
             self._chunk = self._plan.chunk(position)
@@ -91,20 +116,43 @@ def batches(
     dp_rank: int,
     dp_size: int,
     num_workers: int,
+    local_ranks: int = 1,
 ) -> Iterator[MicroBatch]:
     """Yields the micro-batches of `dp_rank` for `steps` steps, step after step.
 
     Step s of this call reads the positions `consumed_sequences + s * global_batch_size` and on, of which each dp rank
-    has every `dp_size`-th. Raises DataError, from workers too, if a corpus is damaged.
+    has every `dp_size`-th. Shards at URLs are fetched ahead, with the share of the cache that one of `local_ranks`
+    has. Raises DataError, from workers too, if a corpus is damaged.
     """
     share, rest = divmod(global_batch_size, dp_size)
     assert rest == 0 and share % micro_batch_size == 0, (global_batch_size, dp_size, micro_batch_size)
     stride = micro_batch_size * dp_size
     starts = range(consumed_sequences + dp_rank, consumed_sequences + steps * global_batch_size, stride)
-    positions = (range(start, start + stride, dp_size) for start in starts)
-    if num_workers == 0:
-        yield from map(dataset.__getitem__, positions)
-        return
+
+    def positions() -> Iterator[range]:
+        return (range(start, start + stride, dp_size) for start in starts)
+
+    with ExitStack() as stack:
+        # Before the prefetchers, since workers are forked and threads are not.
+        micro_batches = _in_workers(dataset, positions(), num_workers) if num_workers else _ahead(dataset, positions())
+        prefetchers = [stack.enter_context(one) for one in _prefetchers(dataset, positions, local_ranks)]
+        for micro_batch in micro_batches:
+            for prefetcher in prefetchers:
+                prefetcher.next_step()
+            yield micro_batch
+
+
+def _ahead(dataset: SequenceDataset, positions: Iterator[range]) -> Iterator[MicroBatch]:
+    """Reads the next micro-batches in a thread while the current one is trained on."""
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        ahead = deque(thread.submit(dataset.__getitem__, each) for each in islice(positions, _READ_AHEAD))
+        while ahead:
+            micro_batch = ahead.popleft().result()
+            ahead.extend(thread.submit(dataset.__getitem__, each) for each in islice(positions, 1))
+            yield micro_batch
+
+
+def _in_workers(dataset: SequenceDataset, positions: Iterator[range], num_workers: int) -> Iterator[MicroBatch]:
     loader = DataLoader(
         dataset,
         sampler=positions,
@@ -113,8 +161,12 @@ def batches(
         num_workers=num_workers,
         generator=torch.Generator(),  # else it draws from the global one
     )
+    return _unwrapped(iter(loader))
+
+
+def _unwrapped(micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     try:
-        yield from loader
+        yield from micro_batches
     except DataError as error:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
@@ -122,3 +174,18 @@ def batches(
 
 def _as_it_is(micro_batch: Any) -> Any:
     return micro_batch
+
+
+def _prefetchers(
+    dataset: SequenceDataset, positions: Callable[[], Iterator[range]], local_ranks: int
+) -> list[Prefetcher]:
+    """One for each corpus at a URL; together they keep within this rank's share of the cache."""
+    remote = [number for number, corpus in enumerate(dataset.corpora) if corpus.is_remote]
+    prefetchers = []
+    for number in remote:
+        corpus, own = dataset.corpora[number], copy(dataset)  # its place in the plan is the thread's own
+        assert corpus.cache is not None
+        budget_bytes = corpus.cache.limit_bytes // (local_ranks * len(remote))
+        plan = map(partial(own.shards, number), positions())
+        prefetchers.append(Prefetcher(corpus, plan, budget_bytes))
+    return prefetchers

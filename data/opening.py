@@ -1,17 +1,19 @@
 """From a data config to its corpora, and to datasets that read them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from triplane.data.cache import Cache
-from triplane.data.config import DataConfig
+from triplane.data.config import DataConfig, SourceConfig
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Even
 from triplane.data.errors import DataError
 from triplane.data.folder import join, tokenizer_model
 from triplane.data.packing import packing
 from triplane.data.plan import Phase, StoredPlan, TrainingPlan
+from triplane.data.raw import ensure_corpus
 from triplane.data.tokenizer import Tokenizer
 
 
@@ -29,16 +31,20 @@ class Sources:
         return [corpus.digest for corpus in self.train]
 
 
-def open_sources(config: DataConfig) -> Sources:
-    """Raises DataError, a line for each source that is absent, damaged or made with another tokenizer."""
+def open_sources(config: DataConfig, run_dir: Path) -> Sources:
+    """Raises DataError, a line for each source that is absent, damaged or made with another tokenizer.
+
+    Sources that are tars are tokenized into `run_dir/corpora` if they are not yet, which may take long: ask before
+    the ranks wait for each other.
+    """
     problems: list[str] = []
     train: list[Corpus] = []
     validation: list[Corpus] = []
     tokenizers: list[Tokenizer] = []
     cache = Cache.of(config)
     for source in config.sources:
-        folder = source.corpus
         try:
+            folder = _corpus_folder(config, source, run_dir)
             splits = [Corpus(join(folder, split), cache) for split in ("train", "validation")]
             tokenizer = Tokenizer(tokenizer_model(folder, splits[0].tokenizer_digest, cache))
         except DataError as error:
@@ -62,9 +68,18 @@ def open_sources(config: DataConfig) -> Sources:
     return Sources(train, validation, tokenizers[0])
 
 
-def tokenizer_path(config: DataConfig) -> Path:
+def _corpus_folder(config: DataConfig, source: SourceConfig, run_dir: Path) -> str:
+    if not source.is_tars:
+        return source.corpus
+    if config.tokenizer is None:
+        raise DataError(f"{source.corpus}: tars need data.tokenizer, the model file to tokenize them with")
+    processes = len(os.sched_getaffinity(0))
+    return str(ensure_corpus([source.corpus], run_dir / "corpora", Path(config.tokenizer), processes=processes))
+
+
+def tokenizer_path(config: DataConfig, run_dir: Path) -> Path:
     """The model file of the tokenizer of all sources, fetched if they are at URLs."""
-    first, cache = config.sources[0].corpus, Cache.of(config)
+    first, cache = _corpus_folder(config, config.sources[0], run_dir), Cache.of(config)
     return tokenizer_model(first, Corpus(join(first, "train"), cache).tokenizer_digest, cache)
 
 

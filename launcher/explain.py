@@ -48,7 +48,8 @@ def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDet
         if below := _subtable(table, name):
             needs = [key for key, field in below.model_fields.items() if field.is_required()]
             return f"missing table; it needs {', '.join(needs)}"
-        return f"missing. {' '.join((table.model_fields[name].description or '').split())}".rstrip(". ")
+        meaning = " ".join((table.model_fields[name].description or "").split()).partition(". ")[0]
+        return f"missing. {meaning}".rstrip(". ")
     if kind == "model_type":
         return f"{given} given; should be a table, [{'.'.join(key)}]"
     # One error for each type that the field takes: the value may be any of them.

@@ -28,7 +28,7 @@ def inspect_data(path: Path, overrides: list[str], step: int) -> None:
     config = load_config(path, overrides)
     if problems := check(config, None):
         raise ConfigError("\n".join(problems))
-    sources = open_sources(config.data)
+    sources = open_sources(config.data, Path(config.run_dir))
     plan = training_plan(config.data, sources.train, config.seed, Path(config.run_dir))
     size = config.training.global_batch_size
     first = (step - 1) * size

@@ -46,7 +46,7 @@ class TrainedModel:
 
     @property
     def tokenizer_model(self) -> Path:
-        return tokenizer_path(self.config.data)
+        return tokenizer_path(self.config.data, Path(self.config.run_dir))
 
     def load(self) -> tuple[Transformer, torch.device]:
         """The whole model, fp32, on a GPU if there is one."""
@@ -58,11 +58,11 @@ def evaluate(run: Path, sequences: int | None) -> None:
     """Prints the validation loss, and what a unigram model has."""
     trained = TrainedModel.open(run)
     data = trained.config.data
-    sources = open_sources(data)
+    sources = open_sources(data, Path(trained.config.run_dir))
     plan = validation_plan(data, sources.validation)
     dataset = SequenceDataset(sources.validation, plan, data.document_mask)
     model, device = trained.load()
-    feed = Feed(trained.config.training.micro_batch_size, 0, Axis(), device)
+    feed = Feed(trained.config.training.micro_batch_size, 0, 1, Axis(), device)
     loss = validation_loss(evaluate_model(model), feed, dataset, sequences or len(dataset))
     unigram = unigram_loss(sources.train, sources.validation)
     _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats a token")

@@ -1,6 +1,7 @@
 """Where this process stands among the ranks, and how ranks are started on this machine."""
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +21,27 @@ class Rank:
     world_size: int
     local_rank: int
     """Number on its machine: the GPU that it takes."""
+    local_size: int = 1
+    """Ranks on its machine."""
 
 
 def current_rank(environment: Mapping[str, str]) -> Rank | None:
     """This process as torchrun, or srun with a task for each rank, describes it; None if neither started it."""
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
-        return Rank(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
+        return Rank(
+            int(environment["RANK"]),
+            int(environment["WORLD_SIZE"]),
+            int(environment.get("LOCAL_RANK", 0)),
+            int(environment.get("LOCAL_WORLD_SIZE", 1)),
+        )
     # The batch script of a job has SLURM_PROCID too; only a step's tasks have this.
     if "SLURM_STEP_NUM_TASKS" in environment:
         return Rank(
             int(environment["SLURM_PROCID"]),
             int(environment["SLURM_STEP_NUM_TASKS"]),
             int(environment["SLURM_LOCALID"]),
+            # "4(x2),3" are the tasks of each node.
+            int(re.split(r"\D", environment["SLURM_STEP_TASKS_PER_NODE"])[0]),
         )
     return None
 

@@ -37,10 +37,10 @@ def run_rank(config: RunConfig, rank: Rank) -> None:
     """Joins the other ranks and trains."""
     device = _take_device(rank)
     with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
-        train_on(mesh, config)
+        train_on(mesh, config, rank.local_size)
 
 
-def train_on(mesh: Mesh, config: RunConfig) -> None:
+def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1) -> None:
     """Trains from the newest checkpoint in the run folder, or from initial weights."""
     checkpoint = _newest_checkpoint(config)
     config = _resolve(config, checkpoint, mesh)
@@ -56,7 +56,7 @@ def train_on(mesh: Mesh, config: RunConfig) -> None:
         partial(adamw, config.optimizer),
     )
     state = _restore(engine, checkpoint, config.seed)
-    sources = open_sources(config.data)
+    sources = open_sources(config.data, Path(config.run_dir))
     record = run_record(config, sources)
     corpora = _corpora(config, sources)
     if checkpoint is not None:
@@ -66,7 +66,7 @@ def train_on(mesh: Mesh, config: RunConfig) -> None:
     trainer = Trainer(
         engine,
         corpora,
-        Feed(config.training.micro_batch_size, config.data.num_workers, mesh.dp, mesh.device),
+        Feed(config.training.micro_batch_size, config.data.num_workers, local_ranks, mesh.dp, mesh.device),
         Settings(config.training, config.optimizer, config.schedule, config.checkpoint.every_steps, peak),
         CheckpointStore(Path(config.run_dir) / CHECKPOINTS, config.checkpoint),
         record,

@@ -17,6 +17,12 @@ def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
     config = load_config(path, overrides)
     rank = current_rank(os.environ)
     ranks = _local_ranks(config) if rank is None else rank.world_size
+    if rank is None or rank.rank == 0:
+        for source in config.data.sources:
+            if source.is_tars:
+                print(
+                    f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True
+                )
     _check(config, ranks, allow_data_change)
     if rank is None and ranks > 1:
         flags = ["--allow-data-change"] if allow_data_change else []
@@ -34,7 +40,7 @@ def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
 def _check(config: RunConfig, ranks: int, allow_data_change: bool) -> None:
     problems = check(config, ranks)
     try:
-        sources = open_sources(config.data)
+        sources = open_sources(config.data, Path(config.run_dir))
     except DataError as error:
         problems += str(error).splitlines()
     else:

@@ -17,6 +17,8 @@ class Feed:
     micro_batch_size: int
     """Sequences."""
     num_workers: int
+    local_ranks: int
+    """Ranks on this machine, which share the cache of remote shards."""
     dp: Axis
     device: torch.device
 
@@ -33,6 +35,7 @@ class Feed:
             dp_rank=self.dp.rank,
             dp_size=self.dp.size,
             num_workers=self.num_workers,
+            local_ranks=self.local_ranks,
         )
         each = global_batch_size // (self.dp.size * self.micro_batch_size)
         for _ in range(steps):

@@ -11,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from servers import FaultyServer
 from small_corpora import Prepared
 
 from triplane.data.baseline import unigram_loss
+from triplane.data.cache import Cache
 from triplane.data.config import DataConfig
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
 from triplane.data.loader import IGNORED_TARGET, MicroBatch, SequenceDataset, batches
 from triplane.data.opening import training_plan, validation_plan
+from triplane.data.remote import Retry
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 
@@ -293,3 +296,43 @@ def test_unigram_loss_by_hand(prepared: Prepared) -> None:
     targets = [t for t in prepared.validation.read(0, prepared.validation.tokens)[0].tolist() if t != 1]
     expected = -sum(math.log(counts[token] / total) for token in targets) / len(targets)
     assert unigram_loss([prepared.train], [prepared.validation]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_remote_shards_are_fetched_ahead_and_read_the_same(workers: int, prepared: Prepared, tmp_path: Path) -> None:
+    server = FaultyServer(prepared.folder)
+    cache = Cache(tmp_path, 10**8, Retry(retries=0, timeout_s=10))
+    remote = [Corpus(f"{server.url}/{split}", cache) for split in ("train", "validation")]
+    sources = [{"corpus": "a"}, {"corpus": "b"}]
+    expected = _read(_dataset(prepared.train, prepared.validation, sources=sources), workers=0)
+    read = _read(_dataset(*remote, sources=sources), workers=workers)
+    server.close()
+    assert len(expected) == len(read) == 20 * 3
+    assert all(a.tokens_T.equal(b.tokens_T) and a.bounds == b.bounds for a, b in zip(expected, read))
+    assert {count for name, count in server.requests.items() if name.endswith(".tar")} == {1}
+
+
+def test_a_cache_too_small_for_a_step_is_an_error(prepared: Prepared, tmp_path: Path) -> None:
+    server = FaultyServer(prepared.folder)
+    largest = max(shard.data.bytes for shard in prepared.train.manifest.shards)
+    cache = Cache(tmp_path, 2 * largest, Retry(retries=0, timeout_s=10))
+    dataset = _dataset(Corpus(f"{server.url}/train", cache))
+    with pytest.raises(DataError, match=r"raise data\.cache_gib"):
+        _read(dataset, workers=0, local_ranks=4)
+    server.close()
+
+
+def _read(dataset: SequenceDataset, workers: int, local_ranks: int = 1) -> list[MicroBatch]:
+    return list(
+        batches(
+            dataset,
+            consumed_sequences=0,
+            steps=20,
+            global_batch_size=_GLOBAL_BATCH,
+            micro_batch_size=8,
+            dp_rank=0,
+            dp_size=1,
+            num_workers=workers,
+            local_ranks=local_ranks,
+        )
+    )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import webdataset
 from runs import small_run
 from small_corpora import Prepared
 
@@ -94,6 +95,23 @@ def test_one_rank_needs_no_launcher(folder: Path) -> None:
         assert "step 8/8" in result.stdout
 
 
+def test_raw_tars_are_tokenized_once_and_trained_on(folder: Path, prepared: Prepared) -> None:
+    with webdataset.TarWriter(str(folder / "raw.tar")) as tar:
+        for number, text in enumerate(prepared.texts[:400]):
+            tar.write({"__key__": f"{number:06d}", "txt": text})
+    arguments = ("train", "small.toml", "data.sources=[{corpus='raw.tar'}]", "run_dir=raw")
+    without = triplane(*arguments, cwd=folder)
+    assert "raw.tar: tars need data.tokenizer" in refused(without)
+    tokenizer = f"data.tokenizer={prepared.folder / 'tokenizer.model'}"
+    first = triplane(*arguments, tokenizer, "training.stop_at_step=4", cwd=folder)
+    assert first.returncode == 0, first.stderr
+    (corpus,) = (folder / "raw/corpora").iterdir()
+    written_ns = (corpus / "train/manifest.json").stat().st_mtime_ns
+    second = triplane(*arguments, tokenizer, cwd=folder)
+    assert "resuming from raw/checkpoints/step_4" in second.stdout, second.stderr
+    assert (corpus / "train/manifest.json").stat().st_mtime_ns == written_ns
+
+
 def test_torchrun_starts_the_ranks_too(folder: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     result = triplane(
@@ -134,7 +152,12 @@ def test_a_mistake_is_one_line_before_any_rank_starts(name: str, folder: Path) -
 
 def test_all_mistakes_are_told_at_once(folder: Path) -> None:
     result = triplane(
-        "train", "small.toml", "parallel.pp=3", "training.global_batch_size=7", "data.sources=[{corpus='no'}]", cwd=folder
+        "train",
+        "small.toml",
+        "parallel.pp=3",
+        "training.global_batch_size=7",
+        "data.sources=[{corpus='no'}]",
+        cwd=folder,
     )
     assert len(refused(result).splitlines()) >= 3
 

@@ -77,7 +77,7 @@ def test_a_run_meets_another_corpus_and_goes_on_when_allowed(prepared: Prepared,
     shutil.rmtree(other / "train")
     shutil.copytree(prepared.folder / "validation", other / "train")
     changed = small_run(prepared, tmp_path / "run", data={"sources": [{"corpus": str(other)}]})
-    record = run_record(changed, open_sources(changed.data))
+    record = run_record(changed, open_sources(changed.data, Path(changed.run_dir)))
     (problem,) = check_run_dir(changed, record, allow_data_change=False)
     assert str(prepared.folder) in problem and str(other) in problem and "--allow-data-change" in problem
     assert check_run_dir(changed, record, allow_data_change=True) == []

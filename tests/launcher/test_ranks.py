@@ -11,15 +11,22 @@ from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
 
 def test_torchrun_tells_the_rank() -> None:
     environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
-    assert current_rank(environment) == Rank(5, 8, 1)
+    environment["LOCAL_WORLD_SIZE"] = "4"
+    assert current_rank(environment) == Rank(5, 8, 1, 4)
 
 
 def test_a_slurm_task_is_a_rank_but_a_batch_script_is_not() -> None:
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
     assert current_rank(batch) is None
-    assert current_rank({**batch, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}) == Rank(
-        3, 4, 1
-    )
+    assert current_rank(
+        {
+            **batch,
+            "SLURM_PROCID": "3",
+            "SLURM_LOCALID": "1",
+            "SLURM_STEP_NUM_TASKS": "4",
+            "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        }
+    ) == Rank(3, 4, 1, 2)
 
 
 def test_a_plain_shell_is_no_rank() -> None:
