@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from triplane.data.prefetch import Prefetcher
 IGNORED_TARGET = -100
 """A position with this target has no loss."""
 
-_READ_AHEAD = 2
-"""Micro-batches."""
+_AHEAD_TOKENS = 1 << 18
+"""Read at once by the thread that reads ahead: a millisecond's work, beside which handing it over is little."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class SequenceDataset(Dataset[MicroBatch]):
             bounds.update((starts + 1).tolist())
         return MicroBatch(tokens_T, targets_T, tuple(sorted(bounds)))
 
+    def seq_len_at(self, position: int) -> int:
+        """Tokens in the sequence at `position`."""
+        return self._around(position).seq_len
+
     def shards(self, source: int, positions: Sequence[int]) -> list[int]:
         """Numbers of the shards of corpus `source` that `positions` read, ascending."""
         pieces: list[Piece] = []
@@ -143,13 +147,23 @@ def batches(
 
 
 def _ahead(dataset: SequenceDataset, positions: Iterator[range]) -> Iterator[MicroBatch]:
-    """Reads the next micro-batches in a thread while the current one is trained on."""
+    """Reads the next groups of micro-batches in a thread while those of the current one are trained on."""
+    first = next(positions, None)
+    if first is None:
+        return
+    positions = chain([first], positions)
+    size = max(1, _AHEAD_TOKENS // (len(first) * dataset.seq_len_at(first.start)))
+
+    def read(group: list[range]) -> list[MicroBatch]:
+        return [dataset[each] for each in group]
+
     with ThreadPoolExecutor(1, "read-ahead") as thread:
-        ahead = deque(thread.submit(dataset.__getitem__, each) for each in islice(positions, _READ_AHEAD))
+        groups = iter(lambda: list(islice(positions, size)), [])
+        ahead = deque(thread.submit(read, group) for group in islice(groups, 2))
         while ahead:
-            micro_batch = ahead.popleft().result()
-            ahead.extend(thread.submit(dataset.__getitem__, each) for each in islice(positions, 1))
-            yield micro_batch
+            micro_batches = ahead.popleft().result()
+            ahead.extend(thread.submit(read, group) for group in islice(groups, 1))
+            yield from micro_batches
 
 
 def _in_workers(dataset: SequenceDataset, positions: Iterator[range], num_workers: int) -> Iterator[MicroBatch]:
