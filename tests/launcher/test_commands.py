@@ -197,10 +197,12 @@ def test_help_is_quick_and_needs_no_torch(command: tuple[str, ...], tmp_path: Pa
         "assert not {'torch', 'numpy', 'triplane.launcher.config'} & sys.modules.keys()"
     )
     best_s = float("inf")
-    for _ in range(3):
+    for _ in range(6):  # the machine may be busy
         start_s = time.perf_counter()
         result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
         best_s = min(best_s, time.perf_counter() - start_s)
+        if best_s < 0.5:
+            break
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
     assert best_s < 0.5

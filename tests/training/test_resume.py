@@ -103,3 +103,22 @@ def test_what_is_reported(prepared: Prepared, tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert {tensor.step for tensor in events.Tensors("sample/text_summary")} == {4, 8}
     assert "config.toml" in {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_run_through_phases_is_the_same_when_it_is_interrupted(prepared: Prepared, tmp_path: Path) -> None:
+    """At step 5 the weights change and the sequences double; the phase is appended while the run stands still."""
+    sources = [{"corpus": str(prepared.folder)}, {"corpus": str(prepared.folder), "weight": 0}]
+    data = {"sources": sources, "shuffle_window": 64}
+    phases = [{"from_sequence": 32, "weights": [1, 3], "seq_len": 64}]
+    whole = small_run(prepared, tmp_path / "whole", data={**data, "phases": phases})
+    start(whole)
+    for stop, layout, known in ((3, {"dp": 1}, []), (6, {"dp": 1, "tp": 2}, phases), (STEPS, {"dp": 2}, phases)):
+        changes = {"data": {**data, "phases": known}, "parallel": layout, "training": {"stop_at_step": stop}}
+        cut = small_run(prepared, tmp_path / "cut", **changes)
+        start(cut)
+    a, b = final_state(whole), final_state(cut)
+    assert a.state["tokens_seen"] == b.state["tokens_seen"] == 8 * (4 * 32 + 4 * 64)
+    assert [loss for _, loss in curve(whole)] == pytest.approx([loss for _, loss in curve(cut)], abs=1e-5)
+    history = (tmp_path / "cut/history.jsonl").read_text().splitlines()
+    assert len(history) == 1
+    assert "seq_len 64 from sequence 32" in history[0]
