@@ -48,6 +48,13 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(set(map(tuple, orders))) == 6
 
 
+def test_windows_and_lanes_are_shuffled_differently() -> None:
+    """Ten windows of a run for each of two lanes: no two runs are read in the same order."""
+    order = _order(20 * 64, run=64, window_runs=1, lanes=2)
+    lanes = np.array(_epoch(order, 0)).reshape(10, 64, 2) % 64
+    assert len({tuple(lanes[window, :, lane].tolist()) for window in range(10) for lane in range(2)}) == 20
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_each_order_of_a_few_is_equally_likely(size: int) -> None:
     epochs = 24_000
