@@ -80,7 +80,7 @@ class Trainer:
         training = self.settings.training
         last = min(training.stop_at_step or training.steps, training.steps)
         if state.step >= last:
-            self.report.message(f"step {state.step} of {last} is done; set training.steps higher to go on")
+            self.report.message(f"step {state.step} of {training.steps} is done already")
         steps = self.feed.steps(
             self.corpora.train, training.global_batch_size, state.consumed_sequences, max(0, last - state.step)
         )
