@@ -7,13 +7,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.hf_weights import write_weights
 from triplane.checkpoint.verify import ExportReport, probe, probe_logits, verify
 from triplane.data.hf_tokenizer import write_hf_tokenizer
+from triplane.data.tokenizer import Tokenizer
 from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
 from triplane.model.count import count_parameters
@@ -39,14 +39,14 @@ def export(
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
-    tokenizer = SentencePieceProcessor(model_file=str(tokenizer_model))
-    if (size := tokenizer.vocab_size()) != config.vocab_size:
+    tokenizer = Tokenizer(tokenizer_model)
+    if (size := tokenizer.vocab_size) != config.vocab_size:
         raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")
     tokens_BS = probe(config, seq_len)
     expected_TV = probe_logits(load_model(config, weights, dtype), tokens_BS)
     if not expected_TV.isfinite().all():
         raise CheckpointError(f"As {_name(dtype)}, the logits are not finite; export an earlier step.")
-    bos_id, eos_id = (None if i < 0 else i for i in (tokenizer.bos_id(), tokenizer.eos_id()))
+    bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:

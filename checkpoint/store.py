@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.manifest import MANIFEST, PREFIX, Box, Manifest, finished
+from triplane.data.files import sync
 from triplane.parallel.placement import Fragment
 
 
@@ -55,11 +56,11 @@ class CheckpointStore:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
-        _sync(temporary)
+        sync(temporary)
         if final.exists():
             final.rename(self.folder / f".{final.name}.old")  # deleted below, once the new one stands
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         leftovers = self.folder.glob(f".{PREFIX}*")
         for old in [*finished(self.folder)[: -self.config.keep_last], *leftovers]:
             shutil.rmtree(old)
@@ -103,7 +104,7 @@ def _write(path: Path, fragments: list[Fragment]) -> tuple[list[Box], int]:
         boxes.append(box)
     _check_space(path, sum(array.nbytes for array in arrays.values()))
     save_file(arrays, path)
-    _sync(path)
+    sync(path)
     return boxes, path.stat().st_size
 
 
@@ -119,12 +120,3 @@ def _explain(error: Exception, folder: Path) -> str:
         f"cannot write {folder}: {error} ({free / 2**30:.2f} GiB free); earlier checkpoints are untouched; "
         f"make room or set another run_dir, then start again"
     )
-
-
-def _sync(path: Path) -> None:
-    """Forces a file's content, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

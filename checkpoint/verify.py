@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.hf_weights import read_weights
+from triplane.data.tokenizer import Tokenizer
 from triplane.model.batch import Batch
 from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
@@ -58,7 +58,7 @@ def probe_logits(model: Transformer, tokens_BS: Tensor) -> Tensor:
     return model.float().logits(Batch.build(tokens_T, tokens_T, range(0, sequences * length + 1, length)))
 
 
-def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: SentencePieceProcessor) -> ExportReport:
+def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer) -> ExportReport:
     """Reads `folder` as triplane and, where it is installed, as transformers does.
 
     Raises CheckpointError unless both give the logits `expected_TV` of `tokens_BS`, and transformers the
@@ -87,7 +87,7 @@ def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: SentencePieceProcessor) -> Tensor:
+def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Logits, (T, V), after a check of the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar

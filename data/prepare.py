@@ -16,7 +16,7 @@ from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe, Duplicates, check_library
 from triplane.data.encode import Encoding, Outcome, encode_records
 from triplane.data.errors import DataError
-from triplane.data.files import locked_folder, sync_folder, write_whole
+from triplane.data.files import locked_folder, sync, write_whole
 from triplane.data.journal import Journal
 from triplane.data.readers import read_records
 from triplane.data.records import Position, Record, Rejection, text_of
@@ -177,7 +177,7 @@ class _Build:
         write_whole(self._corpus / _REPORT_NAME, report.model_dump_json(indent=1).encode())
         self._journal.close()
         self._corpus.rename(out)
-        sync_folder(out.parent)
+        sync(out.parent)
         return report
 
     def _add(self, record: Record, outcome: Outcome) -> bool:

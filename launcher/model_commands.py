@@ -24,8 +24,7 @@ from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
 from triplane.training.batches import Feed
 from triplane.training.evaluation import evaluate_model, validation_loss
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from triplane.training.hardware import DTYPES
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
 def export(run: Path, out: Path, dtype: str) -> None:
     """Writes and verifies a Hugging Face folder."""
     trained = TrainedModel.open(run)
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"--dtype is {dtype}; give one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"--dtype is {dtype}; give one of {', '.join(DTYPES)}")
     state = trained.checkpoint.state
     provenance = {
         "run": trained.config.run_dir,
@@ -98,7 +97,7 @@ def export(run: Path, out: Path, dtype: str) -> None:
     weights = CheckpointWeights(trained.checkpoint)
     config = trained.config
     report = export_weights(
-        weights, config.model, config.data.seq_len, trained.tokenizer_model, out, _DTYPES[dtype], provenance
+        weights, config.model, config.data.seq_len, trained.tokenizer_model, out, DTYPES[dtype], provenance
     )
     _print(f"{out}: {report}")
 

@@ -21,7 +21,7 @@ from triplane.launcher.toml import to_toml
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
-from triplane.training.hardware import faster_precision, peak_flops_per_s
+from triplane.training.hardware import DTYPES, faster_precision, peak_flops_per_s
 from triplane.training.history import record_event
 from triplane.training.loop import Corpora, Settings, Trainer
 from triplane.training.optimizer import adamw
@@ -29,8 +29,6 @@ from triplane.training.report import Report
 from triplane.training.state import State
 
 T = TypeVar("T")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_rank(config: RunConfig, rank: Rank) -> None:
@@ -96,10 +94,10 @@ def _resolve(config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> Ru
     precision = config.training.precision
     if precision == "auto" and checkpoint is not None:
         precision = checkpoint.state["run"]["training"]["precision"]
-    if precision == "auto":
+    if precision == "auto" and config.parallel.zero == 0:
+        precision = "fp32"  # the fp32 masters of bf16 weights are ZeRO's
+    elif precision == "auto":
         precision = _decide_on_rank_0(lambda: faster_precision(mesh.device))
-        if config.parallel.zero == 0:
-            precision = "fp32"  # the fp32 masters of bf16 weights are ZeRO's
     training = config.training.model_copy(update={"precision": precision})
     parallel = config.parallel.model_copy(update={"dp": mesh.dp.size})
     resolved = config.model_copy(update={"training": training, "parallel": parallel})

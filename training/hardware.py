@@ -6,6 +6,9 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By the names that configs and commands use."""
+
 _PEAK_FLOPS = {
     # Dense bf16, from NVIDIA's and AMD's data sheets.
     "A100": 312e12,
