@@ -90,12 +90,12 @@ def _newest_checkpoint(config: RunConfig) -> Checkpoint | None:
 
 
 def _resolve(config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> RunConfig:
-    """Replaces `auto` by what it comes to here; a resumed run keeps the precision that it began with."""
+    """Replaces `auto` by what it comes to here; a resumed run keeps its precision where ZeRO allows."""
     precision = config.training.precision
-    if precision == "auto" and checkpoint is not None:
-        precision = checkpoint.state["run"]["training"]["precision"]
     if precision == "auto" and config.parallel.zero == 0:
         precision = "fp32"  # the fp32 masters of bf16 weights are ZeRO's
+    elif precision == "auto" and checkpoint is not None:
+        precision = checkpoint.state["run"]["training"]["precision"]
     elif precision == "auto":
         precision = _decide_on_rank_0(lambda: faster_precision(mesh.device))
     training = config.training.model_copy(update={"precision": precision})
