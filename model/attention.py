@@ -22,6 +22,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.core = SegmentAttention()
 
     def forward(self, x_TD: Tensor, rotations: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         # The number of heads is read off the projections, which may hold a share of them.
@@ -29,8 +30,15 @@ class Attention(nn.Module):
         q_THK = rotate(self.wq(x_TD).view(tokens, -1, self.head_dim), *rotations)
         k_TGK = rotate(self.wk(x_TD).view(tokens, -1, self.head_dim), *rotations)
         v_TGK = self.wv(x_TD).view(tokens, -1, self.head_dim)
-        out: Tensor = self.wo(attend(q_THK, k_TGK, v_TGK, batch).reshape(tokens, -1))
+        out: Tensor = self.wo(self.core(q_THK, k_TGK, v_TGK, batch).reshape(tokens, -1))
         return out
+
+
+class SegmentAttention(nn.Module):
+    """`attend`, as a module, so that another way to compute it can take its place."""
+
+    def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
+        return attend(q_THK, k_TGK, v_TGK, batch)
 
 
 def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The network: embedding, blocks, norm, head, loss. Plain torch on flattened tokens (legend in batch.py).
+"""The network: embedding, blocks, norm, head. Plain torch on flattened tokens (legend in batch.py).
 
 Everything but attention works token by token, so tokens are one dim, (T, D), and documents of any
 length pack without padding. Build it under `torch.device("meta")`; `init.py` gives the weights.
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from triplane.model.attention import Attention
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
-from triplane.model.loss import CrossEntropy, Loss
+from triplane.model.head import Head, Loss
 from triplane.model.rope import rotations
 
 
@@ -57,8 +57,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layers)})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.loss = CrossEntropy(config.z_loss_weight)
+        self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -80,7 +79,8 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch, x_TD: Tensor | None = None) -> Loss | Tensor:
         """The loss where the head is, else the residual stream (T, D) for the model that continues."""
-        if self.head is None:
-            return self.hidden(batch, x_TD)
-        loss: Loss = self.loss(self.logits(batch, x_TD), batch.targets_T)
+        x_TD = self.hidden(batch, x_TD)
+        if self.norm is None or self.head is None:
+            return x_TD
+        loss: Loss = self.head(self.norm(x_TD), batch.targets_T)
         return loss

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.config import ModelConfig
+from triplane.model.head import Loss
 from triplane.model.init import initial_weight
-from triplane.model.loss import Loss
 from triplane.model.transformer import Transformer
 from triplane.parallel.apply import LocalModel, build_local_model
 from triplane.parallel.mesh import Mesh
@@ -136,8 +136,8 @@ class Engine:
             if not isinstance(out, Loss):
                 assert isinstance(out, Tensor)
                 return out
-            sums.add_(torch.stack(out).detach())
-            return (out.cross_entropy + out.z) * scale
+            sums.add_(torch.stack((out.cross_entropy, out.z)))
+            return out.objective * scale
 
         self._schedule(forward, len(batches), len(batches[0].tokens_T), train)
         if self.mesh.tp.rank:

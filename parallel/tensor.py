@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET
-from triplane.model.loss import CrossEntropy, Loss
+from triplane.model.head import Head
 from triplane.model.transformer import Transformer
 from triplane.parallel import megatron
 from triplane.parallel.mesh import Mesh
@@ -30,8 +30,7 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh) -> None:
         "w_up": megatron.ColumnParallelLinear,
         "w_down": megatron.RowParallelLinear,
         "norm": CopyingRMSNorm,
-        "head": megatron.ColumnParallelLinear,
-        "loss": VocabParallelCrossEntropy,
+        "head": VocabParallelHead,
     }
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -50,26 +49,28 @@ class CopyingRMSNorm(nn.RMSNorm):
         return megatron.copy_to_tp(super().forward(x), self.mesh)
 
 
-class VocabParallelCrossEntropy(nn.Module):
-    """`model.loss.CrossEntropy` of logits that are split over the vocabulary."""
+class VocabParallelHead(Head):
+    """A head that holds a share of the vocabulary's rows; its loss is that of the whole."""
 
-    def __init__(self, loss: CrossEntropy, mesh: Mesh):
-        super().__init__()
-        self.z_loss_weight = loss.z_loss_weight
+    def __init__(self, head: Head, mesh: Mesh):
+        nn.Module.__init__(self)
+        vocab_size, dim = head.weight.shape
+        self.weight = nn.Parameter(head.weight.new_empty(vocab_size // mesh.tp.size, dim))
+        self.z_loss_weight = head.z_loss_weight
         self.mesh = mesh
 
-    def forward(self, logits_TV: Tensor, targets_T: Tensor) -> Loss:
-        logits_TV = logits_TV.float()
+    def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
         counted_T = targets_T != IGNORED_TARGET
         targets_T = torch.where(counted_T, targets_T, 0)
-        # Taken first, since the cross-entropy overwrites the logits.
+        # A copy, since the cross-entropy overwrites its logits; the target's logit is taken first.
+        logits_TV = logits_TV.to(torch.float32, copy=True)
         target_logit_T = self._target_logit(logits_TV, targets_T) if self.z_loss_weight else None
         loss_T = megatron.vocab_parallel_cross_entropy(logits_TV, targets_T) * counted_T
         if target_logit_T is None:
-            return Loss(loss_T.sum(), loss_T.new_zeros(()))
+            return loss_T.sum(), loss_T.new_zeros(())
         # The loss is the log-partition less the target's logit.
         partition_T = (loss_T + target_logit_T) * counted_T
-        return Loss(loss_T.sum(), self.z_loss_weight * partition_T.square().sum())
+        return loss_T.sum(), self.z_loss_weight * partition_T.square().sum()
 
     def _target_logit(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         share = logits_TV.shape[1]

@@ -96,7 +96,7 @@ def reference(config: ModelConfig) -> Trace:
     for step in range(STEPS):
         whole = batch(step, range(SEQUENCES))
         loss = model(whole)
-        mean = (loss.cross_entropy + loss.z) / (whole.targets_T != IGNORED_TARGET).sum()
+        mean = loss.objective / (whole.targets_T != IGNORED_TARGET).sum()
         mean.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         for group in optimizer.param_groups:

@@ -35,7 +35,7 @@ def evaluate_model(model: Transformer) -> Evaluate:
         losses = [model(batch) for batch in batches]
         tokens = sum((batch.targets_T != IGNORED_TARGET).sum() for batch in batches)
         assert isinstance(tokens, torch.Tensor)
-        cross_entropy, z = (torch.stack(sums).sum() / tokens.clamp(min=1) for sums in zip(*losses))
+        _, cross_entropy, z = (torch.stack(sums).sum() / tokens.clamp(min=1) for sums in zip(*losses))
         return StepLoss(cross_entropy, z, tokens)
 
     return evaluate

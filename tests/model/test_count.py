@@ -30,5 +30,5 @@ def test_flops_are_those_of_the_operators(changes):
     batch = packed(random_documents(config, [seq_len, seq_len]))
     # The counter sees matrix products, so attention must run as such; the mask saves none of them.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        small_model(config)(batch).cross_entropy.backward()
+        small_model(config)(batch).objective.backward()
     assert flops_per_token(config, seq_len) == counter.get_total_flops() / (2 * seq_len)

@@ -1,0 +1,93 @@
+"""The output head and its loss, a chunk of tokens at a time, so that (T, V) logits never stand in memory.
+
+A chunk's gradients are taken while its logits are at hand, in the forward pass (as Liger Kernel does, Hsu et
+al. 2024): nothing is computed twice, and what stays is the gradient of x and of the weight.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from triplane.model.batch import IGNORED_TARGET
+from triplane.model.config import ModelConfig
+
+_CHUNK_LOGITS = 2**22
+"""Logits in a chunk; small enough for a CPU's cache, large enough to fill a GPU."""
+
+
+class Loss(NamedTuple):
+    """Sums over the positions that have a target; nats. The caller divides by the tokens of the global batch."""
+
+    objective: Tensor
+    """What is minimised: cross-entropy plus z. The only one with a gradient."""
+    cross_entropy: Tensor
+    z: Tensor
+    """Sum of the squared log-partition times its weight; zero where the weight is."""
+
+
+class Head(nn.Module):
+    """A projection to the vocabulary and the cross-entropy of its logits, computed in fp32."""
+
+    weight: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.z_loss_weight = config.z_loss_weight
+
+    def forward(self, x_TD: Tensor, targets_T: Tensor | None = None) -> Loss | Tensor:
+        """The loss, or the logits (T, V) where no targets are given."""
+        if targets_T is None:
+            return F.linear(x_TD, self.weight)
+        chunk = max(1, _CHUNK_LOGITS // len(self.weight))
+        return Loss(*_Chunked.apply(x_TD, self.weight, targets_T, chunk, self.losses))  # type: ignore[no-untyped-call]
+
+    def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of cross-entropy and z-loss over tokens."""
+        logits_TV = logits_TV.float()
+        cross_entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="sum")
+        if not self.z_loss_weight:
+            return cross_entropy, cross_entropy.new_zeros(())
+        partition_T = logits_TV.logsumexp(dim=-1) * (targets_T != IGNORED_TARGET)
+        return cross_entropy, self.z_loss_weight * partition_T.square().sum()
+
+
+Losses = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, losses: Losses
+    ) -> tuple[Tensor, ...]:
+        train = ctx.needs_input_grad[0]
+        sums = torch.zeros(2, device=x_TD.device)
+        grad_x_TD = torch.empty_like(x_TD) if train else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if train else None
+        for start in range(0, len(x_TD), chunk):
+            part = slice(start, start + chunk)
+            x = x_TD[part].detach()
+            logits = F.linear(x, weight_VD.detach()).requires_grad_(train)
+            with torch.set_grad_enabled(train):
+                cross_entropy, z = losses(logits, targets_T[part])
+                objective = cross_entropy + z
+            sums += torch.stack((cross_entropy.detach(), z.detach()))
+            if grad_x_TD is not None and grad_weight_VD is not None:
+                (grad_logits,) = torch.autograd.grad(objective, logits)
+                grad_x_TD[part] = grad_logits @ weight_VD
+                grad_weight_VD += grad_logits.T @ x
+        if grad_weight_VD is not None:
+            ctx.save_for_backward(grad_x_TD, grad_weight_VD.to(weight_VD.dtype))
+        cross_entropy, z = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy, z)
+        return cross_entropy + z, cross_entropy, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x_TD, grad_weight_VD = ctx.saved_tensors
+        return grad_x_TD * grad, grad_weight_VD * grad, None, None, None
