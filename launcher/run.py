@@ -47,9 +47,10 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1) -> None:
     peak = _decide_on_rank_0(lambda: peak_flops_per_s(mesh.device, dtype))
     engine = Engine(
         config.model,
+        config.parallel,
         mesh,
-        config.parallel.zero,
         dtype,
+        config.data.seq_len,
         config.optimizer.grad_clip,
         partial(adamw, config.optimizer),
     )

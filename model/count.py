@@ -11,14 +11,21 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Forward and backward of one token, as PaLM's appendix B counts for MFU.
+    """Forward and backward of one token, as PaLM's appendix B counts for MFU."""
+    return config.n_layers * block_flops(config, seq_len) + head_flops(config)
 
-    6 for each weight of a matrix product (the embedding look-up is none), and 12 n_layers n_heads
-    head_dim seq_len for attention, which leaves out that a causal mask spares half of it.
+
+def block_flops(config: ModelConfig, seq_len: int) -> int:
+    """Of one token in one block: 6 for each weight of a matrix product, and 12 n_heads head_dim seq_len for attention.
+
+    The latter leaves out that a causal mask spares half of it.
     """
-    matrices = config.n_layers * _block_matrices(config) + config.vocab_size * config.dim
-    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
-    return 6 * matrices + attention
+    return 6 * _block_matrices(config) + 12 * config.n_heads * config.head_dim * seq_len
+
+
+def head_flops(config: ModelConfig) -> int:
+    """Of one token in the head; the embedding is a look-up, without a product."""
+    return 6 * config.vocab_size * config.dim
 
 
 def _block_matrices(config: ModelConfig) -> int:

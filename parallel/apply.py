@@ -3,43 +3,74 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from triplane.model.config import ModelConfig
 from triplane.model.transformer import Transformer
+from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.pipeline import TIED_HEAD, cut_stage
+from triplane.parallel.pipeline import TIED_HEAD, cut_stage, stage_layers
 from triplane.parallel.placement import Placement, place
+from triplane.parallel.recompute import apply_recompute
 
 
 @dataclass(frozen=True)
 class LocalModel:
-    """What this rank holds of the model, uninitialised."""
+    """What this rank holds of the model, all zeros."""
 
-    module: Transformer
+    stages: list[Transformer]
+    """One, or as many as there are virtual stages, in the order in which a token passes them."""
     placements: list[Placement]
     dtype: torch.dtype
 
+    @property
+    def module(self) -> nn.Module:
+        """All of it as one module."""
+        return self.stages[0] if len(self.stages) == 1 else nn.ModuleList(self.stages)
 
-def build_local_model(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> LocalModel:
+
+def build_local_model(
+    config: ModelConfig, layout: ParallelConfig, mesh: Mesh, dtype: torch.dtype, seq_len: int
+) -> LocalModel:
     """Builds the whole model on meta and narrows it to this rank's share, in this order:
 
     1. pipeline: drop the layers of other stages, so that nothing is swapped in vain;
     2. tensor: swap in modules that hold a share of each weight;
-    3. materialise that share, uninitialised, and tie the head to the embedding where both are here.
+    3. context: swap the attention that sees a share of the tokens;
+    4. recompute, then compile: wrap each block;
+    5. materialise that share, and tie the head to the embedding where both are here.
 
     The optimizer (zero.py or replicated.py) comes last, around the parameters that are left.
     """
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        cut_stage(model, mesh)
-        if mesh.tp.size > 1:
-            from triplane.parallel.tensor import apply_tensor_parallel
+    count = mesh.pp.size * layout.virtual_stages
+    layers = stage_layers(config, count, seq_len)
+    stages, placements = [], []
+    for number in range(mesh.pp.rank, count, mesh.pp.size):
+        with torch.device("meta"):
+            model = Transformer(config).to(dtype)
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            cut_stage(model, layers[number], first=number == 0, last=number == count - 1)
+            if mesh.tp.size > 1:
+                from triplane.parallel.tensor import apply_tensor_parallel
 
-            apply_tensor_parallel(model, mesh)
+                apply_tensor_parallel(model, mesh, layout.sequence_parallel)
+        apply_recompute(model, layout.recompute)
+        local = {name: parameter.shape for name, parameter in model.named_parameters()}
+        _materialise(model, layout, mesh)
+        tied_copy = config.tie_embeddings and model.embedding is None
+        placements += place(model, shapes, local, TIED_HEAD if tied_copy else {}, mesh)
+        stages.append(model)
+    return LocalModel(stages, placements, dtype)
+
+
+def _materialise(model: Transformer, layout: ParallelConfig, mesh: Mesh) -> None:
+    if layout.zero == 3:
+        from triplane.parallel.zero import materialise_shares
+
+        materialise_shares(model, mesh)
+        return
     model.to_empty(device=mesh.device)
-    tied_copy = config.tie_embeddings and model.embedding is None
-    if config.tie_embeddings and model.embedding is not None and model.head is not None:
+    if model.config.tie_embeddings and model.embedding is not None and model.head is not None:
         model.head.weight = model.embedding.weight
-    placements = place(model, shapes, TIED_HEAD if tied_copy else {}, mesh)
-    return LocalModel(model, placements, dtype)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)  # padding stays zero; the rest is set by `Engine.initialize` or a checkpoint

@@ -6,15 +6,31 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """The axes: tp x pp x dp ranks."""
+    """The axes: tp x cp x pp x dp ranks."""
 
     tp: PositiveInt = 1
     """Tensor: ranks that split each weight matrix. Keep within one machine."""
+    sequence_parallel: bool = False
+    """Split the tokens over the tp ranks where weights are not split: less activation memory, the same traffic."""
+    cp: PositiveInt = 1
+    """Context: ranks that split the tokens of a micro-batch, for long sequences."""
+    cp_method: Literal["ulysses", "ring"] = "ulysses"
+    """`ulysses`: all-to-all, so that each rank attends with a share of the heads. `ring`: keys and values travel,
+    for more ranks than heads."""
     pp: PositiveInt = 1
-    """Pipeline: stages that split the layers."""
+    """Pipeline: ranks that split the layers."""
+    virtual_stages: PositiveInt = 1
+    """Stages on each pipeline rank; more shorten the wait at a step's ends, and send more often."""
     dp: PositiveInt | Literal["auto"] = "auto"
     """Data: ranks that split the batch. `auto`: as many as the ranks at hand allow."""
-    zero: Literal[0, 1] = 1
-    """ZeRO stage over dp. 0: replicated optimizer. 1: each dp rank keeps a share of the fp32 weights and moments."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage over dp x cp. 0: all is replicated. 1: each rank keeps a share of fp32 weights and moments; 2: of
+    gradients too; 3: of weights too."""
+    offload_optimizer: bool = False
+    """Keep fp32 weights and moments in the host's memory, and update there; slow."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it. `selective`: all but products and attention; `full`: blocks."""
+    compile: bool = False
+    """Compile each block: minutes at the start, faster steps after."""
     timeout_s: PositiveFloat = Field(default=600.0)
     """How long a collective waits for a rank before it fails."""

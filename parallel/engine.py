@@ -1,6 +1,7 @@
 """One training step of a spread model: forward and backward of the micro-batches, then the update."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from triplane.model.head import Loss
 from triplane.model.init import initial_weight
 from triplane.model.transformer import Transformer
 from triplane.parallel.apply import LocalModel, build_local_model
+from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
 
@@ -25,6 +27,11 @@ MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optim
 class Optimizer(Protocol):
     """What updates the weights: `ReplicatedOptimizer` or `ZeroOptimizer`."""
 
+    @property
+    def module(self) -> nn.Module: ...
+    def backward(self, loss: Tensor, last: bool) -> None: ...
+    def accumulation(self) -> AbstractContextManager[None]: ...
+    def gradient(self, parameter: nn.Parameter) -> Tensor: ...
     def step(self) -> Tensor: ...
     def fragments(self) -> Iterable[Fragment]: ...
     def loaded(self, step: int) -> None: ...
@@ -50,23 +57,25 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
+        layout: ParallelConfig,
         mesh: Mesh,
-        zero: int,
         dtype: torch.dtype,
+        seq_len: int,
         grad_clip: float,
         make_optimizer: MakeOptimizer,
     ):
+        """`seq_len` tells how much attention costs, which balances the pipeline's stages."""
         self.config = config
+        self.layout = layout
         self.mesh = mesh
-        self.local = build_local_model(config, mesh, dtype)
-        self.module = self.local.module
+        self.local = build_local_model(config, layout, mesh, dtype, seq_len)
         named = [(placement.name, placement.parameter) for placement in self.local.placements]
         self._torch_optimizer = make_optimizer(named)
-        self.optimizer = _wrap(self.local, self._torch_optimizer, zero, grad_clip, mesh)
+        self.optimizer = _wrap(self.local, self._torch_optimizer, layout, grad_clip, mesh)
         if mesh.pp.size > 1:
             from triplane.parallel import megatron
 
-            self.stage = megatron.Stage(self.module, dtype, config.dim)
+            self.pipeline = megatron.Pipeline(list(self.local.stages), layout, dtype, config.dim, mesh)
 
     def initialize(self, seed: int) -> None:
         """Gives the initial weights, which are the same for every layout."""
@@ -78,13 +87,13 @@ class Engine:
         self.optimizer.loaded(step=0)
 
     def forward_backward(self, batches: Sequence[Batch]) -> StepLoss:
-        """Adds the gradient of the mean loss over the global batch to the parameters.
+        """Computes the gradient of the mean loss over the global batch; once before each `step`.
 
         `batches` are this dp rank's micro-batches, on the device; the mean is over tokens.
         """
         tokens = self._count_targets(batches)
-        # The optimizers average over dp.
-        return self._run(batches, tokens, scale=self.mesh.dp.size / tokens, train=True)
+        # The optimizers average over dp x cp.
+        return self._run(batches, tokens, scale=self.mesh.replicas.size / tokens, train=True)
 
     def evaluate(self, batches: Sequence[Batch]) -> StepLoss:
         """The loss over the batches of all dp ranks, without gradients."""
@@ -94,45 +103,53 @@ class Engine:
 
     def step(self, learning_rate: float) -> Tensor:
         """Updates the weights; returns the gradient's global norm before clipping, a scalar."""
-        if self.mesh.embedding is not None and self.config.tie_embeddings:
-            table = self.module.embedding or self.module.head
-            assert table is not None
-            dist.all_reduce(table.weight.grad, group=self.mesh.embedding)
         for group in self._torch_optimizer.param_groups:
             group["lr"] = learning_rate
         return self.optimizer.step()
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Scores of the token that follows `tokens`, (V,) fp32, the same on all ranks; collective."""
-        ids_T = torch.tensor(tokens)
-        batch = Batch.build(ids_T, ids_T, [0, len(tokens)]).to(self.mesh.device)
+        # Padding after the last token changes nothing before it; the axes that split tokens need whole shares.
+        ids_T = torch.zeros(len(tokens) + -len(tokens) % token_multiple(self.layout), dtype=torch.int64)
+        ids_T[: len(tokens)] = torch.tensor(tokens)
+        wanted_T = torch.full_like(ids_T, IGNORED_TARGET)
+        wanted_T[len(tokens) - 1] = 0
+        batch = Batch.build(ids_T, wanted_T, [0, len(ids_T)]).to(self.mesh.device)
         logits_V = torch.zeros(self.config.vocab_size, device=self.mesh.device)
 
-        def forward(module: nn.Module, _: int, received: Tensor | None) -> Tensor:
+        def forward(module: nn.Module, number: int, received: Tensor | None) -> Tensor:
             assert isinstance(module, Transformer)
+            local = self._share(batch)
             if module.head is None:
-                return module.hidden(batch, received)
-            share = module.logits(batch, received)[-1].float()
-            start = 0 if len(share) == len(logits_V) else self.mesh.tp.rank * len(share)
-            logits_V[start : start + len(share)] = share
-            return share.new_zeros(())
+                return module.hidden(local, received)
+            share_TV = module.logits(local, received)[local.targets_T != IGNORED_TARGET]
+            if number == 0 and len(share_TV):
+                start = self.mesh.tp.rank * share_TV.shape[1] if self.mesh.tp.size > 1 else 0
+                end = min(start + share_TV.shape[1], len(logits_V))
+                logits_V[start:end] = share_TV[0, : end - start].float()
+            return share_TV.new_zeros(())
 
         with torch.no_grad():
-            self._schedule(forward, 1, len(tokens), train=False)
-        if self.mesh.model is not None:
-            dist.all_reduce(logits_V, group=self.mesh.model)  # each share is on one rank, zeros on the others
-        return logits_V
+            self._schedule(forward, self.mesh.pp.size if self.layout.virtual_stages > 1 else 1, len(ids_T), train=False)
+        dist.all_reduce(logits_V)  # each score is on one rank of each dp rank's, zeros on the others
+        return logits_V / self.mesh.dp.size
 
     def _count_targets(self, batches: Sequence[Batch]) -> Tensor:
         total = torch.stack([(batch.targets_T != IGNORED_TARGET).sum() for batch in batches]).sum()
         dist.all_reduce(total, group=self.mesh.dp.group)
         return total.clamp(min=1)
 
+    def _share(self, batch: Batch) -> Batch:
+        """This cp rank's tokens."""
+        assert len(batch.tokens_T) % token_multiple(self.layout) == 0, (len(batch.tokens_T), self.layout)
+        return batch
+
     def _run(self, batches: Sequence[Batch], tokens: Tensor, scale: Tensor, train: bool) -> StepLoss:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        shares = [self._share(batch) for batch in batches]
 
         def forward(module: nn.Module, number: int, received: Tensor | None) -> Tensor:
-            out = module(batches[number], received)
+            out = module(shares[number], received)
             if not isinstance(out, Loss):
                 assert isinstance(out, Tensor)
                 return out
@@ -149,21 +166,40 @@ class Engine:
     def _schedule(self, forward: Forward, micro_batches: int, tokens: int, train: bool) -> None:
         """Runs `forward` of every micro-batch of `tokens` tokens, and its backward if `train`."""
         if self.mesh.pp.size > 1:
-            from triplane.parallel import megatron
-
-            megatron.run_1f1b(self.stage, forward, micro_batches, tokens, forward_only=not train)
+            with self.optimizer.accumulation() if train else nullcontext():
+                self.pipeline.run(forward, micro_batches, tokens, forward_only=not train)
+                if train:
+                    self._sum_tied_gradient()
             return
         for number in range(micro_batches):
-            loss = forward(self.module, number, None)
-            if train:
-                torch.autograd.backward(loss)
+            if not train:
+                forward(self.local.stages[0], number, None)
+                continue
+            loss = forward(self.optimizer.module, number, None)
+            self.optimizer.backward(loss, last=number == micro_batches - 1)
+
+    def _sum_tied_gradient(self) -> None:
+        """The first stage's table and the last stage's copy of it get the gradient of both."""
+        if self.mesh.embedding is None or not self.config.tie_embeddings:
+            return
+        table = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
+        assert table is not None and isinstance(table.weight, nn.Parameter)
+        dist.all_reduce(self.optimizer.gradient(table.weight), group=self.mesh.embedding)
 
 
-def _wrap(local: LocalModel, optimizer: torch.optim.Optimizer, zero: int, grad_clip: float, mesh: Mesh) -> Optimizer:
-    if zero == 0:
+def token_multiple(layout: ParallelConfig) -> int:
+    """What the tokens of a micro-batch must be a multiple of, for each rank to have a whole share."""
+    chunks = 2 * layout.cp if layout.cp_method == "ring" and layout.cp > 1 else layout.cp
+    return chunks * (layout.tp if layout.sequence_parallel else 1)
+
+
+def _wrap(
+    local: LocalModel, optimizer: torch.optim.Optimizer, layout: ParallelConfig, grad_clip: float, mesh: Mesh
+) -> Optimizer:
+    if layout.zero == 0:
         from triplane.parallel.replicated import ReplicatedOptimizer
 
-        return ReplicatedOptimizer(optimizer, local.placements, grad_clip, mesh)
+        return ReplicatedOptimizer(local, optimizer, grad_clip, mesh)
     from triplane.parallel.zero import ZeroOptimizer
 
-    return ZeroOptimizer(local.module, optimizer, local.placements, grad_clip, local.dtype, mesh)
+    return ZeroOptimizer(local, optimizer, layout, grad_clip, mesh)

@@ -1,11 +1,8 @@
-"""The adapter to megatron-core 0.16.1, and its only importer: groups, tensor-parallel layers, 1F1B.
+"""The adapter to megatron-core 0.16.1, and its only importer: groups, tensor-parallel layers, pipeline schedules.
 
-megatron-core names the device "cuda" literally. Where there is no CUDA, `_serve_cpu` hands its modules
-a view of torch in which "cuda" is the CPU; torch itself is not touched.
+megatron-core names the device "cuda" literally; where there is no CUDA, `cpu_shim` mends that.
 """
 
-import importlib
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,116 +11,85 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.cpu_shim import serve_cpu
 from triplane.parallel.mesh import Axis, Mesh
 
 with warnings.catch_warnings():
     # It warns of each accelerator library (apex, Transformer Engine) that is not there; none is used.
     warnings.simplefilter("ignore")
     import megatron.core.transformer.multi_token_prediction  # noqa: F401  the schedules import it in their first step
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state, tensor_parallel, utils
     from megatron.core.enums import ModelType
     from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+    from megatron.core.pipeline_parallel import p2p_communication, schedules
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import layers, mappings
+    from megatron.core.tensor_parallel import utils as tensor_parallel_utils
 
-_MODULES_THAT_NAME_CUDA = (
-    "pipeline_parallel.p2p_communication",
-    "pipeline_parallel.schedules",
-    "tensor_parallel.layers",
-    "tensor_parallel.mappings",
-    "tensor_parallel.utils",
-    "utils",
-)
-_CPU = torch.device("cpu")
+_MODULES_THAT_NAME_CUDA = (p2p_communication, schedules, layers, mappings, tensor_parallel_utils, utils)
 
 
-class _TorchOnCpu(types.ModuleType):
-    """torch, except that the device "cuda" means the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_on_cpu")
-        self.cuda = types.ModuleType("cuda_on_cpu")
-        self.cuda.__getattr__ = lambda name: getattr(torch.cuda, name)  # type: ignore[method-assign]
-        self.cuda.current_device = lambda: _CPU  # type: ignore[attr-defined]
-        self.cuda.synchronize = lambda *_: None  # type: ignore[attr-defined]
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(torch, name)
-        if name not in ("empty", "empty_like", "full", "ones", "tensor", "zeros"):
-            return value
-
-        def on_cpu(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-            named_cuda = device is not None and torch.device(device).type == "cuda"
-            made: Tensor = value(*args, device=_CPU if named_cuda else device, **kwargs)
-            return made
-
-        return on_cpu
-
-
-def _serve_cpu() -> None:
-    for name in _MODULES_THAT_NAME_CUDA:
-        importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu()  # type: ignore[attr-defined]
-
-
-def initialize_mesh(tp: int, pp: int, device: torch.device) -> Mesh:
-    """Creates megatron-core's groups over all ranks, in its default order tp, dp, pp."""
+def initialize_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
+    """Creates megatron-core's groups over all ranks, in its default order tp, cp, dp, pp."""
     if device.type == "cpu":
-        _serve_cpu()
-    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+        serve_cpu(_MODULES_THAT_NAME_CUDA)
+    # Its cross-entropy takes no group: the global state must be there too.
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.virtual_stages if config.virtual_stages > 1 else None,
+        context_parallel_size=config.cp,
+        create_gloo_process_groups=False,
+    )
 
     def axis(group: dist.ProcessGroup) -> Axis:
         return Axis(group.size(), group.rank(), group)
 
-    embedding = parallel_state.get_embedding_group(check_initialized=False) if pp > 1 else None
+    embedding = parallel_state.get_embedding_group(check_initialized=False) if config.pp > 1 else None
     return Mesh(
         device=device,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp=axis(parallel_state.get_tensor_model_parallel_group()),
         pp=axis(parallel_state.get_pipeline_model_parallel_group()),
+        cp=axis(parallel_state.get_context_parallel_group()),
         dp=axis(parallel_state.get_data_parallel_group()),
+        replicas=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         model=parallel_state.get_model_parallel_group(),
         embedding=embedding if parallel_state.is_rank_in_embedding_group() else None,
     )
 
 
-def _config(dtype: torch.dtype, hidden_size: int = 0) -> ModelParallelConfig:
-    config = ModelParallelConfig(
+def _layer_config(dtype: torch.dtype, sequence_parallel: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
         # Its layers then take the default device, which is "meta" while the model is built.
         use_cpu_initialization=True,
         perform_initialization=False,
     )
-    # The schedules read these, but ModelParallelConfig lacks them.
-    config.hidden_size = hidden_size
-    config.calculate_per_token_loss = True  # a loss comes scaled; the schedule must not divide it again
-    config.fine_grained_activation_offloading = False
-    config.mtp_standalone = False
-    return config
-
-
-def _keywords(dtype: torch.dtype, mesh: Mesh) -> dict[str, Any]:
-    """What every layer takes; weights are initialised elsewhere."""
-    return {"config": _config(dtype), "init_method": None, "tp_group": mesh.tp.group}
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
     """Holds a share of the output features: (T, in) whole -> (T, out / tp).
 
-    The input's gradient is a partial sum; the norm before it (`CopyingRMSNorm`) adds up those of all
-    its consumers in one all-reduce.
+    The input's gradient is a partial sum; the norm before it adds up those of all its consumers at once.
     """
+
+    tp_dim = 0
 
     def __init__(self, linear: nn.Linear, mesh: Mesh):
         super().__init__(
             linear.in_features,
             linear.out_features,
-            **_keywords(linear.weight.dtype, mesh),
+            config=_layer_config(linear.weight.dtype, sequence_parallel=False),
+            init_method=None,
             bias=False,
             gather_output=False,
             disable_grad_reduce=True,
+            tp_group=mesh.tp.group,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,16 +98,23 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignor
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc]
-    """Holds a share of the input features: (T, in / tp) -> (T, out) whole, summed over tp."""
+    """Holds a share of the input features: (T, in / tp) -> (T, out), summed over tp.
 
-    def __init__(self, linear: nn.Linear, mesh: Mesh):
+    With sequence parallelism each rank gets its share of the sum's tokens, (T / tp, out).
+    """
+
+    tp_dim = 1
+
+    def __init__(self, linear: nn.Linear, mesh: Mesh, sequence_parallel: bool):
         super().__init__(
             linear.in_features,
             linear.out_features,
-            **_keywords(linear.weight.dtype, mesh),
+            config=_layer_config(linear.weight.dtype, sequence_parallel),
+            init_method=None,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
+            tp_group=mesh.tp.group,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,16 +123,38 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc
 
 
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: ignore[misc]
-    """Holds a share of the rows; tokens of other shares add zero, and the sum over tp is whole."""
+    """Holds `rows` rows; tokens of other shares add zero, and the sum over tp is whole (T, D), or (T / tp, D)."""
 
-    def __init__(self, embedding: nn.Embedding, mesh: Mesh):
-        super().__init__(embedding.num_embeddings, embedding.embedding_dim, **_keywords(embedding.weight.dtype, mesh))
+    tp_dim = 0
+
+    def __init__(self, embedding: nn.Embedding, rows: int, mesh: Mesh, sequence_parallel: bool):
+        super().__init__(
+            rows * mesh.tp.size,
+            embedding.embedding_dim,
+            init_method=None,
+            reduce_scatter_embeddings=sequence_parallel,
+            config=_layer_config(embedding.weight.dtype, sequence_parallel),
+            tp_group=mesh.tp.group,
+        )
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        # It takes (batch, sequence); with sequence parallelism it gives (sequence, batch, D).
+        out: Tensor = super().forward(tokens_T[None])
+        return out.squeeze(1 if self.reduce_scatter_embeddings else 0)
 
 
 def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
     """x as it is; its gradient is summed over tp."""
     copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=mesh.tp.group)
     return copied
+
+
+def gather_tokens(x_TD: Tensor, mesh: Mesh) -> Tensor:
+    """(T / tp, D) to (T, D); its gradient is summed over tp and scattered."""
+    whole: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
+        x_TD, tensor_parallel_output_grad=True, group=mesh.tp.group
+    )
+    return whole
 
 
 def sum_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
@@ -176,46 +171,96 @@ def vocab_parallel_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor
     return loss_T
 
 
-class Stage(nn.Module):
-    """A pipeline stage as megatron-core's schedules drive it: they hand in the previous stage's output."""
+class _Stage(nn.Module):
+    """A pipeline stage as the schedules drive it: they hand in the previous stage's output."""
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, hidden_size: int):
+    def __init__(self, module: nn.Module, config: ModelParallelConfig, number: int):
         super().__init__()
         self.module = module
-        self.config = _config(dtype, hidden_size)
+        self.config = config
+        self.vp_stage = number
         self.received: Tensor | None = None
 
-    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        self.received = tensors[0]
+    def set_input_tensor(self, tensors: list[Tensor | None] | Tensor | None) -> None:
+        self.received = tensors[0] if isinstance(tensors, list) else tensors
 
 
-def run_1f1b(
-    stage: Stage,
-    forward: Callable[[nn.Module, int, Tensor | None], Tensor],
-    micro_batches: int,
-    tokens: int,
-    forward_only: bool,
-) -> None:
-    """Runs `forward(module, i, x_TD)` of every micro-batch i, and its backward, one forward one backward.
+class Pipeline:
+    """The stages of this rank, and the schedule that runs micro-batches through those of all ranks.
 
-    `forward` returns the residual stream (tokens, D), or the loss on the last stage, scaled.
+    1F1B (Narayanan et al. 2021, PipeDream-Flush); interleaved where a rank has several stages.
     """
 
-    def forward_step(numbers: Iterator[int], stage: Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        # The schedules exchange (sequence, batch, D).
-        received = None if stage.received is None else stage.received.squeeze(1)
-        out = forward(stage.module, next(numbers), received)
-        out = out.unsqueeze(1) if out.dim() == 2 else out
-        return out, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=loss.device), None)
+    def __init__(self, stages: list[nn.Module], config: ParallelConfig, dtype: torch.dtype, dim: int, mesh: Mesh):
+        self.mesh = mesh
+        self.interleaved = len(stages) > 1
+        self.config = ModelParallelConfig(
+            tensor_model_parallel_size=config.tp,
+            pipeline_model_parallel_size=config.pp,
+            virtual_pipeline_model_parallel_size=len(stages) if self.interleaved else None,
+            context_parallel_size=config.cp,
+            sequence_parallel=config.sequence_parallel and config.tp > 1,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            # Two stages that exchange in both directions match batched sends wrongly: without this the
+            # interleaved schedule gives wrong losses over two ranks (Megatron-LM#1450).
+            overlap_p2p_comm=self.interleaved,
+            batch_p2p_comm=not self.interleaved,
+        )
+        # The schedules read these, but ModelParallelConfig lacks them.
+        self.config.hidden_size = dim
+        self.config.calculate_per_token_loss = True  # a loss comes scaled; the schedule must not divide it again
+        self.config.fine_grained_activation_offloading = False
+        self.config.mtp_standalone = False
+        self.stages = [_Stage(module, self.config, number) for number, module in enumerate(stages)]
+        self.groups = ProcessGroupCollection()
+        self.groups.tp, self.groups.cp, self.groups.pp = mesh.tp.group, mesh.cp.group, mesh.pp.group
+        self.groups.dp_cp = mesh.replicas.group
+        self.groups.embd = self.groups.pos_embd = None  # tied embeddings are summed by the engine
 
-    forward_backward_pipelining_without_interleaving(
-        forward_step_func=forward_step,
-        data_iterator=iter(range(micro_batches)),
-        model=stage,
-        num_microbatches=micro_batches,
-        seq_length=tokens,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    def run(
+        self,
+        forward: Callable[[nn.Module, int, Tensor | None], Tensor],
+        micro_batches: int,
+        tokens: int,
+        forward_only: bool,
+    ) -> None:
+        """Runs `forward(module, i, x_TD)` of every micro-batch i of `tokens` tokens, and its backward.
+
+        `forward` returns the residual stream, or the loss on the last stage, scaled.
+        """
+
+        def forward_step(numbers: Iterator[int], stage: _Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            # The schedules exchange (sequence, batch, D).
+            received = None if stage.received is None else stage.received.squeeze(1)
+            out = forward(stage.module, next(numbers), received)
+            out = out.unsqueeze(1) if out.dim() == 2 else out
+            return out, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=loss.device), None)
+
+        numbers = [iter(range(micro_batches)) for _ in self.stages]
+        schedule = schedules.forward_backward_pipelining_without_interleaving
+        if self.interleaved:
+            schedule = schedules.forward_backward_pipelining_with_interleaving
+            self.config.microbatch_group_size_per_vp_stage = _group_size(micro_batches, self.mesh.pp.size)
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=numbers if self.interleaved else numbers[0],
+            model=self.stages if self.interleaved else self.stages[0],
+            num_microbatches=micro_batches,
+            seq_length=tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            p2p_communicator=p2p_communication.P2PCommunicator(self.mesh.pp.group, self.config),
+            pg_collection=self.groups,
+        )
+
+
+def _group_size(micro_batches: int, stages: int) -> int:
+    """Micro-batches that pass a stage before its rank turns to the next one: the fewest that the schedule takes.
+
+    The last group must be whole, or hold at least as many as there are ranks in the pipeline.
+    """
+    assert micro_batches >= stages, f"the interleaved schedule needs {stages} micro-batches, not {micro_batches}"
+    return next(n for n in range(stages, micro_batches + 1) if micro_batches % n == 0 or micro_batches % n >= stages)

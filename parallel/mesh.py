@@ -1,7 +1,7 @@
-"""The ranks as a mesh of three axes, and the process groups along each.
+"""The ranks as a mesh of four axes, and the process groups along each.
 
-Neighbouring ranks share a machine, so tp, which communicates in every layer, varies fastest; then
-dp, which communicates once a step; then pp, which sends only activations between stages.
+Neighbouring ranks share a machine, so tp and cp, which communicate in every layer, vary fastest; then dp,
+which communicates once a step; then pp, which sends only activations between stages.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,10 @@ class Mesh:
     world_size: int
     tp: Axis
     pp: Axis
+    cp: Axis
     dp: Axis
+    replicas: Axis
+    """dp x cp: the ranks with the same weights, over which gradients are averaged and ZeRO shards."""
     model: ProcessGroup | None
     """The tp x pp ranks that together hold one replica of the model."""
     embedding: ProcessGroup | None
@@ -74,15 +77,16 @@ def connected(
 
 
 def _mesh(config: ParallelConfig, device: torch.device, rank: int, world_size: int) -> Mesh:
-    replica = config.tp * config.pp
-    dp = world_size // replica if config.dp == "auto" else config.dp
-    if dp * replica != world_size:
+    one = config.tp * config.pp * config.cp
+    dp = world_size // one if config.dp == "auto" else config.dp
+    if dp * one != world_size:
         raise LayoutError(
-            f"dp ({config.dp}) x tp ({config.tp}) x pp ({config.pp}) does not make {world_size} ranks; "
-            f"set parallel.dp to {max(1, world_size // replica)} or start {max(1, dp) * replica} ranks"
+            f"dp ({config.dp}) x tp ({config.tp}) x pp ({config.pp}) x cp ({config.cp}) does not make {world_size} "
+            f"ranks; set parallel.dp to {max(1, world_size // one)} or start {max(1, dp) * one} ranks"
         )
-    if replica == 1:
-        return Mesh(device, rank, world_size, Axis(), Axis(), Axis(dp, rank, dist.group.WORLD), None, None)
+    if one == 1:
+        alone, all_ranks = Axis(), Axis(dp, rank, dist.group.WORLD)
+        return Mesh(device, rank, world_size, alone, alone, alone, all_ranks, all_ranks, None, None)
     from triplane.parallel import megatron  # 3 s to import: only where there is something to split
 
-    return megatron.initialize_mesh(config.tp, config.pp, device)
+    return megatron.initialize_mesh(config, device)

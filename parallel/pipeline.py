@@ -1,31 +1,58 @@
 """Which layers stand on which pipeline stage."""
 
-from itertools import pairwise
+from functools import cache
 
+from triplane.model.config import ModelConfig
+from triplane.model.count import block_flops, head_flops
 from triplane.model.transformer import Transformer
 from triplane.parallel.errors import LayoutError
-from triplane.parallel.mesh import Mesh
 
 TIED_HEAD = {"head.weight": "embedding.weight"}
 """With tied embeddings the last stage holds a copy of the first stage's table."""
 
-
-def stage_layers(n_layers: int, stages: int) -> list[range]:
-    """Contiguous runs of layers; a remainder goes to the early stages, since the last has the head."""
-    if stages > n_layers:
-        raise LayoutError(f"pp ({stages}) stages need at least as many layers, but n_layers is {n_layers}")
-    base, extra = divmod(n_layers, stages)
-    starts = [stage * base + min(stage, extra) for stage in range(stages + 1)]
-    return [range(a, b) for a, b in pairwise(starts)]
+_EMBEDDING = 0.1
+"""Cost of the embedding as a share of the head's: no product, but its gradient is as large a table."""
 
 
-def cut_stage(model: Transformer, mesh: Mesh) -> None:
-    """Keeps of the whole `model` (on meta) what this rank's stage runs."""
-    keep = stage_layers(model.config.n_layers, mesh.pp.size)[mesh.pp.rank]
+def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> list[range]:
+    """Contiguous runs of layers for each stage, so that the costliest stage is as cheap as can be.
+
+    The first stage has the embedding besides, the last the head, and either may have no layer.
+    """
+    n = config.n_layers
+    if n < stages - 2 or n < 1:
+        raise LayoutError(f"{stages} pipeline stages need at least {stages - 2} layers, but n_layers is {n}")
+    block = float(block_flops(config, seq_len))
+    head = float(head_flops(config))
+
+    def cost(stage: int, layers: int) -> float:
+        return layers * block + (stage == 0) * _EMBEDDING * head + (stage == stages - 1) * head
+
+    @cache
+    def best(stage: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """The cheapest way to give `left` layers to the stages from `stage` on: the largest cost, and the numbers."""
+        if stage == stages - 1:
+            return cost(stage, left), (left,)
+        fewest = 0 if stage == 0 else 1
+        choices = []
+        for layers in range(fewest, left + 1):
+            if left - layers < stages - stage - 2:
+                break
+            rest, numbers = best(stage + 1, left - layers)
+            choices.append((max(cost(stage, layers), rest), (layers, *numbers)))
+        return min(choices, key=lambda choice: (choice[0], max(choice[1])))
+
+    _, numbers = best(0, n)
+    starts = [sum(numbers[:stage]) for stage in range(stages)]
+    return [range(start, start + number) for start, number in zip(starts, numbers)]
+
+
+def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> None:
+    """Keeps of the whole `model` (on meta) what one stage runs."""
     for name in list(model.blocks):
-        if int(name) not in keep:
+        if int(name) not in layers:
             del model.blocks[name]
-    if not mesh.first_stage:
+    if not first:
         model.embedding = None
-    if not mesh.last_stage:
+    if not last:
         model.norm = model.head = None

@@ -16,30 +16,50 @@ class Placement:
     parameter: nn.Parameter
     shape: Size
     """Of the global tensor."""
+    local: Size
+    """Of the parameter on this tp and pp rank, before ZeRO 3 takes it apart; may reach past the global tensor."""
     offsets: tuple[int, ...]
-    """Where the box starts in it."""
+    """Where the box starts in the global tensor."""
+    sharded: bool
+    """True if tp ranks hold different parts."""
     primary: bool
     """False for a copy that another tp or pp rank holds too and answers for."""
     tied_copy: bool
     """True for the last stage's copy of the first stage's embedding."""
 
     @property
-    def sharded(self) -> bool:
-        return self.shape != self.parameter.shape
+    def elements(self) -> int:
+        """Of the flattened parameter those that are in the global tensor; padding rows of a vocabulary are not."""
+        rows = min(self.local[0], max(0, self.shape[0] - self.offsets[0]))
+        return rows * self.local[1:].numel()
 
 
-def place(module: nn.Module, shapes: dict[str, Size], tied: dict[str, str], mesh: Mesh) -> list[Placement]:
-    """Places the parameters of this rank's `module`; `shapes` are those of the whole model.
+def place(
+    module: nn.Module, shapes: dict[str, Size], local: dict[str, Size], tied: dict[str, str], mesh: Mesh
+) -> list[Placement]:
+    """Places the parameters of this rank's `module`.
 
-    `tied` maps the name of a copy of another stage's parameter to that parameter's name.
+    `shapes` are those of the whole model, `local` those of this module before ZeRO 3. `tied` maps the name of a
+    copy of another stage's parameter to that parameter's name. A module with an attribute `tp_dim` holds a share
+    of its weight along that dim.
     """
     placements = []
     for name, parameter in module.named_parameters():
         logical = tied.get(name, name)
-        shape = shapes[logical]
-        offsets = tuple(0 if local == whole else mesh.tp.rank * local for local, whole in zip(parameter.shape, shape))
-        primary = name not in tied and (parameter.shape != shape or mesh.tp.rank == 0)
-        placements.append(Placement(logical, parameter, shape, offsets, primary, tied_copy=name in tied))
+        dim = getattr(module.get_submodule(name.rpartition(".")[0]), "tp_dim", None)
+        offsets = tuple(mesh.tp.rank * size if i == dim else 0 for i, size in enumerate(local[name]))
+        placements.append(
+            Placement(
+                logical,
+                parameter,
+                shapes[logical],
+                local[name],
+                offsets,
+                sharded=dim is not None,
+                primary=name not in tied and (dim is not None or mesh.tp.rank == 0),
+                tied_copy=name in tied,
+            )
+        )
     return placements
 
 
@@ -67,12 +87,13 @@ def fragments(placement: Placement, kind: str, flat: Tensor, start: int, primary
 
     A run of a matrix's elements is up to three boxes: the end of a row, whole rows, the start of a row.
     """
-    local = placement.parameter.shape
-    if len(local) == 1:
-        yield _fragment(placement, kind, (start,), flat, primary)
+    stop = min(start + flat.numel(), placement.elements)
+    if len(placement.local) == 1:
+        if start < stop:
+            yield _fragment(placement, kind, (start,), flat[: stop - start], primary)
         return
-    columns = local[1]
-    position, stop = start, start + flat.numel()
+    columns = placement.local[1]
+    position = start
     while position < stop:
         row, column = divmod(position, columns)
         if column or stop - position < columns:

@@ -1,40 +1,56 @@
-"""ZeRO stage 0: every dp rank holds the whole optimizer. Plain torch, fp32.
+"""ZeRO stage 0: every rank of dp x cp holds the whole optimizer. Plain torch, fp32.
 
 DeepSpeed's own stage 0 clips wrongly under a pipeline and reports no gradient norm.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triplane.parallel.apply import LocalModel
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.placement import Fragment, Placement, fragments
+from triplane.parallel.placement import Fragment, fragments
 
 _BUCKET_ELEMENTS = 32 * 1024**2
 """Gradients are reduced in buffers of this size: few collectives, bounded extra memory."""
 
 
 class ReplicatedOptimizer:
-    """Averages gradients over dp, clips by the global norm, and updates."""
+    """Averages gradients over dp x cp, clips by the global norm, and updates."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, placements: list[Placement], grad_clip: float, mesh: Mesh):
+    def __init__(self, local: LocalModel, optimizer: torch.optim.Optimizer, grad_clip: float, mesh: Mesh):
+        self.module = local.module
         self.optimizer = optimizer
-        self.placements = placements
+        self.placements = local.placements
         self.grad_clip = grad_clip
         self.mesh = mesh
-        for placement in placements:
+        for placement in local.placements:
             optimizer.state[placement.parameter] = {
                 "step": torch.zeros(()),
                 "exp_avg": torch.zeros_like(placement.parameter),
                 "exp_avg_sq": torch.zeros_like(placement.parameter),
             }
 
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradients of `loss`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Around the backwards of a schedule: gradients add up anyhow."""
+        return nullcontext()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """What has added up on this rank."""
+        assert parameter.grad is not None, "every parameter takes part in every step"
+        return parameter.grad
+
     def step(self) -> Tensor:
         """Applies the gradients in `parameter.grad` and clears them; returns their global norm before clipping."""
         parameters = [placement.parameter for placement in self.placements]
-        if self.mesh.dp.size > 1:
+        if self.mesh.replicas.size > 1:
             self._average_gradients(parameters)
         norm = self._gradient_norm()
         nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
@@ -45,8 +61,7 @@ class ReplicatedOptimizer:
     def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
         bucket: list[Tensor] = []
         for parameter in parameters:
-            assert parameter.grad is not None, "every parameter takes part in every step"
-            bucket.append(parameter.grad)
+            bucket.append(self.gradient(parameter))
             if sum(gradient.numel() for gradient in bucket) >= _BUCKET_ELEMENTS:
                 self._average(bucket)
                 bucket = []
@@ -56,7 +71,7 @@ class ReplicatedOptimizer:
         if not bucket:
             return
         flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat, dist.ReduceOp.AVG, group=self.mesh.dp.group)
+        dist.all_reduce(flat, dist.ReduceOp.AVG, group=self.mesh.replicas.group)
         for gradient, averaged in zip(bucket, torch.split(flat, [gradient.numel() for gradient in bucket])):
             gradient.copy_(averaged.view_as(gradient))
 
@@ -69,9 +84,9 @@ class ReplicatedOptimizer:
         return squared.sqrt()
 
     def fragments(self) -> Iterator[Fragment]:
-        """The state on this rank; dp ranks take turns in writing parameters."""
+        """The state on this rank; the ranks of dp x cp take turns in writing parameters."""
         for number, placement in enumerate(self.placements):
-            primary = number % self.mesh.dp.size == self.mesh.dp.rank
+            primary = number % self.mesh.replicas.size == self.mesh.replicas.rank
             state = self.optimizer.state[placement.parameter]
             tensors = {
                 "weight": placement.parameter.detach(),

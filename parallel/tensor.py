@@ -1,41 +1,62 @@
 """Tensor parallelism: a table of modules to swap in the plain model (Shoeybi et al. 2019).
 
-A block needs one all-reduce in forward after each of wo and w_down, and one in backward before each
-norm's consumers. Parameter names do not change.
+A block needs one all-reduce in forward after each of wo and w_down, and one in backward before each norm's
+consumers. With sequence parallelism (Korthikanti et al. 2022) the norms and the residual stream hold a share of
+the tokens: each all-reduce becomes a reduce-scatter and an all-gather. Parameter names do not change.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from triplane.model.batch import IGNORED_TARGET
+from triplane.model.config import ModelConfig
 from triplane.model.head import Head
 from triplane.model.transformer import Transformer
 from triplane.parallel import megatron
 from triplane.parallel.mesh import Mesh
 
+_ROW_MULTIPLE = 8
+"""Rows of the vocabulary on a rank come in eights, which GPUs multiply fast; what is too many is padding."""
 
-def apply_tensor_parallel(model: Transformer, mesh: Mesh) -> None:
+
+def apply_tensor_parallel(model: Transformer, mesh: Mesh, sequence_parallel: bool) -> None:
     """Replaces the modules of `model` (on meta) by those that hold this rank's share."""
+    config, tp = model.config, mesh.tp.size
+    rows = -(-config.vocab_size // (tp * _ROW_MULTIPLE)) * _ROW_MULTIPLE
+
+    def column(linear: nn.Linear) -> nn.Module:
+        return megatron.ColumnParallelLinear(linear, mesh)
+
+    def row(linear: nn.Linear) -> nn.Module:
+        return megatron.RowParallelLinear(linear, mesh, sequence_parallel)
+
+    def key_value(linear: nn.Linear) -> nn.Module:
+        return column(linear) if config.n_kv_heads % tp == 0 else SharedKeyValueLinear(linear, config, mesh)
+
+    def norm(norm: nn.RMSNorm) -> nn.Module:
+        return GatheringRMSNorm(norm, mesh) if sequence_parallel else CopyingRMSNorm(norm, mesh)
+
     swaps: dict[str, Callable[..., nn.Module]] = {
-        "embedding": megatron.VocabParallelEmbedding,
-        "attention_norm": CopyingRMSNorm,
-        "wq": megatron.ColumnParallelLinear,
-        "wk": megatron.ColumnParallelLinear,
-        "wv": megatron.ColumnParallelLinear,
-        "wo": megatron.RowParallelLinear,
-        "feed_forward_norm": CopyingRMSNorm,
-        "w_gate": megatron.ColumnParallelLinear,
-        "w_up": megatron.ColumnParallelLinear,
-        "w_down": megatron.RowParallelLinear,
-        "norm": CopyingRMSNorm,
-        "head": VocabParallelHead,
+        "embedding": lambda table: megatron.VocabParallelEmbedding(table, rows, mesh, sequence_parallel),
+        "attention_norm": norm,
+        "wq": column,
+        "wk": key_value,
+        "wv": key_value,
+        "wo": row,
+        "feed_forward_norm": norm,
+        "w_gate": column,
+        "w_up": column,
+        "w_down": row,
+        "norm": norm,
+        "head": lambda head: VocabParallelHead(head, rows, mesh),
     }
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if name in swaps:
-                setattr(parent, name, swaps[name](child, mesh))
+                setattr(parent, name, swaps[name](child))
 
 
 class CopyingRMSNorm(nn.RMSNorm):
@@ -49,21 +70,57 @@ class CopyingRMSNorm(nn.RMSNorm):
         return megatron.copy_to_tp(super().forward(x), self.mesh)
 
 
-class VocabParallelHead(Head):
-    """A head that holds a share of the vocabulary's rows; its loss is that of the whole."""
+class GatheringRMSNorm(nn.RMSNorm):
+    """RMSNorm of this rank's tokens, (T / tp, D), whose output is gathered: (T, D)."""
 
-    def __init__(self, head: Head, mesh: Mesh):
+    def __init__(self, norm: nn.RMSNorm, mesh: Mesh):
+        super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
+        self.mesh = mesh
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weight = megatron.copy_to_tp(self.weight, self.mesh)  # each rank sees the gradient of its tokens
+        normed = F.rms_norm(x_TD, self.normalized_shape, weight, self.eps)
+        return megatron.gather_tokens(normed, self.mesh)
+
+
+class SharedKeyValueLinear(nn.Module):
+    """A key or value projection of fewer heads than tp ranks: held whole, used for the one head that a rank needs."""
+
+    def __init__(self, linear: nn.Linear, config: ModelConfig, mesh: Mesh):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(linear.weight))
+        self.mesh = mesh
+        start = mesh.tp.rank * config.n_kv_heads // mesh.tp.size * config.head_dim
+        self.head = slice(start, start + config.head_dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        # Ranks that share a head each see a part of its gradient, and none of the others'.
+        return F.linear(x_TD, megatron.copy_to_tp(self.weight, self.mesh)[self.head])
+
+
+class VocabParallelHead(Head):
+    """A head that holds `rows` rows of the vocabulary; its loss is that of the whole.
+
+    Rows past the vocabulary are zeros, score minus infinity, and have no gradient.
+    """
+
+    tp_dim = 0
+
+    def __init__(self, head: Head, rows: int, mesh: Mesh):
         nn.Module.__init__(self)
         vocab_size, dim = head.weight.shape
-        self.weight = nn.Parameter(head.weight.new_empty(vocab_size // mesh.tp.size, dim))
+        self.weight = nn.Parameter(head.weight.new_empty(rows, dim))
         self.z_loss_weight = head.z_loss_weight
         self.mesh = mesh
+        self.used = min(rows, max(0, vocab_size - mesh.tp.rank * rows))
 
     def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
         counted_T = targets_T != IGNORED_TARGET
         targets_T = torch.where(counted_T, targets_T, 0)
         # A copy, since the cross-entropy overwrites its logits; the target's logit is taken first.
         logits_TV = logits_TV.to(torch.float32, copy=True)
+        if self.used < logits_TV.shape[1]:
+            logits_TV[:, self.used :] = float("-inf")
         target_logit_T = self._target_logit(logits_TV, targets_T) if self.z_loss_weight else None
         loss_T = megatron.vocab_parallel_cross_entropy(logits_TV, targets_T) * counted_T
         if target_logit_T is None:
@@ -78,4 +135,4 @@ class VocabParallelHead(Head):
         here_T = (local_T >= 0) & (local_T < share)
         tokens_T = torch.arange(len(local_T), device=local_T.device)
         picked_T = logits_TV[tokens_T, local_T.clamp(0, share - 1)]  # a copy; gather would keep the logits
-        return megatron.sum_over_tp(picked_T * here_T, self.mesh)
+        return megatron.sum_over_tp(torch.where(here_T, picked_T, 0), self.mesh)

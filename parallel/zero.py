@@ -1,8 +1,7 @@
-"""The adapter to DeepSpeed 0.19.8, and its only importer: ZeRO around a module whose backward we call.
+"""The adapter to DeepSpeed 0.19.8, and its only importer: ZeRO around a module.
 
-`managed_gradient_accumulation: False` makes `engine.step()` the boundary: gradients add up in
-`parameter.grad` over the micro-batches of any schedule, and one step reduces them over dp, clips by the
-norm over dp, tp and pp, updates this rank's fp32 share, and gathers the weights.
+Without a pipeline DeepSpeed runs the backward pass, and reduces gradients while it goes on. With one the schedule
+does, so gradients add up on the rank and are reduced at the end.
 """
 
 import logging
@@ -10,12 +9,16 @@ import os
 import types
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triplane.model.transformer import Transformer
+from triplane.parallel.apply import LocalModel
+from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, Placement, fragments
 
@@ -25,6 +28,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
     from deepspeed.utils import logger
 
 # It still calls collectives by names that torch 2.13 has deprecated, at every step.
@@ -32,47 +37,75 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 logger.setLevel(logging.WARNING)
 # Else its CPU start compiles C++ for a minute, fails without a compiler, and a stale lock hangs later runs.
 __compatible_ops__["deepspeed_shm_comm"] = False
+# Else bf16 with fp32 gradients takes another optimizer at stage 1, which fails when the schedule calls backward.
+DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: ZERO_OPTIMIZATION
+
+
+def materialise_shares(model: Transformer, mesh: Mesh) -> None:
+    """ZeRO 3: gives `model` (on meta) its memory, module by module, each cut over dp x cp before the next."""
+    _join(mesh)
+    dtype = next(model.parameters()).dtype
+    for module in model.modules():
+        if not list(module.parameters(recurse=False)):
+            continue
+        if module is model.head and model.config.tie_embeddings and model.embedding is not None:
+            model.head.weight = model.embedding.weight
+            continue
+        module.to_empty(device=mesh.device)
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+        # mem_efficient_linear would replace torch's own F.linear, for everyone.
+        deepspeed.zero.Init(module, data_parallel_group=mesh.replicas.group, dtype=dtype, mem_efficient_linear=False)
 
 
 class ZeroOptimizer:
-    """ZeRO stage 1 (Rajbhandari et al. 2020): each dp rank keeps a share of fp32 weights and moments."""
+    """ZeRO (Rajbhandari et al. 2020) over dp x cp; weights and moments are fp32 shares, gradients add up in fp32."""
 
     def __init__(
         self,
-        module: nn.Module,
+        local: LocalModel,
         optimizer: torch.optim.Optimizer,
-        placements: list[Placement],
+        layout: ParallelConfig,
         grad_clip: float,
-        dtype: torch.dtype,
         mesh: Mesh,
     ):
-        self.placements = placements
-        for placement in placements:
+        self.placements = local.placements
+        self.stage = layout.zero
+        self.pipelined = mesh.pp.size > 1
+        assert not (self.pipelined and self.stage == 3), "ZeRO 3 hangs under a pipeline"
+        for placement in local.placements:
             # What DeepSpeed's norm reads: sharded parameters count on every tp rank, others on the
             # first, and a copy of another stage's parameter never.
             placement.parameter.tensor_model_parallel = placement.sharded  # type: ignore[attr-defined]
             placement.parameter.ds_pipe_replicated = placement.tied_copy  # type: ignore[attr-defined]
-        # It insists on the variable, whoever started this rank, and takes the device from it.
-        os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+            if self.pipelined and self.stage == 2:
+                placement.parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+        _join(mesh)
         self.engine, *_ = deepspeed.initialize(
-            model=module,
+            model=local.module,
             optimizer=optimizer,
-            mpu=_mpu(mesh) if mesh.model is not None else None,
+            mpu=_mpu(mesh),
             config={
                 # Only their product's consistency is checked; the boundary is ours.
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "managed_gradient_accumulation": False,
+                "managed_gradient_accumulation": not self._step_reduces,
                 "gradient_clipping": grad_clip,
-                "zero_optimization": {"stage": 1, "overlap_comm": False},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
+                "zero_optimization": {
+                    "stage": self.stage,
+                    "overlap_comm": mesh.device.type == "cuda" and not self.pipelined,
+                    **({"offload_optimizer": {"device": "cpu"}} if layout.offload_optimizer else {}),
+                },
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": dtype == torch.bfloat16},
+                "zero_force_ds_cpu_optimizer": False,  # its own needs a C++ build; torch's runs on the host too
+                "bf16": {"enabled": local.dtype == torch.bfloat16},
                 "steps_per_print": None,
             },
         )
         self.zero = self.engine.optimizer
-        for share in self.zero.single_partition_of_fp32_groups:
+        for share in self._shares:
             # Made now and not in the first step, so that a checkpoint can fill it, and so that
             # DeepSpeed, which links the moments once, finds those of every parameter group.
             self.zero.optimizer.state[share] = {
@@ -81,44 +114,111 @@ class ZeroOptimizer:
                 "exp_avg_sq": torch.zeros_like(share),
             }
 
+    @property
+    def module(self) -> nn.Module:
+        """What is called in place of the model, so that its backward is seen."""
+        module: nn.Module = self.engine
+        return module
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradients of `loss`, which came from `module`; `last` if it is the step's last micro-batch."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Around the backwards of a schedule: gradients stay on the rank until the end."""
+        context: AbstractContextManager[None] = nullcontext() if self._step_reduces else self._coalesced()
+        return context
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """What has added up on this rank in `accumulation`."""
+        gradient = parameter.grad if parameter.grad is not None else parameter.grad_accum  # type: ignore[attr-defined]
+        assert isinstance(gradient, Tensor), "every parameter takes part in every step"
+        return gradient
+
     def step(self) -> Tensor:
-        """Applies the gradients in `parameter.grad` and clears them; returns their global norm before clipping."""
+        """Applies the gradients and clears them; returns their global norm before clipping."""
+        before = self.engine.global_steps
         self.engine.step()
+        assert self.engine.global_steps == before + 1, "DeepSpeed skipped a step"
         assert not self.zero.overflow, "ZeRO skipped a step"
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
     def fragments(self) -> Iterator[Fragment]:
-        """The fp32 state on this rank: each byte is on one dp rank."""
+        """The fp32 state on this rank: each byte is on one rank of dp x cp."""
         for placement in self.placements:
-            mapping: Any = placement.parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                continue  # on other dp ranks
-            share = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            found = self._share(placement)
+            if found is None:
+                continue  # on other ranks
+            share, begin, size, start = found
             state = self.zero.optimizer.state[share]
             tensors = {"weight": share.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
             for kind, tensor in tensors.items():
-                flat = tensor.narrow(0, here.start, here.numel)
-                yield from fragments(placement, kind, flat, there.start, primary=True)
+                yield from fragments(placement, kind, tensor.narrow(0, begin, size), start, primary=True)
 
     def loaded(self, step: int) -> None:
         """Takes over fragments that were filled with the state after `step` updates: gathers the weights."""
-        for share in self.zero.single_partition_of_fp32_groups:
+        for share in self._shares:
             self.zero.optimizer.state[share]["step"].fill_(step)
-        self.zero.update_lp_params()
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for number in range(len(self._shares)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    @property
+    def _step_reduces(self) -> bool:
+        """Whether `step` finds whole gradients on the rank and reduces them; else they are reduced before."""
+        return self.pipelined and self.stage == 1
+
+    @property
+    def _shares(self) -> list[Tensor]:
+        """The flat fp32 weights of this rank, one tensor for each group of parameters."""
+        shares: list[Tensor] = (
+            self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        )
+        return shares
+
+    def _share(self, placement: Placement) -> tuple[Tensor, int, int, int] | None:
+        """Where a parameter is: (tensor, begin, size) of its share here, and where that starts in the parameter."""
+        parameter: Any = placement.parameter
+        if self.stage == 3:
+            group, begin, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            return self._shares[group], begin, size, dist.get_rank(parameter.ds_process_group) * size
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return self._shares[mapping.param_group_index], here.start, here.numel, there.start
+
+    def _coalesced(self) -> AbstractContextManager[None]:
+        self.engine.set_gradient_accumulation_boundary(True)
+        context: AbstractContextManager[None] = self.engine.coalesce_grad_reduction()
+        return context
 
 
-def _mpu(mesh: Mesh) -> types.SimpleNamespace:
-    """What DeepSpeed asks of a Megatron-style `mpu`; "model parallel" is tp x pp."""
+def _join(mesh: Mesh) -> None:
+    """Lets DeepSpeed use torch's process groups."""
+    # It insists on the variable, whoever started this rank, and takes the device from it.
+    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _mpu(mesh: Mesh) -> types.SimpleNamespace | None:
+    """What DeepSpeed asks of a Megatron-style `mpu`; "model parallel" is tp x pp, "data parallel" dp x cp."""
+    if mesh.model is None:
+        return None
     answers: dict[str, Any] = {}
     axes = {"model": mesh.model, "tensor_model": mesh.tp.group, "pipeline_model": mesh.pp.group}
     for name, group in axes.items():
         answers[f"get_{name}_parallel_group"] = group
         answers[f"get_{name}_parallel_world_size"] = dist.get_world_size(group)
         answers[f"get_{name}_parallel_rank"] = dist.get_rank(group)
-    answers["get_data_parallel_group"] = mesh.dp.group
-    answers["get_data_parallel_world_size"] = mesh.dp.size
-    answers["get_data_parallel_rank"] = mesh.dp.rank
-    answers["get_data_parallel_group_ranks"] = dist.get_process_group_ranks(mesh.dp.group)
+    answers["get_data_parallel_group"] = mesh.replicas.group
+    answers["get_data_parallel_world_size"] = mesh.replicas.size
+    answers["get_data_parallel_rank"] = mesh.replicas.rank
+    answers["get_data_parallel_group_ranks"] = dist.get_process_group_ranks(mesh.replicas.group)
     answers["get_tensor_model_parallel_src_rank"] = dist.get_process_group_ranks(mesh.tp.group)[0]
     return types.SimpleNamespace(**{name: lambda answer=answer: answer for name, answer in answers.items()})

@@ -120,7 +120,7 @@ def train(
     save: Path | None = None,
 ) -> Trace:
     """Runs `steps` on this rank, from the checkpoint `load` or from initial weights; writes one under `save`."""
-    engine = Engine(config, mesh, layout.zero, dtype, CLIP, make_optimizer)
+    engine = Engine(config, layout, mesh, dtype, SEQ_LEN, CLIP, make_optimizer)
     if load is None:
         engine.initialize(SEED)
     else:
