@@ -113,6 +113,26 @@ def train(
 
 
 @app.command()
+def prove(
+    config: Annotated[
+        Path | None, typer.Argument(help="A run's TOML file: prove its features and its layout.", show_default=False)
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes at most; 8 on a CPU, else the GPUs.", min=1, show_default=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A few layouts in which every pair of features occurs.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the table here too.", show_default=False)] = None,
+) -> None:
+    """Show that every layout trains the model that one process trains: loss, gradient norm and weights of 10 steps.
+
+    A small model with every feature is trained under each layout that fits. Exits with 1 if one differs.
+    """
+    from triplane.launcher.prove import prove
+
+    leave(prove(config, ranks, quick, json))
+
+
+@app.command()
 def evaluate(
     run: Run,
     sequences: Annotated[int | None, typer.Option(help="Validation sequences to read; all by default.")] = None,

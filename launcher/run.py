@@ -143,7 +143,7 @@ def _record_change(config: RunConfig, checkpoint: Checkpoint, record: dict[str, 
 
 
 def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
-    layout = f"tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size}, zero {config.parallel.zero}"
+    layout = config.parallel.describe()
     begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
 

@@ -52,10 +52,9 @@ def _check(config: RunConfig, ranks: int, allow_data_change: bool) -> None:
 
 def _local_ranks(config: RunConfig) -> int:
     """Ranks to start on this machine: what the layout needs, dp filling up the GPUs if it is `auto`."""
-    parallel = config.parallel
-    replica = parallel.tp * parallel.pp
-    if parallel.dp != "auto":
-        return replica * parallel.dp
+    one, dp = config.parallel.ranks_of_one, config.parallel.dp
+    if dp != "auto":
+        return one * dp
     from torch import cuda  # 2 s to import
 
-    return replica * max(1, cuda.device_count() // replica)
+    return one * max(1, cuda.device_count() // one)

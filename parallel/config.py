@@ -29,8 +29,31 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in the host's memory, and update there; slow."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping it. `selective`: all but products and attention; `full`: blocks."""
+    """What backward computes again instead of keeping it. `selective`: all but products and attention. `full`: all."""
     compile: bool = False
     """Compile each block: minutes at the start, faster steps after."""
     timeout_s: PositiveFloat = Field(default=600.0)
     """How long a collective waits for a rank before it fails."""
+
+    @property
+    def ranks_of_one(self) -> int:
+        """Ranks that together hold one copy of the model and read one batch."""
+        return self.tp * self.pp * self.cp
+
+    def describe(self) -> str:
+        """`tp 2 + sequence x pp 2 x 2 stages x dp 2, zero 1`; axes of one rank are left out."""
+        axes = [
+            f"tp {self.tp}" + (" + sequence" if self.sequence_parallel else "") if self.tp > 1 else "",
+            f"cp {self.cp} {self.cp_method}" if self.cp > 1 else "",
+            f"pp {self.pp}" + (f" x {self.virtual_stages} stages" if self.virtual_stages > 1 else "")
+            if self.pp > 1
+            else "",
+            f"dp {self.dp}" if self.dp != 1 else "",
+        ]
+        options = [
+            f"zero {self.zero}",
+            "offload" if self.offload_optimizer else "",
+            f"recompute {self.recompute}" if self.recompute != "none" else "",
+            "compile" if self.compile else "",
+        ]
+        return ", ".join(filter(None, [" x ".join(filter(None, axes)) or "one rank", *options]))

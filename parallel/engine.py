@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.config import ModelConfig
@@ -17,11 +17,13 @@ from triplane.parallel.apply import LocalModel, build_local_model
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
+from triplane.parallel.rules import token_multiple
 
 Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
 """(module, number of the micro-batch, the previous stage's output) to this stage's output or scaled loss."""
 
-MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, Size]]], torch.optim.Optimizer]
+"""Takes each parameter of this rank with the shape that it has whole."""
 
 
 class Optimizer(Protocol):
@@ -69,8 +71,7 @@ class Engine:
         self.layout = layout
         self.mesh = mesh
         self.local = build_local_model(config, layout, mesh, dtype, seq_len)
-        named = [(placement.name, placement.parameter) for placement in self.local.placements]
-        self._torch_optimizer = make_optimizer(named)
+        self._torch_optimizer = make_optimizer((placed.parameter, placed.shape) for placed in self.local.placements)
         self.optimizer = _wrap(self.local, self._torch_optimizer, layout, grad_clip, mesh)
         if mesh.pp.size > 1:
             from triplane.parallel import megatron
@@ -185,12 +186,6 @@ class Engine:
         table = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
         assert table is not None and isinstance(table.weight, nn.Parameter)
         dist.all_reduce(self.optimizer.gradient(table.weight), group=self.mesh.embedding)
-
-
-def token_multiple(layout: ParallelConfig) -> int:
-    """What the tokens of a micro-batch must be a multiple of, for each rank to have a whole share."""
-    chunks = 2 * layout.cp if layout.cp_method == "ring" and layout.cp > 1 else layout.cp
-    return chunks * (layout.tp if layout.sequence_parallel else 1)
 
 
 def _wrap(

@@ -77,7 +77,7 @@ def connected(
 
 
 def _mesh(config: ParallelConfig, device: torch.device, rank: int, world_size: int) -> Mesh:
-    one = config.tp * config.pp * config.cp
+    one = config.ranks_of_one
     dp = world_size // one if config.dp == "auto" else config.dp
     if dp * one != world_size:
         raise LayoutError(

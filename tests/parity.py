@@ -24,6 +24,8 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
+from triplane.training.config import OptimizerConfig
+from triplane.training.optimizer import adamw
 
 STEPS, SEQUENCES, SEQ_LEN, CLIP, SEED = 20, 8, 16, 0.5, 3
 TOLERANCE = 1e-5
@@ -31,14 +33,14 @@ TOLERANCE = 1e-5
 
 def model_config(tied: bool = False) -> ModelConfig:
     return ModelConfig(
-        vocab_size=64,
+        vocab_size=61,
         dim=32,
-        n_layers=3,  # uneven over two stages
-        n_heads=4,
+        n_layers=5,
+        n_heads=8,
         n_kv_heads=2,
         head_dim=8,
         hidden_dim=48,
-        init_std=0.2,
+        init_std=0.1,
         z_loss_weight=1e-3,
         tie_embeddings=tied,
     )
@@ -62,8 +64,8 @@ def learning_rate(step: int) -> float:
 def sequence(step: int, number: int) -> tuple[Tensor, Tensor, list[int]]:
     """Tokens, targets, and document bounds: two packed documents, no loss across their boundary."""
     generator = torch.Generator().manual_seed(1000 * step + number)
-    tokens = torch.randint(0, 64, (SEQ_LEN + 1,), generator=generator)
-    tokens = tokens.cumsum(0) // 3 % 64
+    tokens = torch.randint(0, 61, (SEQ_LEN + 1,), generator=generator)
+    tokens = tokens.cumsum(0) // 3 % 61
     cut = int(torch.randint(1, SEQ_LEN, (1,), generator=generator))
     targets = tokens[1:].clone()
     targets[cut - 1] = IGNORED_TARGET
@@ -76,13 +78,8 @@ def batch(step: int, numbers: Iterable[int]) -> Batch:
     return Batch.build(torch.cat([t for t, _, _ in parts]), torch.cat([t for _, t, _ in parts]), bounds)
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    parameters = [parameter for _, parameter in named]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-3)
+def make_optimizer(parameters: Iterable[tuple[nn.Parameter, torch.Size]]) -> torch.optim.Optimizer:
+    return adamw(OptimizerConfig(lr=1.0, eps=1e-3), parameters)
 
 
 def reference(config: ModelConfig) -> Trace:
@@ -91,7 +88,7 @@ def reference(config: ModelConfig) -> Trace:
         for name, parameter in model.named_parameters():
             offsets, sizes = (0,) * parameter.dim(), tuple(parameter.shape)
             parameter.copy_(initial_weight(config, SEED, name, parameter.shape, offsets, sizes))
-    optimizer = make_optimizer(model.named_parameters())
+    optimizer = make_optimizer((p, p.shape) for p in model.parameters())
     losses, norms = [], []
     for step in range(STEPS):
         whole = batch(step, range(SEQUENCES))

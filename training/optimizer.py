@@ -4,15 +4,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Size, nn
 
 from triplane.training.config import OptimizerConfig
 
 
-def adamw(config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
+def adamw(config: OptimizerConfig, parameters: Iterable[tuple[nn.Parameter, Size]]) -> torch.optim.AdamW:
     """Sets all but the learning rate's course, which the training loop gives at each step."""
     return torch.optim.AdamW(
-        decay_groups(named_parameters),
+        decay_groups(parameters),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -20,9 +20,13 @@ def adamw(config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Para
     )
 
 
-def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Two groups: matrices, decayed as the optimizer is told to; vectors (norms), not decayed."""
-    parameters = [parameter for _, parameter in named_parameters]
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    vectors = [parameter for parameter in parameters if parameter.dim() == 1]
+def decay_groups(parameters: Iterable[tuple[nn.Parameter, Size]]) -> list[dict[str, Any]]:
+    """Two groups: matrices, decayed as the optimizer is told to; vectors (norms), not decayed.
+
+    Each parameter comes with the shape that it has whole: ZeRO 3 leaves it without one of its own.
+    """
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter, shape in parameters:
+        (matrices if len(shape) > 1 else vectors).append(parameter)
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,0 +1,106 @@
+"""The layouts that `triplane prove` trains: every axis alone, in pairs, and together."""
+
+import json
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+from triplane.model.config import ModelConfig
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.rules import layout_problems
+
+_BF16 = {"precision": "bf16"}
+_CHOICES: list[list[dict[str, Any]]] = [
+    [{"tp": 2}, {"tp": 2, "sequence_parallel": True}],
+    [{"pp": 2}, {"pp": 2, "virtual_stages": 2}],
+    [{"cp": 2}, {"cp": 2, "cp_method": "ring"}],
+    [{"dp": 2}, {"dp": 2, "zero": 0}, {"dp": 2, "zero": 2}, {"dp": 2, "zero": 3}],
+    [{"offload_optimizer": True}],
+    [{"recompute": "selective"}, {"recompute": "full"}],
+    [{"tied": True}],
+    [_BF16],
+]
+"""What each axis may be besides its default: one rank, zero 1, an untied head, fp32."""
+
+_LARGE: list[dict[str, Any]] = [
+    {"tp": 2, "sequence_parallel": True, "pp": 2, "virtual_stages": 2, "dp": 2, "recompute": "selective"},
+    {"tp": 2, "sequence_parallel": True, "pp": 2, "dp": 2, "zero": 2, "tied": True, "recompute": "full"},
+    {"tp": 2, "cp": 2, "dp": 2, "zero": 3},
+    {"tp": 2, "sequence_parallel": True, "cp": 2, "cp_method": "ring", "dp": 2, "zero": 2, "tied": True},
+    {"tp": 2, "cp": 2, "cp_method": "ring", "pp": 2, "tied": True},
+    {"cp": 2, "pp": 2, "virtual_stages": 2, "dp": 2, "tied": True},
+    {"tp": 2, "pp": 2, "dp": 2, "zero": 0, "tied": True},
+    {"tp": 2, "pp": 2, "dp": 2, "tied": True, "precision": "bf16", "offload_optimizer": True},
+    {"tp": 4, "sequence_parallel": True, "pp": 2, "virtual_stages": 2, "tied": True},
+    {"tp": 4},
+    {"tp": 8, "sequence_parallel": True},
+    {"cp": 8, "cp_method": "ring"},
+    {"pp": 4, "dp": 2, "zero": 2},
+    {"dp": 8, "zero": 3, "recompute": "full", "precision": "bf16"},
+]
+"""Three axes and more, and one axis over eight ranks."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the proof."""
+
+    layout: ParallelConfig
+    tied: bool
+    precision: str
+
+    @property
+    def ranks(self) -> int:
+        assert isinstance(self.layout.dp, int)
+        return self.layout.ranks_of_one * self.layout.dp
+
+    def describe(self) -> str:
+        more = [self.layout.describe(), "tied" if self.tied else "", self.precision if self.precision != "fp32" else ""]
+        return ", ".join(filter(None, more))
+
+
+def full_proof(model: ModelConfig, ranks: int) -> list[Case]:
+    """Every choice alone, every pair of choices that go together, and the large ones."""
+    alone = [choice for choices in _CHOICES for choice in choices]
+    pairs = [a | b for first, second in combinations(_CHOICES, 2) for a, b in product(first, second)]
+    cases = [_case(model, setting, ranks) for setting in [{}, *alone, *pairs, *_LARGE]]
+    return list(dict.fromkeys(case for case in cases if case is not None))
+
+
+def quick_proof(model: ModelConfig, ranks: int) -> list[Case]:
+    """A few layouts of many choices each, in which every pair of choices that go together occurs."""
+    candidates = []
+    for picked in product(*([{}, *choices] for choices in _CHOICES)):
+        case = _case(model, {key: value for choice in picked for key, value in choice.items()}, ranks)
+        if case is not None:
+            chosen = [(axis, json.dumps(choice)) for axis, choice in enumerate(picked) if choice]
+            pairs = set(combinations(chosen, 2))
+            # What bf16 hides is no proof: there only its own pairs count.
+            bf16 = (len(_CHOICES) - 1, json.dumps(_BF16))
+            candidates.append((case, {pair for pair in pairs if bf16 in pair} if bf16 in chosen else pairs))
+    missing = set().union(*(pairs for _, pairs in candidates))
+    shared_heads = _case(model, {"tp": 4}, ranks)  # more ranks than key and value heads
+    cover = [] if shared_heads is None else [shared_heads]
+    while missing:
+        # Of those that cover the most, one with few ranks, which is quick.
+        case, pairs = max(candidates, key=lambda candidate: (len(candidate[1] & missing), -candidate[0].ranks))
+        cover.append(case)
+        missing -= pairs
+    return cover
+
+
+def own_case(model: ModelConfig, layout: ParallelConfig, precision: str, ranks: int) -> Case | None:
+    """A run's own layout, with no axis over two ranks; None if even that does not fit."""
+    setting = layout.model_dump(exclude={"dp", "timeout_s"})
+    small = {axis: min(2, setting[axis]) for axis in ("tp", "pp", "cp", "virtual_stages")}
+    setting |= small | {"tied": model.tie_embeddings, "precision": "bf16" if precision == "bf16" else "fp32"}
+    return _case(model, setting | {"dp": 2}, ranks) or _case(model, setting, ranks)
+
+
+def _case(model: ModelConfig, setting: dict[str, Any], ranks: int) -> Case | None:
+    """None if the choices do not fit the ranks or each other."""
+    options = dict(setting)
+    tied, precision = options.pop("tied", False), options.pop("precision", "fp32")
+    layout = ParallelConfig(**({"dp": 1, "timeout_s": 300.0} | options))
+    case = Case(layout, tied, precision)
+    return None if case.ranks > ranks or list(layout_problems(model, layout, precision)) else case

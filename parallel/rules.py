@@ -1,0 +1,55 @@
+"""Which layouts fit a model; the only place that says no."""
+
+from collections.abc import Iterator
+
+from triplane.model.config import ModelConfig
+from triplane.parallel.config import ParallelConfig
+
+
+def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) -> Iterator[str]:
+    """All that cannot work, a line each with its operands; `precision` as in the training config."""
+    tp, pp, cp, zero = layout.tp, layout.pp, layout.cp, layout.zero
+    yield from multiple("n_heads", model.n_heads, f"tp ({tp})", tp)
+    yield from multiple("hidden_dim", model.hidden_dim, f"tp ({tp})", tp)
+    if model.n_kv_heads % tp and tp % model.n_kv_heads:
+        yield f"n_kv_heads ({model.n_kv_heads}) and tp ({tp}): one must be a multiple of the other"
+    if layout.sequence_parallel and tp == 1:
+        yield "sequence_parallel needs tp over 1: it splits tokens over the tp ranks"
+    if cp > 1 and layout.cp_method == "ulysses" and model.n_heads % (tp * cp) and model.n_heads % tp == 0:
+        yield (
+            f'cp_method "ulysses" gives each of cp ({cp}) ranks a share of n_heads / tp ({model.n_heads // tp}) heads, '
+            f'which do not divide; take "ring"'
+        )
+    stages = pp * layout.virtual_stages
+    if pp == 1 and stages > 1:
+        yield f"virtual_stages ({stages}) needs pp over 1"
+    if stages - 2 > model.n_layers:
+        yield (
+            f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need {stages - 2} layers or more, "
+            f"but n_layers is {model.n_layers}"
+        )
+    if zero == 3 and pp > 1:
+        yield f"zero = 3 hangs under a pipeline (pp is {pp}); take 1 or 2"
+    if zero == 0 and precision == "bf16":
+        yield "precision bf16 needs zero over 0: ZeRO keeps the fp32 master weights"
+    if zero == 0 and layout.offload_optimizer:
+        yield "offload_optimizer needs zero over 0: what is replicated stays on the GPU"
+    if layout.recompute == "selective" and tp > 1 and not layout.sequence_parallel:
+        yield (
+            'recompute "selective" with tp needs sequence_parallel: the all-reduce of tp overwrites the products '
+            "that would be kept"
+        )
+    if layout.compile and (tp > 1 or cp > 1 or layout.recompute == "selective"):
+        yield 'compile is proven without tp, cp and recompute "selective" only; set compile = false'
+
+
+def token_multiple(layout: ParallelConfig) -> int:
+    """What the tokens of a micro-batch must be a multiple of, for each rank to have a whole share."""
+    chunks = 2 * layout.cp if layout.cp_method == "ring" and layout.cp > 1 else layout.cp
+    return chunks * (layout.tp if layout.sequence_parallel else 1)
+
+
+def multiple(name: str, value: int, operands: str, factor: int) -> Iterator[str]:
+    """The problem that `value` is not a multiple of `factor`, if it is one."""
+    if value % factor:
+        yield f"{name} ({value}) is not a multiple of {operands}; the next multiple is {value + -value % factor}"
