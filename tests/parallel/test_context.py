@@ -65,20 +65,30 @@ def output_and_gradients(core: nn.Module, batch: Batch, tensors: list[Tensor]) -
     return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
 
 
-def on_rank(mesh: Mesh, method: Method, cases: list[Case]) -> list[tuple[Batch, list[Tensor]]]:
-    core = MODULES[method](SegmentAttention(), mesh.dp)
+def axis_of(mesh: Mesh, cp: int) -> Axis:
+    """Every n-th rank along cp, so that with more ranks than cp a rank's place is not its number."""
+    stride = mesh.world_size // cp
+    groups = [dist.new_group(list(range(i, mesh.world_size, stride))) for i in range(stride)]
+    return Axis(cp, mesh.rank // stride, groups[mesh.rank % stride])
+
+
+def on_rank(mesh: Mesh, cp: int, method: Method, cases: list[Case]) -> list[tuple[Batch, list[Tensor]]]:
+    axis = axis_of(mesh, cp)
+    core = MODULES[method](SegmentAttention(), axis)
     results = []
     for case in cases:
         batch, tensors = whole(case)
-        share = cut_for_context(batch, mesh.dp, method)
+        share = cut_for_context(batch, axis, method)
         results.append((share, output_and_gradients(core, share, [x[share.tokens_T] for x in tensors])))
     return results
 
 
-def over_ranks(method: Method, cp: int, cases: list[Case]) -> list[list[Tensor]]:
-    """Of each case, the output and gradients that `cp` ranks compute, put together."""
+def over_ranks(method: Method, cp: int, cases: list[Case], ranks: int | None = None) -> list[list[Tensor]]:
+    """Of each case, the output and gradients that `cp` of `ranks` compute, put together."""
+    ranks = ranks or cp
+    by_rank = run_ranks(ParallelConfig(dp=ranks), ranks, on_rank, cp, method, cases)[ranks // cp - 1 :: ranks // cp]
     results = []
-    for shares in zip(*run_ranks(ParallelConfig(dp=cp), cp, on_rank, method, cases)):
+    for shares in zip(*by_rank):
         order_T = torch.cat([share.tokens_T for share, _ in shares]).argsort()
         results.append([torch.cat(parts)[order_T] for parts in zip(*(tensors for _, tensors in shares))])
     return results
@@ -99,6 +109,11 @@ def test_attention_is_that_of_one_process(method: Method, cp: int) -> None:
     cases += [Case(bounds, heads) for bounds in (ONE, random_bounds(0)) for heads in (3, 6)]
     for case, results in zip(cases, over_ranks(method, cp, cases), strict=True):
         assert difference(results, on_one(case)) < 1e-5, case
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_groups_do_not_mix(method: Method) -> None:
+    assert difference(over_ranks(method, 2, [Case(ONE)], ranks=4)[0], on_one(Case(ONE))) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
