@@ -3,8 +3,8 @@
 Shapes are those of model/batch.py, with S keys; lse is (H, T), fp32 or wider.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from triplane.parallel.errors import LayoutError
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Runs of tokens that attend causally within themselves, as in a Batch; those on the device may be empty."""
+class Segments(NamedTuple):
+    """Runs of tokens that attend causally within themselves, as in a Batch; some may be empty."""
 
-    bounds: tuple[int, ...]
     bounds_int32: Tensor
     longest: int
+    """At least the tokens of the longest."""
 
 
 def forward(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
@@ -51,7 +50,7 @@ def backward(
     lse_HT: Tensor,
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; with the merged `out` and `lse`, the share of the keys given here."""
+    """Gradients of q, k and v; with a merged `out` and `lse`, what these keys and values add to them."""
     if q_THK.is_cuda:
         lengths = _lengths(q_THK, k_SGK, segments)
         # The state of a generator that no dropout uses.
@@ -73,7 +72,9 @@ def backward(
 
 
 def _spans(segments: Segments | None) -> list[slice]:
-    return [slice(None)] if segments is None else [slice(a, b) for a, b in pairwise(segments.bounds)]
+    if segments is None:
+        return [slice(None)]
+    return [slice(a, b) for a, b in pairwise(segments.bounds_int32.tolist()) if a < b]
 
 
 def _heads_first(x_THK: Tensor) -> Tensor:

@@ -87,9 +87,8 @@ class _Share:
 
     def segments(self, batch: Batch) -> flash.Segments:
         """What the share has of each document."""
-        bounds = tuple(dict.fromkeys(map(self.before, batch.bounds)))
         early, late = ((batch.bounds_int32 - start).clamp(0, self.chunk) for start in (self.early, self.late))
-        return flash.Segments(bounds, early + late, min(batch.longest, 2 * self.chunk))
+        return flash.Segments(early + late, min(batch.longest, 2 * self.chunk))
 
 
 class _Ring(torch.autograd.Function):
