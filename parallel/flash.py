@@ -1,0 +1,95 @@
+"""Flash attention that also gives the log-sum-exp of each query's scores, by which partial results merge.
+
+Shapes are those of model/batch.py, with S keys; lse is (H, T), fp32 or wider.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triplane.parallel.errors import LayoutError
+
+_aten = torch.ops.aten
+
+
+class Segments(NamedTuple):
+    """Runs of tokens that attend causally within themselves, as in a Batch; some may be empty."""
+
+    bounds_int32: Tensor
+    longest: int
+    """At least the tokens of the longest."""
+
+
+def forward(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+    """Attention (T, H, K) and its lse; without `segments` each query sees each key."""
+    if q_THK.is_cuda:
+        if q_THK.dtype == torch.float32:
+            raise LayoutError("ring attention on a GPU has no fp32 kernel; use precision bf16, or Ulysses attention")
+        lengths = _lengths(q_THK, k_SGK, segments)
+        out_THK, lse_HT, *_ = _aten._flash_attention_forward(
+            q_THK, k_SGK, v_SGK, *lengths, 0.0, segments is not None, False
+        )
+        return out_THK, lse_HT
+    parts = [
+        _aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_heads_first(x[span]) for x in (q_THK, k_SGK, v_SGK)), 0.0, segments is not None
+        )
+        for span in _spans(segments)
+    ]
+    return torch.cat([_tokens_first(out) for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
+
+
+def backward(
+    grad_THK: Tensor,
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGK: Tensor,
+    out_THK: Tensor,
+    lse_HT: Tensor,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; with a merged `out` and `lse`, what these keys and values add to them."""
+    if q_THK.is_cuda:
+        lengths = _lengths(q_THK, k_SGK, segments)
+        # The state of a generator that no dropout uses.
+        seed, offset = q_THK.new_zeros(2, dtype=torch.uint64), q_THK.new_empty(0)
+        grads: tuple[Tensor, Tensor, Tensor] = _aten._flash_attention_backward(
+            *(grad_THK, q_THK, k_SGK, v_SGK, out_THK, lse_HT.contiguous()),
+            *(*lengths, 0.0, segments is not None, seed, offset),
+        )
+        return grads
+    parts = [
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_heads_first(x[span]) for x in (grad_THK, q_THK, k_SGK, v_SGK, out_THK)),
+            *(lse_HT[None, :, span], 0.0, segments is not None),
+        )
+        for span in _spans(segments)
+    ]
+    dq_THK, dk_SGK, dv_SGK = (torch.cat([_tokens_first(x) for x in grads]) for grads in zip(*parts))
+    return dq_THK, dk_SGK, dv_SGK
+
+
+def _spans(segments: Segments | None) -> list[slice]:
+    if segments is None:
+        return [slice(None)]
+    return [slice(a, b) for a, b in pairwise(segments.bounds_int32.tolist()) if a < b]
+
+
+def _heads_first(x_THK: Tensor) -> Tensor:
+    return x_THK.transpose(0, 1).unsqueeze(0)
+
+
+def _tokens_first(x_1HTK: Tensor) -> Tensor:
+    return x_1HTK.squeeze(0).transpose(0, 1)
+
+
+def _lengths(q_THK: Tensor, k_SGK: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor, int, int]:
+    """Bounds of the queries' and keys' segments, and the longest of each."""
+    if segments is not None:
+        return segments.bounds_int32, segments.bounds_int32, segments.longest, segments.longest
+    queries, keys = len(q_THK), len(k_SGK)
+    # A range is made on the device: a copy from the host would wait for it.
+    one_q, one_k = (torch.arange(0, n + 1, n, dtype=torch.int32, device=q_THK.device) for n in (queries, keys))
+    return one_q, one_k, queries, keys

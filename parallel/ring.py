@@ -1,0 +1,167 @@
+"""Ring attention (Liu et al. 2023): keys and values travel around the ranks of cp, queries stay.
+
+A rank holds two chunks of the stream, one early and one late (context.py), so that every hop costs
+every rank the same. A share keeps the order of the stream, so on its own keys a rank attends causally
+within what it holds of each document. Between two ranks at most one document reaches from the chunks
+that come before into those that come after, and there each query sees each key.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from triplane.model.batch import Batch
+from triplane.parallel import flash
+from triplane.parallel.mesh import Axis
+
+
+class RingAttention(nn.Module):
+    """Takes the place of a SegmentAttention `core`, on the zig-zag share of the tokens that this rank holds."""
+
+    def __init__(self, core: nn.Module, cp: Axis):
+        super().__init__()
+        assert cp.group is not None, "a ring of one"
+        self.cp = cp
+
+    # Compile cannot trace sends and receives; what stands before and after in the block, it can.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
+        out: Tensor = _Ring.apply(q_THK, k_TGK, v_TGK, batch, self.cp)  # type: ignore[no-untyped-call]
+        return out
+
+
+class Pair(NamedTuple):
+    """The queries here that see keys of another rank (every one of them) or of this rank (within segments)."""
+
+    queries: slice
+    keys: slice
+    segments: flash.Segments | None
+
+
+def pairs(batch: Batch, cp: Axis, tokens: int) -> dict[int, Pair]:
+    """What to compute when the keys of each rank come by, by rank; none where no document is shared."""
+    shares = [_Share(rank, cp.size, tokens // 2) for rank in range(cp.size)]
+    mine = shares[cp.rank]
+    found = {cp.rank: Pair(slice(0, tokens), slice(0, tokens), mine.segments(batch))}
+    for theirs in shares:
+        if theirs.rank == cp.rank:
+            continue
+        if theirs.rank < cp.rank:  # their early chunk comes before both of mine, their late one after
+            edge, first_query, last_key = theirs.early + theirs.chunk, 0, theirs.chunk
+        else:  # both of theirs come before my late chunk, and after my early one
+            edge, first_query, last_key = mine.late, mine.chunk, tokens
+        after = bisect_right(batch.bounds, edge)
+        start, stop = batch.bounds[after - 1], batch.bounds[after]  # the document at the edge
+        queries, keys = slice(first_query, mine.before(stop)), slice(theirs.before(start), last_key)
+        if queries.start < queries.stop and keys.start < keys.stop:
+            found[theirs.rank] = Pair(queries, keys, None)
+    return found
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The two chunks of the stream that a rank holds."""
+
+    rank: int
+    size: int
+    chunk: int
+    """Tokens in a chunk."""
+
+    @property
+    def early(self) -> int:
+        return self.rank * self.chunk
+
+    @property
+    def late(self) -> int:
+        return (2 * self.size - 1 - self.rank) * self.chunk
+
+    def before(self, position: int) -> int:
+        """How many tokens of the share come before `position` of the stream."""
+        return sum(min(max(position - start, 0), self.chunk) for start in (self.early, self.late))
+
+    def segments(self, batch: Batch) -> flash.Segments:
+        """What the share has of each document."""
+        early, late = ((batch.bounds_int32 - start).clamp(0, self.chunk) for start in (self.early, self.late))
+        return flash.Segments(early + late, min(batch.longest, 2 * self.chunk))
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, cp: Axis) -> Tensor:
+        ctx.cp = cp
+        ctx.pairs = pairs(batch, cp, len(q_THK))
+        own = torch.stack((k_TGK, v_TGK))
+        wide = torch.promote_types(q_THK.dtype, torch.float32)
+        out_THK = torch.zeros_like(q_THK, dtype=wide)
+        lse_HT = out_THK.new_full((q_THK.shape[1], len(q_THK)), float("-inf"))
+        for rank, (k, v) in _around(own, cp):
+            if rank in ctx.pairs:
+                queries, keys, segments = ctx.pairs[rank]
+                part, part_lse = flash.forward(q_THK[queries], k[keys], v[keys], segments)
+                _merge(out_THK[queries], lse_HT[:, queries], part, part_lse)
+        out_THK = out_THK.to(q_THK.dtype)
+        ctx.save_for_backward(q_THK, own, out_THK, lse_HT)
+        return out_THK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
+        q_THK, own, out_THK, lse_HT = ctx.saved_tensors
+        grad_THK = grad_THK.contiguous()
+        dq_THK = torch.zeros_like(q_THK, dtype=lse_HT.dtype)
+        arrived: Callable[[], Tensor] | None = None
+        # The gradients follow their keys and values a hop behind, and need one hop more to reach the owner.
+        for rank, (k, v) in _around(own, ctx.cp):
+            grads = torch.zeros_like(own, dtype=lse_HT.dtype)
+            if rank in ctx.pairs:
+                queries, keys, segments = ctx.pairs[rank]
+                here = (grad_THK[queries], q_THK[queries], k[keys], v[keys], out_THK[queries], lse_HT[:, queries])
+                dq, grads[0, keys], grads[1, keys] = flash.backward(*here, segments)
+                dq_THK[queries] += dq
+            if arrived is not None:
+                grads += arrived()
+            arrived = pass_on(grads, ctx.cp)
+        assert arrived is not None
+        dk_TGK, dv_TGK = arrived().to(own.dtype)
+        return dq_THK.to(q_THK.dtype), dk_TGK, dv_TGK, None, None
+
+
+def _merge(out_THK: Tensor, lse_HT: Tensor, part_THK: Tensor, part_lse_HT: Tensor) -> None:
+    """Adds to attention over some keys, in place, that over others."""
+    weight_HT = torch.sigmoid(part_lse_HT - lse_HT)
+    out_THK.lerp_(part_THK.to(out_THK.dtype), weight_HT.T.unsqueeze(-1))
+    lse_HT.copy_(torch.logaddexp(lse_HT, part_lse_HT))
+
+
+def _around(own: Tensor, cp: Axis) -> Iterator[tuple[int, Tensor]]:
+    """Each rank and its tensor, this rank's first, while the next one is on its way."""
+    x = own
+    for hop in range(cp.size - 1):
+        arrived = pass_on(x, cp)
+        yield (cp.rank - hop) % cp.size, x
+        x = arrived()
+    yield (cp.rank + 1) % cp.size, x
+
+
+def pass_on(x: Tensor, cp: Axis) -> Callable[[], Tensor]:
+    """Starts to send `x` to the next rank; the function returned waits for that of the previous rank."""
+    received = torch.empty_like(x)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x, group=cp.group, group_peer=(cp.rank + 1) % cp.size),
+            dist.P2POp(dist.irecv, received, group=cp.group, group_peer=(cp.rank - 1) % cp.size),
+        ]
+    )
+
+    def arrived() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return arrived
