@@ -56,14 +56,17 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
         yield from multiple(name, getattr(config.training, name), product, (dp or 1) * micro)
     for seq_len in {config.data.seq_len, *(phase.seq_len or config.data.seq_len for phase in config.data.phases)}:
         tokens = f"micro_batch_size ({micro}) x seq_len ({seq_len})"
-        split = "the ranks that tp with sequence_parallel and cp (twice for a ring) make"
-        yield from multiple(tokens, micro * seq_len, split, token_multiple(layout))
-    micro_batches = config.training.global_batch_size // ((dp or 1) * micro)
-    if layout.virtual_stages > 1 and micro_batches < layout.pp:
-        yield (
-            f"virtual_stages needs at least pp ({layout.pp}) micro-batches in a step, but "
-            f"global_batch_size ({config.training.global_batch_size}) / ({product}) is {micro_batches}"
-        )
+        shares = token_multiple(layout)
+        split = f"the ranks that tp with sequence_parallel and cp (twice for a ring) make ({shares})"
+        yield from multiple(tokens, micro * seq_len, split, shares)
+    for name in ("global_batch_size", "eval_sequences"):
+        sequences = getattr(config.training, name)
+        micro_batches = sequences // ((dp or 1) * micro)
+        if layout.virtual_stages > 1 and micro_batches < layout.pp:
+            yield (
+                f"virtual_stages needs at least pp ({layout.pp}) micro-batches, but {name} ({sequences}) / "
+                f"({product}) is {micro_batches}"
+            )
 
 
 def _check_schedule(config: RunConfig) -> Iterator[str]:

@@ -17,7 +17,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import connected
 
 
-class RanksFailed(RuntimeError):
+class RanksFailedError(RuntimeError):
     """What each failed rank said."""
 
 
@@ -52,7 +52,7 @@ def run_ranks(
                 process.join()
     errors = [f"rank {rank}:\n{error}" for rank, error, _ in answers if error]
     if errors:
-        raise RanksFailed("\n".join(errors))
+        raise RanksFailedError("\n".join(errors))
     return [value for _, _, value in sorted(answers, key=lambda answer: answer[0])]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from triplane.launcher.config import load_config
 from triplane.launcher.errors import LaunchError
-from triplane.launcher.forked import RanksFailed, run_ranks
+from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.layouts import Case, full_proof, own_case, quick_proof
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
@@ -31,8 +31,8 @@ _STEPS = 10
 _TIMEOUT_S = 300.0
 _LINE = "{:<72} {:>5} {:>8} {:>8} {:>8} {:>9} {}"
 _TOLERANCE = 1e-5
-_BF16_ALLOWANCE = 2.0
-"""Two bf16 runs of one training round differently: each may be as far from fp32 as one process is, and as unlucky."""
+_BF16_ALLOWANCE = 3.0
+"""How many times as far from fp32 as one bf16 process a bf16 layout may be: they round differently, by chance."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _results(model: ModelConfig, cases: list[Case], device: str) -> list[Result]
 def _result(model: ModelConfig, case: Case, one: Trace, tolerance: Difference, device: str) -> Result:
     try:
         found, tokens_per_s = _train(model, case, one, device)
-    except (RanksFailed, queue.Empty) as error:
+    except (RanksFailedError, queue.Empty) as error:
         return Result(case, None, tolerance, 0.0, str(error) or f"no answer in {_TIMEOUT_S} s")
     return Result(case, found, tolerance, tokens_per_s)
 

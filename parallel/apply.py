@@ -54,6 +54,10 @@ def build_local_model(
                 from triplane.parallel.tensor import apply_tensor_parallel
 
                 apply_tensor_parallel(model, mesh, layout.sequence_parallel)
+        if mesh.cp.size > 1:
+            from triplane.parallel.context import apply_context_parallel
+
+            apply_context_parallel(model, mesh.cp, layout.cp_method)
         apply_recompute(model, layout.recompute)
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         _materialise(model, layout, mesh)

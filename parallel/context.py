@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from triplane.model.batch import Batch
+from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
+from triplane.parallel.ring import RingAttention
+from triplane.parallel.ulysses import UlyssesAttention
 
 Method = Literal["ulysses", "ring"]
 
@@ -39,3 +42,11 @@ def cut_for_context(batch: Batch, cp: Axis, method: Method) -> Batch:
         targets_T=share(batch.targets_T),
         positions_T=share(batch.positions_T),
     )
+
+
+def apply_context_parallel(model: Transformer, cp: Axis, method: Method) -> None:
+    """Swaps the attention of every block."""
+    for block in model.blocks.values():
+        attention = block.get_submodule("attention")
+        core = attention.get_submodule("core")
+        attention.core = UlyssesAttention(core, cp) if method == "ulysses" else RingAttention(core, cp)

@@ -143,7 +143,11 @@ class Engine:
     def _share(self, batch: Batch) -> Batch:
         """This cp rank's tokens."""
         assert len(batch.tokens_T) % token_multiple(self.layout) == 0, (len(batch.tokens_T), self.layout)
-        return batch
+        if self.mesh.cp.size == 1:
+            return batch
+        from triplane.parallel.context import cut_for_context
+
+        return cut_for_context(batch, self.mesh.cp, self.layout.cp_method)
 
     def _run(self, batches: Sequence[Batch], tokens: Tensor, scale: Tensor, train: bool) -> StepLoss:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)

@@ -146,6 +146,9 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: i
 def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
     """x as it is; its gradient is summed over tp."""
     copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=mesh.tp.group)
+    if copied.requires_grad:
+        # Of a gradient that is not contiguous it would sum a copy, and pass on what was not summed.
+        copied.register_hook(Tensor.contiguous)
     return copied
 
 

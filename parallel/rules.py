@@ -39,6 +39,8 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             'recompute "selective" with tp needs sequence_parallel: the all-reduce of tp overwrites the products '
             "that would be kept"
         )
+    if layout.recompute == "selective" and zero == 3:
+        yield 'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept'
     if layout.compile and (tp > 1 or cp > 1 or layout.recompute == "selective"):
         yield 'compile is proven without tp, cp and recompute "selective" only; set compile = false'
 

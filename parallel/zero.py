@@ -163,6 +163,7 @@ class ZeroOptimizer:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()  # else what is gathered now stays as it is
         for number in range(len(self._shares)):
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero.persistent_parameters:

@@ -18,13 +18,9 @@ def validation_loss(evaluate: Evaluate, feed: Feed, validation: SequenceDataset,
     """Mean over tokens, nats, of the first `sequences` of the plan, or of all if it has fewer."""
     product = feed.dp.size * feed.micro_batch_size
     # Rounded up to whole micro-batches of all ranks: past the corpus come sequences without targets.
-    steps = -(-min(sequences, len(validation)) // product)
-    total, tokens = 0.0, 0
-    for batches in feed.steps(validation, product, 0, steps):
-        loss = evaluate(batches)
-        total += float(loss.cross_entropy) * int(loss.tokens)
-        tokens += int(loss.tokens)
-    return total / tokens
+    rounded = -(-min(sequences, len(validation)) // product) * product
+    (batches,) = feed.steps(validation, rounded, 0, 1)
+    return float(evaluate(batches).cross_entropy)
 
 
 def evaluate_model(model: Transformer) -> Evaluate:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import LAYOUTS, model_config, train
-from ranks import run_ranks
+from resharding import LAYOUTS, train
 
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.manifest import MANIFEST, finished, latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore
+from triplane.launcher.forked import run_ranks
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
+from triplane.training.proof import proof_model
 
 LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 
@@ -26,7 +27,7 @@ LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
-    run_ranks(LAYOUT, RANKS, train, model_config(), LAYOUT, torch.float32, range(2), None, folder)
+    run_ranks(LAYOUT, RANKS, train, proof_model(), LAYOUT, range(2), None, folder)
     return folder / "step_2"
 
 
@@ -38,7 +39,7 @@ def checkpoint(written: Path, tmp_path: Path) -> Path:
 
 def test_each_byte_is_written_once(written: Path) -> None:
     """Two ranks write about half each; together weights and two moments in fp32."""
-    config = model_config()
+    config = proof_model()
     sizes = [path.stat().st_size for path in sorted(written.glob("*.safetensors"))]
     shapes = Checkpoint(written).shapes
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -86,7 +87,7 @@ def test_a_changed_manifest_is_found(checkpoint: Path) -> None:
 def test_another_models_checkpoint_is_refused(checkpoint: Path) -> None:
     weight = torch.empty(1, 1)
     other = Fragment("weight", "embedding.weight", torch.Size((9, 9)), (0, 0), weight, primary=False)
-    with pytest.raises(CheckpointError, match=r"has shape \[64, 32\], but this model needs \[9, 9\]"):
+    with pytest.raises(CheckpointError, match=r"has shape \[61, 32\], but this model needs \[9, 9\]"):
         Checkpoint(checkpoint).fill([other])
 
 

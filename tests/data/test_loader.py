@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from servers import FaultyServer
 from small_corpora import Prepared
 
@@ -22,6 +21,7 @@ from triplane.data.errors import DataError
 from triplane.data.loader import IGNORED_TARGET, MicroBatch, SequenceDataset, batches
 from triplane.data.opening import training_plan, validation_plan
 from triplane.data.remote import Retry
+from triplane.launcher.forked import run_ranks
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 

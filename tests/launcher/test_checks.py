@@ -2,7 +2,7 @@
 
 import pytest
 
-from triplane.launcher.checks import check, grad_accum_steps, resolve_dp
+from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig
 
 
@@ -29,18 +29,67 @@ def test_a_good_config_passes_with_and_without_ranks():
 @pytest.mark.parametrize(
     ("changes", "ranks", "problem"),
     [
-        ({"dp": 3, "pp": 2, "global_batch_size": 12}, 8, "dp (3) x tp (2) x pp (2) = 12, but 8 ranks"),
-        ({"pp": 2}, 6, "tp (2) x pp (2) = 4 does not divide 6 ranks"),
-        ({"pp": 2}, 2, "tp (2) x pp (2) = 4 does not divide 2 ranks"),
+        ({"dp": 3, "pp": 2, "global_batch_size": 12}, 8, "dp (3) x tp (2) x pp (2) x cp (1) = 12, but 8 ranks"),
+        ({"pp": 2}, 6, "tp (2) x pp (2) x cp (1) = 4 does not divide 6 ranks"),
+        ({"tp": 1, "cp": 4}, 2, "tp (1) x pp (1) x cp (4) = 4 does not divide 2 ranks"),
         (
-            {"n_heads": 6, "tp": 4, "n_kv_heads": 2},
+            {"n_heads": 6, "tp": 4, "n_kv_heads": 3},
             4,
             "n_heads (6) is not a multiple of tp (4); the next multiple is 8\n"
-            "n_kv_heads (2) is not a multiple of tp (4); the next multiple is 4",
+            "n_kv_heads (3) and tp (4): one must be a multiple of the other",
         ),
         ({"hidden_dim": 63}, 4, "hidden_dim (63) is not a multiple of tp (2); the next multiple is 64"),
-        ({"vocab_size": 97, "tp": 2}, 4, "vocab_size (97) is not a multiple of tp (2); the next multiple is 98"),
-        ({"n_layers": 1, "pp": 2}, 4, "n_layers (1) is less than pp (2): a stage would have no layer"),
+        (
+            {"sequence_parallel": True, "tp": 1},
+            2,
+            "sequence_parallel needs tp over 1: it splits tokens over the tp ranks",
+        ),
+        (
+            {"cp": 4},
+            8,
+            'cp_method "ulysses" gives each of cp (4) ranks a share of n_heads / tp (2) heads, which do not divide; '
+            'take "ring"',
+        ),
+        (
+            {"cp": 8, "cp_method": "ring", "seq_len": 20},
+            16,
+            "micro_batch_size (2) x seq_len (20) (40) is not a multiple of the ranks that tp with sequence_parallel "
+            "and cp (twice for a ring) make (16); the next multiple is 48",
+        ),
+        (
+            {"n_layers": 1, "pp": 4, "global_batch_size": 16},
+            8,
+            "pp (4) x virtual_stages (1) = 4 stages need 2 layers or more, but n_layers is 1",
+        ),
+        ({"virtual_stages": 2}, 2, "virtual_stages (2) needs pp over 1"),
+        (
+            {"pp": 2, "virtual_stages": 2, "global_batch_size": 2},
+            4,
+            "virtual_stages needs at least pp (2) micro-batches, but global_batch_size (2) / "
+            "(dp (1) x micro_batch_size (2) = 2) is 1",
+        ),
+        ({"pp": 2, "zero": 3}, 4, "zero = 3 hangs under a pipeline (pp is 2); take 1 or 2"),
+        (
+            {"zero": 0, "offload_optimizer": True},
+            2,
+            "offload_optimizer needs zero over 0: what is replicated stays on the GPU",
+        ),
+        (
+            {"recompute": "selective"},
+            2,
+            'recompute "selective" with tp needs sequence_parallel: the all-reduce of tp overwrites the products that '
+            "would be kept",
+        ),
+        (
+            {"recompute": "selective", "zero": 3, "tp": 1},
+            2,
+            'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept',
+        ),
+        (
+            {"compile": True},
+            2,
+            'compile is proven without tp, cp and recompute "selective" only; set compile = false',
+        ),
         ({"n_kv_heads": 3, "tp": 1}, 4, "n_heads (4) is not a multiple of n_kv_heads (3); the next multiple is 6"),
         ({"head_dim": 7}, 4, "head_dim (7) is odd, but RoPE turns pairs; take 8"),
         (
@@ -67,7 +116,7 @@ def test_a_good_config_passes_with_and_without_ranks():
             4,
             "warm-up (6 steps) + wsd decay (5 steps) = 11, but 10 steps",
         ),
-        ({"precision": "bf16", "zero": 0}, 4, "precision bf16 needs zero = 1: ZeRO keeps the fp32 master weights"),
+        ({"precision": "bf16", "zero": 0}, 4, "precision bf16 needs zero over 0: ZeRO keeps the fp32 master weights"),
         ({"stop_at_step": 11}, 4, "stop_at_step (11) is after the last of 10 steps"),
     ],
 )
@@ -76,10 +125,4 @@ def test_each_check_names_its_operands(changes, ranks, problem):
 
 
 def test_all_problems_come_together():
-    assert len(check(config(head_dim=7, stop_at_step=99, n_layers=1, pp=2, vocab_size=1), 3)) == 5
-
-
-def test_auto_takes_the_ranks_that_are_left():
-    assert resolve_dp(config(), 4) == 2
-    assert resolve_dp(config(dp=3), 6) == 3
-    assert grad_accum_steps(config(), dp=2) == 2
+    assert len(check(config(head_dim=7, stop_at_step=99, hidden_dim=63, pp=2, zero=3), 3)) == 5

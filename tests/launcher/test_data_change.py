@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
 from runs import small_run
 from small_corpora import Prepared
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
@@ -16,6 +15,7 @@ from triplane.data.opening import open_sources
 from triplane.launcher.cli import app
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import data_change
+from triplane.launcher.forked import run_ranks
 from triplane.launcher.preflight import check_run_dir, run_record
 from triplane.launcher.run import train_on
 from triplane.launcher.toml import to_toml

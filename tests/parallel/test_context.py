@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ranks import run_ranks
 from small_models import packed, random_documents, small_config, small_model
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from triplane.launcher.forked import run_ranks
 from triplane.model.attention import SegmentAttention
 from triplane.model.batch import Batch
 from triplane.parallel import ring

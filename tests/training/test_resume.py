@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from runs import small_run
 from small_corpora import Prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 from triplane.checkpoint.manifest import finished, latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.launcher.config import RunConfig
+from triplane.launcher.forked import run_ranks
 from triplane.launcher.preflight import CHECKPOINTS
 from triplane.launcher.run import train_on
 from triplane.parallel.mesh import Mesh

@@ -1,0 +1,59 @@
+"""Stages are balanced by cost, and hold each layer once."""
+
+from itertools import product
+
+import pytest
+
+from triplane.model.config import ModelConfig
+from triplane.model.count import block_flops, head_flops
+from triplane.parallel.errors import LayoutError
+from triplane.parallel.pipeline import stage_layers
+
+
+def config(n_layers: int, vocab_size: int) -> ModelConfig:
+    shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 128}
+    return ModelConfig(vocab_size=vocab_size, n_layers=n_layers, **shape)
+
+
+def costs(model: ModelConfig, sizes: list[int]) -> list[float]:
+    head, block = head_flops(model), block_flops(model, 32)
+    costs = [size * block for size in sizes]
+    costs[0] += 0.1 * head
+    costs[-1] += head
+    return costs
+
+
+def divisions(n_layers: int, stages: int) -> list[tuple[int, ...]]:
+    """Every way to give each layer to a stage in order; only the first and the last may go without."""
+    counts = [range(n_layers + 1) if stage in (0, stages - 1) else range(1, n_layers + 1) for stage in range(stages)]
+    return [sizes for sizes in product(*counts) if sum(sizes) == n_layers]
+
+
+@pytest.mark.parametrize("vocab_size", [64, 1000, 20_000])
+@pytest.mark.parametrize(("n_layers", "stages"), [(3, 2), (6, 2), (7, 3), (8, 4), (2, 4), (9, 5)])
+def test_no_other_division_has_a_cheaper_costliest_stage(n_layers: int, stages: int, vocab_size: int) -> None:
+    model = config(n_layers, vocab_size)
+    layers = stage_layers(model, stages, 32)
+    assert [layer for stage in layers for layer in stage] == list(range(n_layers))
+    best = min(max(costs(model, list(sizes))) for sizes in divisions(n_layers, stages))
+    assert max(costs(model, [len(stage) for stage in layers])) == pytest.approx(best)
+
+
+def test_a_large_head_takes_layers_off_the_last_stage() -> None:
+    assert [len(stage) for stage in stage_layers(config(8, 64), 2, 32)] == [4, 4]
+    assert [len(stage) for stage in stage_layers(config(8, 2000), 2, 32)] == [5, 3]
+
+
+def test_the_largest_configs_are_divided_at_once() -> None:
+    llama = ModelConfig(
+        vocab_size=128_256, dim=16_384, n_layers=126, n_heads=128, n_kv_heads=8, head_dim=128, hidden_dim=53_248
+    )
+    sizes = [len(stage) for stage in stage_layers(llama, 16, 8192)]
+    assert sum(sizes) == 126
+    assert max(sizes) == 8
+    assert sizes[-1] < 8
+
+
+def test_too_many_stages_are_refused() -> None:
+    with pytest.raises(LayoutError, match="5 pipeline stages need at least 3 layers, but n_layers is 2"):
+        stage_layers(config(2, 64), 5, 32)

@@ -1,0 +1,170 @@
+"""The proof holds for layouts in which every pair of features occurs, and fails where an axis is broken."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triplane.launcher import prove as prove_module
+from triplane.launcher.layouts import Case
+from triplane.launcher.prove import Result, prove
+from triplane.parallel import engine, megatron, pipeline, placement, ring, tensor, ulysses
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.engine import Engine
+from triplane.parallel.zero import ZeroOptimizer
+from triplane.training.proof import Difference, Trace, proof_model, train_plainly
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_pair_of_features_trains_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = prove(None, ranks=8, quick=True, json_path=tmp_path / "proof.json")
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    rows = json.loads((tmp_path / "proof.json").read_text())
+    assert len(rows) >= 15
+    assert all(row["passed"] for row in rows)
+    assert f"{len(rows)} of {len(rows)} layouts" in printed
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[bool, Trace]:
+    return {tied: train_plainly(_model(tied), prove_module._STEPS) for tied in (False, True)}
+
+
+def _model(tied: bool = False) -> Any:
+    return proof_model().model_copy(update={"tie_embeddings": tied})
+
+
+def _proven(references: dict[bool, Trace], tied: bool = False, **layout: Any) -> Result:
+    case = Case(ParallelConfig(**({"dp": 1, "timeout_s": 20.0} | layout)), tied, "fp32")
+    return prove_module._result(_model(), case, references[tied], Difference(*[1e-5] * 4), "cpu")
+
+
+def _unsummed(x: torch.Tensor, mesh: Any) -> torch.Tensor:
+    return x
+
+
+def _without_sum_over_tp_of_gradients(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tensor.megatron, "copy_to_tp", _unsummed)
+
+
+def _with_scores_for_padding(patch: pytest.MonkeyPatch) -> None:
+    swapped = tensor.VocabParallelHead.__init__
+
+    def unmasked(self: Any, *args: Any) -> None:
+        swapped(self, *args)
+        self.used = len(self.weight)
+
+    patch.setattr(tensor.VocabParallelHead, "__init__", unmasked)
+
+
+def _with_layers_of_the_wrong_stage(patch: pytest.MonkeyPatch) -> None:
+    right = pipeline.stage_layers
+    patch.setattr("triplane.parallel.apply.stage_layers", lambda *args: [*right(*args)[1::-1], *right(*args)[2:]])
+
+
+def _with_batched_sends(patch: pytest.MonkeyPatch) -> None:
+    built = megatron.Pipeline.__init__
+
+    def batched(self: Any, *args: Any) -> None:
+        built(self, *args)
+        self.config.overlap_p2p_comm, self.config.batch_p2p_comm = False, True
+
+    patch.setattr(megatron.Pipeline, "__init__", batched)
+
+
+def _without_the_tied_gradient(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Engine, "_sum_tied_gradient", lambda self: None)
+
+
+def _with_the_tied_copy_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    wrapped = ZeroOptimizer.__init__
+
+    def counted(self: Any, local: Any, *args: Any) -> None:
+        for number, placed in enumerate(local.placements):
+            local.placements[number] = placement.replace(placed, tied_copy=False)
+        wrapped(self, local, *args)
+
+    patch.setattr(ZeroOptimizer, "__init__", counted)
+
+
+def _with_the_mean_over_own_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Engine,
+        "_count_targets",
+        lambda self, batches: sum((b.targets_T != engine.IGNORED_TARGET).sum() for b in batches) * self.mesh.dp.size,
+    )
+
+
+def _with_swapped_shares(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        ZeroOptimizer,
+        "loaded",
+        lambda self, step: [share.data.copy_(share.data.flip(0)) for share in self._shares] and None,
+    )
+
+
+def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
+    right = ZeroOptimizer.backward
+    patch.setattr(ZeroOptimizer, "backward", lambda self, loss, last: right(self, loss, True))
+
+
+def _with_decay_by_the_shape_that_is_left(patch: pytest.MonkeyPatch) -> None:
+    right = prove_module.proof_engine.__globals__["adamw"]
+    patch.setattr(
+        "triplane.training.proof.adamw", lambda config, placed: right(config, ((p, p.shape) for p, _ in placed))
+    )
+
+
+def _without_the_last_keys_of_the_ring(patch: pytest.MonkeyPatch) -> None:
+    right = ring.pairs
+    patch.setattr(
+        ring, "pairs", lambda batch, cp, tokens: {k: v for k, v in right(batch, cp, tokens).items() if k == cp.rank}
+    )
+
+
+def _without_the_exchange_of_heads(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        ulysses.UlyssesAttention,
+        "forward",
+        lambda self, q, k, v, batch: torch.cat([q, q])[: len(q)] + 0 * v.sum() + 0 * k.sum(),
+    )
+
+
+def _with_overwritten_products(patch: pytest.MonkeyPatch) -> None:
+    """What the rule against selective recomputation under plain tp prevents."""
+
+
+BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
+    (_without_sum_over_tp_of_gradients, {"tp": 2}),
+    (_without_sum_over_tp_of_gradients, {"tp": 2, "sequence_parallel": True}),
+    (_with_scores_for_padding, {"tp": 2}),
+    (_with_layers_of_the_wrong_stage, {"pp": 2}),
+    (_without_the_tied_gradient, {"pp": 2, "tied": True}),
+    (_with_the_tied_copy_counted_twice, {"pp": 2, "tied": True}),
+    (_with_batched_sends, {"pp": 2, "virtual_stages": 2}),
+    (_with_the_mean_over_own_tokens, {"dp": 2, "zero": 0}),
+    (_with_swapped_shares, {"dp": 2, "zero": 1}),
+    (_with_every_micro_batch_as_the_last, {"dp": 2, "zero": 2}),
+    (_with_decay_by_the_shape_that_is_left, {"dp": 2, "zero": 3}),
+    (_without_the_last_keys_of_the_ring, {"cp": 2, "cp_method": "ring"}),
+    (_without_the_exchange_of_heads, {"cp": 2}),
+    (_with_overwritten_products, {"tp": 2, "recompute": "selective"}),
+]
+
+
+@pytest.mark.parametrize(("bug", "layout"), BUGS, ids=[f"{bug.__name__[1:]}-{list(l)[-1]}" for bug, l in BUGS])
+def test_a_planted_bug_is_caught(
+    bug: Callable[[pytest.MonkeyPatch], None],
+    layout: dict[str, Any],
+    references: dict[bool, Trace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bug(monkeypatch)
+    result = _proven(references, **layout)
+    assert not result.passed
+    assert result.difference is None or result.difference.largest > 1e-4
