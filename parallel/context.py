@@ -19,19 +19,16 @@ from triplane.parallel.ulysses import UlyssesAttention
 Method = Literal["ulysses", "ring"]
 
 
-def chunks_for(method: Method, cp: int) -> int:
-    """The number of equal chunks that the stream is cut in, which must divide its tokens."""
-    return cp if method == "ulysses" else 2 * cp
-
-
 def cut_for_context(batch: Batch, cp: Axis, method: Method) -> Batch:
     """This rank's tokens, targets and positions of `batch`; its bounds stay those of the whole stream.
 
-    Ulysses: chunk r of cp. Ring: chunks r and 2 cp - 1 - r of 2 cp, since causal work grows along the stream.
+    Rank r takes chunk r of cp for Ulysses. For the ring it takes chunks r and 2 cp - 1 - r of 2 cp, an early and
+    a late one, since causal work grows along the stream.
     """
-    chunks = chunks_for(method, cp.size)
+    chunks, mine = cp.size, [cp.rank]
+    if method == "ring":
+        chunks, mine = 2 * cp.size, [cp.rank, 2 * cp.size - 1 - cp.rank]
     assert len(batch.tokens_T) % chunks == 0, (len(batch.tokens_T), chunks)
-    mine = [cp.rank] if method == "ulysses" else [cp.rank, chunks - 1 - cp.rank]
 
     def share(x_T: Tensor) -> Tensor:
         return torch.cat([x_T.chunk(chunks)[i] for i in mine])
