@@ -17,11 +17,11 @@ _EMBEDDING = 0.1
 def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> list[range]:
     """Contiguous runs of layers for each stage, so that the costliest stage is as cheap as can be.
 
-    The first stage has the embedding besides, the last the head, and either may have no layer.
+    The first stage has the embedding besides; the last has the head, and may have no layer.
     """
     n = config.n_layers
-    if n < stages - 2 or n < 1:
-        raise LayoutError(f"{stages} pipeline stages need at least {stages - 2} layers, but n_layers is {n}")
+    if n < stages - 1:
+        raise LayoutError(f"{stages} pipeline stages need at least {stages - 1} layers, but n_layers is {n}")
     block = float(block_flops(config, seq_len))
     head = float(head_flops(config))
 
@@ -33,11 +33,8 @@ def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> list[range]:
         """The cheapest way to give `left` layers to the stages from `stage` on: the largest cost, and the numbers."""
         if stage == stages - 1:
             return cost(stage, left), (left,)
-        fewest = 0 if stage == 0 else 1
         choices = []
-        for layers in range(fewest, left + 1):
-            if left - layers < stages - stage - 2:
-                break
+        for layers in range(1, left - (stages - stage - 2) + 1):
             rest, numbers = best(stage + 1, left - layers)
             choices.append((max(cost(stage, layers), rest), (layers, *numbers)))
         return min(choices, key=lambda choice: (choice[0], max(choice[1])))

@@ -23,9 +23,9 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
     stages = pp * layout.virtual_stages
     if pp == 1 and stages > 1:
         yield f"virtual_stages ({stages}) needs pp over 1"
-    if stages - 2 > model.n_layers:
+    if stages - 1 > model.n_layers:
         yield (
-            f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need {stages - 2} layers or more, "
+            f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need {stages - 1} layers or more, "
             f"but n_layers is {model.n_layers}"
         )
     if zero == 3 and pp > 1:

@@ -73,6 +73,8 @@ class ZeroOptimizer:
         self.stage = layout.zero
         self.pipelined = mesh.pp.size > 1
         assert not (self.pipelined and self.stage == 3), "ZeRO 3 hangs under a pipeline"
+        # It leaves out empty groups, and reduces a norm for each that is left: other stages would wait for ever.
+        assert all(group["params"] for group in optimizer.param_groups), "a stage has matrices and vectors"
         for placement in local.placements:
             # What DeepSpeed's norm reads: sharded parameters count on every tp rank, others on the
             # first, and a copy of another stage's parameter never.

@@ -42,7 +42,9 @@ def test_a_gradient_that_is_not_contiguous_is_summed() -> None:
 @pytest.mark.parametrize(
     ("micro_batches", "stages", "size"), [(4, 2, 2), (5, 2, 3), (3, 2, 3), (2, 2, 2), (8, 4, 4), (9, 4, 5), (7, 4, 7)]
 )
-def test_any_number_of_micro_batches_passes_the_interleaved_schedule(micro_batches: int, stages: int, size: int) -> None:
+def test_any_number_of_micro_batches_passes_the_interleaved_schedule(
+    micro_batches: int, stages: int, size: int
+) -> None:
     assert megatron._group_size(micro_batches, stages) == size
 
 
