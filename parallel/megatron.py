@@ -148,7 +148,7 @@ def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
     copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=mesh.tp.group)
     if copied.requires_grad:
         # Of a gradient that is not contiguous it would sum a copy, and pass on what was not summed.
-        copied.register_hook(Tensor.contiguous)
+        copied.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
     return copied
 
 

@@ -80,7 +80,9 @@ def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int]) -> Batch
 
     No loss crosses a boundary. Documents are longer than the shares of context parallelism.
     """
-    tokens, targets, bounds = [], [], [0]
+    tokens: list[Tensor] = []
+    targets: list[Tensor] = []
+    bounds = [0]
     for number in numbers:
         generator = torch.Generator().manual_seed(1000 * step + number)
         drawn = torch.randint(0, config.vocab_size, (SEQ_LEN + 1,), generator=generator)

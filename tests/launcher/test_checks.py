@@ -59,7 +59,7 @@ def test_a_good_config_passes_with_and_without_ranks():
         (
             {"n_layers": 1, "pp": 4, "global_batch_size": 16},
             8,
-            "pp (4) x virtual_stages (1) = 4 stages need 2 layers or more, but n_layers is 1",
+            "pp (4) x virtual_stages (1) = 4 stages need 3 layers or more, but n_layers is 1",
         ),
         ({"virtual_stages": 2}, 2, "virtual_stages (2) needs pp over 1"),
         (
