@@ -172,7 +172,7 @@ def _largest(ours: list[float], theirs: list[float]) -> float:
 
 
 def _learning_rate(step: int) -> float:
-    return 1e-2 * min(1.0, (step + 1) / 5)
+    return 3e-3 * min(1.0, (step + 1) / 5)
 
 
 def _tokens_per_s(steps: int, start_s: float) -> float:

@@ -136,7 +136,7 @@ def _without_the_exchange_of_heads(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_overwritten_products(patch: pytest.MonkeyPatch) -> None:
-    """What the rule against selective recomputation under plain tp prevents."""
+    """Nothing to plant: what `layout_problems` refuses is wrong, without a word of torch's."""
 
 
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
@@ -157,7 +157,9 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("bug", "layout"), BUGS, ids=[f"{bug.__name__[1:]}-{list(l)[-1]}" for bug, l in BUGS])
+@pytest.mark.parametrize(
+    ("bug", "layout"), BUGS, ids=[f"{bug.__name__[1:]}-{list(layout)[-1]}" for bug, layout in BUGS]
+)
 def test_a_planted_bug_is_caught(
     bug: Callable[[pytest.MonkeyPatch], None],
     layout: dict[str, Any],
