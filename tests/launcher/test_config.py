@@ -75,7 +75,7 @@ def test_overrides_are_toml_values_or_bare_strings(write):
 
 def test_every_problem_is_named_at_once(write):
     text = GOOD.replace("dim = 32\n", 'dim = "32"\n').replace("n_layers = 4", "n_layers = true")
-    text = text.replace('corpus = "corpora/a"', "") + "n_headz = 3\nlr = 1\n[parallel]\ndp = 0\nzero = 3\n[rope]\n"
+    text = text.replace('corpus = "corpora/a"', "") + "n_headz = 3\nlr = 1\n[parallel]\ndp = 0\nzero = 4\n[rope]\n"
     assert problems(write(text), "model.n_headz=2", "model.vocab_size=many", "nonsense", "run_dir.x=1", "a..b=1") == [
         "override 'nonsense': give it as key.path=value, for example optimizer.lr=1e-3",
         "override 'a..b=1': give it as key.path=value, for example optimizer.lr=1e-3",
@@ -87,7 +87,7 @@ def test_every_problem_is_named_at_once(write):
         "a.toml: data.sources.0.corpus: missing. Folder that `triplane prepare` wrote, or its fsspec URL "
         "(`https://...`, `s3://...`, `gs://...`)",
         "a.toml: parallel.dp: 0 given; should be greater than 0 or 'auto'",
-        "a.toml: parallel.zero: 3 given; should be 0 or 1",
+        "a.toml: parallel.zero: 4 given; should be 0, 1, 2 or 3",
         "a.toml: training.n_headz: unknown key; known here: steps, global_batch_size, micro_batch_size, precision, "
         "log_every_steps, eval_every_steps, eval_sequences, sample_every_steps, stop_at_step",
         "a.toml: training.lr: unknown key; did you mean optimizer.lr?",
