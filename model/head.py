@@ -47,13 +47,9 @@ class Head(nn.Module):
         return Loss(*_Chunked.apply(x_TD, self.weight, targets_T, chunk, self.losses))  # type: ignore[no-untyped-call]
 
     def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of cross-entropy and z-loss over tokens."""
-        logits_TV = logits_TV.float()
-        cross_entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="sum")
-        if not self.z_loss_weight:
-            return cross_entropy, cross_entropy.new_zeros(())
-        partition_T = logits_TV.logsumexp(dim=-1) * (targets_T != IGNORED_TARGET)
-        return cross_entropy, self.z_loss_weight * partition_T.square().sum()
+        """Sums of cross-entropy and z-loss over tokens; overwrites fp32 logits."""
+        cross_entropy, z = _CrossEntropy.apply(logits_TV.float(), targets_T, self.z_loss_weight)  # type: ignore[no-untyped-call]
+        return cross_entropy, z
 
 
 Losses = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -79,7 +75,10 @@ class _Chunked(torch.autograd.Function):
             if grad_x_TD is not None and grad_weight_VD is not None:
                 (grad_logits,) = torch.autograd.grad(objective, logits)
                 grad_x_TD[part] = grad_logits @ weight_VD
-                grad_weight_VD += grad_logits.T @ x
+                if x.dtype == torch.float32:
+                    grad_weight_VD.addmm_(grad_logits.T, x)  # saves a pass over (V, D)
+                else:
+                    grad_weight_VD += grad_logits.T @ x
         if grad_weight_VD is not None:
             ctx.save_for_backward(grad_x_TD, grad_weight_VD.to(weight_VD.dtype))
         cross_entropy, z = sums.unbind()
@@ -91,3 +90,29 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
         return grad_x_TD * grad, grad_weight_VD * grad, None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """In the memory of the logits, which become their own gradient; one exponential each."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
+        counted_T1 = (targets_T != IGNORED_TARGET)[:, None]
+        targets_T1 = targets_T[:, None].where(counted_T1, 0)
+        top_T1 = logits_TV.amax(dim=-1, keepdim=True)
+        target_logit_T1 = logits_TV.gather(1, targets_T1) * counted_T1
+        exp_TV = logits_TV.sub_(top_T1).exp_()
+        sum_T1 = exp_TV.sum(dim=-1, keepdim=True)
+        partition_T1 = (top_T1 + sum_T1.log()) * counted_T1
+        ctx.z_loss_weight = z_loss_weight
+        ctx.save_for_backward(exp_TV, sum_T1, partition_T1, targets_T1, counted_T1)
+        return (partition_T1 - target_logit_T1).sum(), z_loss_weight * partition_T1.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        exp_TV, sum_T1, partition_T1, targets_T1, counted_T1 = ctx.saved_tensors
+        grad_T1 = grad * counted_T1
+        grad_partition_T1 = grad_T1 + 2 * ctx.z_loss_weight * grad_z * partition_T1
+        grad_logits_TV = exp_TV.mul_(grad_partition_T1 / sum_T1)
+        return grad_logits_TV.scatter_add_(1, targets_T1, -grad_T1), None, None

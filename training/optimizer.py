@@ -17,6 +17,7 @@ def adamw(config: OptimizerConfig, parameters: Iterable[tuple[nn.Parameter, Size
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

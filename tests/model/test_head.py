@@ -70,3 +70,12 @@ def test_bf16_logits_are_summed_in_fp32(x_TD):
     loss = head(x_TD.bfloat16(), TARGETS_T)
     assert torch.equal(torch.stack(head.losses(logits.float(), TARGETS_T)), torch.stack(loss[1:]))
     assert loss.cross_entropy.dtype == torch.float32
+
+
+def test_large_logits_neither_overflow_nor_lose_the_gradient():
+    head = small_head(0.0)
+    logits = (1e4 * torch.eye(2, 11)).requires_grad_()
+    cross_entropy, _ = head.losses(logits, torch.tensor([0, 0]))
+    assert cross_entropy.item() == pytest.approx(1e4)
+    (grad,) = torch.autograd.grad(cross_entropy, logits)
+    torch.testing.assert_close(grad, torch.eye(2, 11) - torch.eye(2, 11)[[0, 0]])

@@ -1,0 +1,82 @@
+"""Linear layers whose products take 8-bit floats, scaled by each tensor's largest magnitude at the moment of use.
+
+Activations and weights have more mantissa (e4m3), gradients more range (e5m2), as in Micikevicius et al. 2022.
+Products accumulate in high precision and come out in the dtype that went in; weights stay as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from triplane.model.errors import ModelError
+from triplane.model.transformer import Transformer
+
+_MULTIPLE = 16  # of the contracted and the output dim, for the GPU's kernel
+
+
+def fp8_problem(device: torch.device) -> str | None:
+    """Why `device` has no fast fp8 products, or None if it has."""
+    if device.type != "cuda":
+        return f"fp8 needs an NVIDIA GPU of compute capability 8.9 or more, not a {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= (8, 9) else f"fp8 needs compute capability 8.9 or more, not {major}.{minor}"
+
+
+def use_fp8(model: Transformer) -> None:
+    """Swaps the linear layers of the blocks, which keep their parameters; embedding and head stay.
+
+    Raises ModelError if a width is not a multiple of 16.
+    """
+    for parent in list(model.blocks.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                if any(width % _MULTIPLE for width in child.weight.shape):
+                    widths = f"{child.out_features} x {child.in_features}"
+                    raise ModelError(f"fp8 needs widths that are multiples of {_MULTIPLE}; {name} is {widths}.")
+                setattr(parent, name, Float8Linear(child))
+
+
+class Float8Linear(nn.Linear):
+    """`linear` without bias, forward and backward in fp8; a backward needs a multiple of 16 tokens on a GPU."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        assert linear.bias is None
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight, self.bias = linear.weight, None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        out: Tensor = _Float8Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Float8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_FD: Tensor) -> Tensor:
+        x8_TD, x_scale = _quantized(x_TD, torch.float8_e4m3fn)
+        weight8_FD, weight_scale = _quantized(weight_FD, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8_TD, x_scale, weight8_FD, weight_scale)
+        ctx.weight_dtype = weight_FD.dtype
+        return _product(x8_TD, x_scale, weight8_FD, weight_scale, x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+        x8_TD, x_scale, weight8_FD, weight_scale = ctx.saved_tensors
+        grad8_TF, grad_scale = _quantized(grad_TF, torch.float8_e5m2)
+        grad_x_TD = _product(grad8_TF, grad_scale, weight8_FD.T, weight_scale, grad_TF.dtype)
+        grad_weight_FD = _product(grad8_TF.T, grad_scale, x8_TD.T, x_scale, ctx.weight_dtype)
+        return grad_x_TD, grad_weight_FD
+
+
+def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale in `dtype`, and the scale, by which the largest magnitude is the largest number of `dtype`."""
+    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (x / scale).to(dtype), scale
+
+
+def _product(a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b.T; the kernel wants K to be the contiguous dim of both."""
+    return torch._scaled_mm(a_MK.contiguous(), b_NK.contiguous().T, a_scale, b_scale, out_dtype=dtype)

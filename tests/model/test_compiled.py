@@ -1,0 +1,29 @@
+"""Compiled blocks against eager ones."""
+
+import pytest
+import torch
+from small_models import packed, random_documents, small_config, small_model
+from torch._dynamo.utils import counters
+
+from triplane.model.compiled import compile_blocks
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_eager_ones_and_other_documents_do_not_recompile(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # the other tests compile nothing
+    config = small_config(n_layers=3)
+    eager, compiled = small_model(config), small_model(config)
+    compile_blocks(compiled)
+    assert [*dict(compiled.named_parameters())] == [*dict(eager.named_parameters())]
+    graphs = []
+    for lengths in ([5, 17, 1, 9], [8, 8, 8, 8], [20, 12], [7, 13], [30], [9] * 5):
+        batch = packed(random_documents(config, lengths))
+        losses = [model(batch).objective for model in (eager, compiled)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss, model in zip(losses, (eager, compiled))]
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    first = graphs[0]
+    assert first > 0
+    assert graphs[:3] == [first] * 3  # 32 tokens
+    assert graphs[3:] == [2 * first] * 3  # other numbers of tokens: once more for all of them
