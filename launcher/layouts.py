@@ -17,6 +17,7 @@ _CHOICES: list[list[dict[str, Any]]] = [
     [{"dp": 2}, {"dp": 2, "zero": 0}, {"dp": 2, "zero": 2}, {"dp": 2, "zero": 3}],
     [{"offload_optimizer": True}],
     [{"recompute": "selective"}, {"recompute": "full"}],
+    [{"compile": True}],
     [{"tied": True}],
     [_BF16],
 ]

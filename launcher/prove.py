@@ -12,6 +12,7 @@ from triplane.launcher.config import load_config
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.layouts import Case, full_proof, own_case, quick_proof
+from triplane.model.compiled import has_compiler
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
@@ -67,6 +68,9 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
         own = own_case(model, run.parallel, run.training.precision, ranks)
         cases = [] if own is None else [own]
     cases += (quick_proof if quick else full_proof)(model, ranks)
+    if device == "cpu" and not has_compiler():
+        print("no C++ compiler here: layouts with compile are left out")
+        cases = [case for case in cases if not case.layout.compile]
     results = _results(model, cases, device)
     if json_path is not None:
         json_path.write_text(json.dumps([_record(result) for result in results], indent=1) + "\n")

@@ -15,9 +15,11 @@ from triplane.checkpoint.store import CheckpointStore, on_rank_0
 from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
+from triplane.launcher.errors import ConfigError
 from triplane.launcher.preflight import CHECKPOINTS, change_since, run_record
 from triplane.launcher.ranks import Rank
 from triplane.launcher.toml import to_toml
+from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
@@ -34,6 +36,8 @@ T = TypeVar("T")
 def run_rank(config: RunConfig, rank: Rank) -> None:
     """Joins the other ranks and trains."""
     device = _take_device(rank)
+    if config.parallel.fp8 and (problem := fp8_problem(device)):
+        raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
     with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
         train_on(mesh, config, rank.local_size)
 

@@ -1,5 +1,7 @@
 """Blocks as compiled graphs: torch.compile fuses what stands between matrix products and attention."""
 
+import shutil
+
 import torch
 
 from triplane.model.transformer import Block, Transformer
@@ -17,3 +19,8 @@ def compile_blocks(model: Transformer) -> None:
         core = block.attention.core
         core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign, no-untyped-call]
         block.compile()
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler is here that torch.compile needs on a CPU."""
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

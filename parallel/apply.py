@@ -37,8 +37,9 @@ def build_local_model(
     1. pipeline: drop the layers of other stages, so that nothing is swapped in vain;
     2. tensor: swap in modules that hold a share of each weight;
     3. context: swap the attention that sees a share of the tokens;
-    4. recompute, then compile: wrap each block;
-    5. materialise that share, and tie the head to the embedding where both are here.
+    4. fp8: swap the linear layers that are left;
+    5. recompute, then compile: wrap each block;
+    6. materialise that share, and tie the head to the embedding where both are here.
 
     The optimizer (zero.py or replicated.py) comes last, around the parameters that are left.
     """
@@ -58,7 +59,15 @@ def build_local_model(
             from triplane.parallel.context import apply_context_parallel
 
             apply_context_parallel(model, mesh.cp, layout.cp_method)
+        if layout.fp8:
+            from triplane.model.fp8 import use_fp8
+
+            use_fp8(model)
         apply_recompute(model, layout.recompute)
+        if layout.compile:
+            from triplane.model.compiled import compile_blocks
+
+            compile_blocks(model)
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         _materialise(model, layout, mesh)
         tied_copy = config.tie_embeddings and model.embedding is None

@@ -32,6 +32,8 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """What backward computes again instead of keeping it. `selective`: all but products and attention. `full`: all."""
     compile: bool = False
     """Compile each block: minutes at the start, faster steps after."""
+    fp8: bool = False
+    """Multiply in 8-bit floats inside blocks; needs a GPU of compute capability 8.9 or more."""
     timeout_s: PositiveFloat = Field(default=600.0)
     """How long a collective waits for a rank before it fails."""
 
@@ -55,5 +57,6 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
             "offload" if self.offload_optimizer else "",
             f"recompute {self.recompute}" if self.recompute != "none" else "",
             "compile" if self.compile else "",
+            "fp8" if self.fp8 else "",
         ]
         return ", ".join(filter(None, [" x ".join(filter(None, axes)) or "one rank", *options]))

@@ -41,8 +41,12 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         )
     if layout.recompute == "selective" and zero == 3:
         yield 'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept'
-    if layout.compile and (tp > 1 or cp > 1 or layout.recompute == "selective"):
-        yield 'compile is proven without tp, cp and recompute "selective" only; set compile = false'
+    if layout.compile and zero == 3:
+        yield "compile and zero = 3 do not go together: what gathers the weights breaks the graph at every layer"
+    if layout.fp8 and tp > 1:
+        yield f"fp8 and tp ({tp}) do not go together: the layers of tp multiply in the weights' own precision"
+    if layout.fp8 and precision == "fp32":
+        yield "fp8 needs precision bf16: fp32 weights would gain nothing"
 
 
 def token_multiple(layout: ParallelConfig) -> int:

@@ -86,9 +86,15 @@ def test_a_good_config_passes_with_and_without_ranks():
             'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept',
         ),
         (
-            {"compile": True},
+            {"compile": True, "zero": 3},
             2,
-            'compile is proven without tp, cp and recompute "selective" only; set compile = false',
+            "compile and zero = 3 do not go together: what gathers the weights breaks the graph at every layer",
+        ),
+        (
+            {"fp8": True, "precision": "fp32"},
+            2,
+            "fp8 and tp (2) do not go together: the layers of tp multiply in the weights' own precision\n"
+            "fp8 needs precision bf16: fp32 weights would gain nothing",
         ),
         ({"n_kv_heads": 3, "tp": 1}, 4, "n_heads (4) is not a multiple of n_kv_heads (3); the next multiple is 6"),
         ({"head_dim": 7}, 4, "head_dim (7) is odd, but RoPE turns pairs; take 8"),

@@ -1,0 +1,59 @@
+"""A whole run, with validation and samples, under the axes that split tokens, stages and weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import small_run
+from small_corpora import Prepared
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
+
+from triplane.launcher.config import RunConfig
+from triplane.launcher.forked import run_ranks
+from triplane.launcher.run import train_on
+from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.parallel.mesh import Mesh
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tokens": {"dp": 1, "tp": 2, "sequence_parallel": True, "cp": 2, "cp_method": "ring", "recompute": "selective"},
+    "stages": {"dp": 2, "pp": 2, "virtual_stages": 2, "zero": 2, "recompute": "full"},
+    "weights": {"dp": 2, "zero": 3, "offload_optimizer": True},
+}
+
+
+def _run(prepared: Prepared, run_dir: Path, layout: dict[str, Any]) -> list[dict[str, float]]:
+    """What the run logged: losses of training and validation, by step."""
+    config = small_run(
+        prepared,
+        run_dir,
+        model={"n_layers": 3, "n_kv_heads": 1},
+        optimizer={"eps": 1e-3},
+        parallel=layout,
+        training={"sample_every_steps": 8},
+    )
+    assert isinstance(config.parallel.dp, int)
+    run_ranks(config.parallel, config.parallel.dp * config.parallel.ranks_of_one, _train, config)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [{key: entry[key] for key in ("step", "loss", "validation_loss") if key in entry} for entry in entries]
+
+
+def _train(mesh: Mesh, config: RunConfig) -> None:
+    train_on(mesh, config)
+
+
+@pytest.fixture(scope="module")
+def one(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    return _run(prepared, tmp_path_factory.mktemp("one") / "run", {"dp": 1, "zero": 0})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_logs_what_one_process_logs(
+    name: str, one: list[dict[str, float]], prepared: Prepared, tmp_path: Path
+) -> None:
+    logged = _run(prepared, tmp_path / "run", LAYOUTS[name])
+    assert [entry.keys() for entry in logged] == [entry.keys() for entry in one]
+    assert any("validation_loss" in entry for entry in one)
+    for ours, theirs in zip(logged, one):
+        assert ours == pytest.approx(theirs, abs=1e-5)
