@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 VOCAB_SIZE, DIM, HIDDEN_DIM, N_LAYERS = 8192, 384, 1024, 6
 N_HEADS, N_KV_HEADS, HEAD_DIM = 6, 2, 64
@@ -55,13 +56,10 @@ def triplane(seconds: float, zero: int, precision: str, compiled: bool) -> list[
         head_dim=HEAD_DIM,
     )
     optimizer = OptimizerConfig(grad_clip=GRAD_CLIP)
-    with connected(ParallelConfig(zero=zero), torch.device("cpu"), 0, 1) as mesh:
-        engine = Engine(config, mesh, zero, DTYPES[precision], GRAD_CLIP, lambda named: adamw(optimizer, named))
+    layout = ParallelConfig(zero=zero, compile=compiled)
+    with connected(layout, torch.device("cpu"), 0, 1) as mesh:
+        engine = Engine(config, layout, mesh, DTYPES[precision], SEQ_LEN, GRAD_CLIP, partial(adamw, optimizer))
         engine.initialize(seed=0)
-        if compiled:
-            from triplane.model.compiled import compile_blocks
-
-            compile_blocks(engine.module)
         bounds = range(0, SEQUENCES * SEQ_LEN + 1, SEQ_LEN)
         data = random_steps()
 

@@ -111,7 +111,7 @@ class ZeroOptimizer:
             # Made now and not in the first step, so that a checkpoint can fill it, and so that
             # DeepSpeed, which links the moments once, finds those of every parameter group.
             self.zero.optimizer.state[share] = {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=share.device),  # where the fused update wants it
                 "exp_avg": torch.zeros_like(share),
                 "exp_avg_sq": torch.zeros_like(share),
             }
