@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from small_models import packed, random_documents, small_config, small_model
 from torch.profiler import ProfilerActivity, profile
 
