@@ -21,12 +21,13 @@ from triplane.parallel.apply import LocalModel
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, Placement, fragments
+from triplane.parallel.uncompiled import importing_uncompiled
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+with importing_uncompiled():
     import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # else imported in the first step
     from deepspeed.ops import __compatible_ops__
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
