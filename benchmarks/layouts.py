@@ -1,6 +1,6 @@
 """Tokens/s of two ranks of one thread under each layout against one process of two threads, side by side.
 
-    python benchmarks/layouts.py [--rounds 3] [--steps 4] [--only pp]
+    python benchmarks/layouts.py [--rounds 3] [--steps 3] [--sequences 32] [--only pp]
 
 Trains the model of configs/quickstart.toml on packed batches of its shape through the engine, as training does,
 on the CPU. The layouts take turns, so that what else the machine does falls on all of them.
@@ -8,6 +8,7 @@ on the CPU. The layouts take turns, so that what else the machine does falls on 
 
 import argparse
 import statistics
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from triplane.parallel.mesh import Mesh
 from triplane.training.optimizer import adamw
 
 _CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
-_WARMUP_STEPS = 2
+_WARMUP_STEPS = 1
 _DOCUMENT_TOKENS = 2048
 """Mean; a sequence holds 256."""
 
@@ -94,7 +95,7 @@ def _tokens_per_s(mesh: Mesh, row: Row, config: RunConfig, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--sequences", type=int, help="in a step; the quickstart's by default")
     parser.add_argument("--only", default="", help="leave out the layouts whose description lacks this")
     options = parser.parse_args()
@@ -102,10 +103,15 @@ def main() -> None:
     config = load_config(_CONFIG, sequences)
     rows = [row for row in _rows() if row.threads > 1 or options.only in row.layout.describe()]
     rates: dict[Row, list[float]] = {row: [] for row in rows}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for row in rows:
             answers = run_ranks(row.layout, row.ranks, _tokens_per_s, row, config, options.steps, timeout_s=120)
             rates[row].append(min(answers))
+            print(
+                f"round {number + 1}: {row.layout.describe()}: {rates[row][-1]:,.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
     print(f"{config.training.global_batch_size} sequences of {config.data.seq_len} tokens a step, fp32\n")
     print("| layout | ranks x threads | micro-batch | tokens/s: median (lowest, highest) | of one process |")
     print("| --- | --- | --- | --- | --- |")
