@@ -15,9 +15,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.manifest import MANIFEST, PREFIX, Box, Manifest, finished
+from triplane.checkpoint.manifest import MANIFEST, PREFIX, Box, Manifest, checkpoints
 from triplane.data.files import sync
 from triplane.parallel.placement import Fragment
 
@@ -33,6 +34,13 @@ class CheckpointStore:
         """Writes `step_<step>` from the fragments of all ranks; returns its path."""
         final = self.folder / f"{PREFIX}{step}"
         temporary = self.folder / f".{final.name}.tmp"
+        try:
+            self._write(final, temporary, fragments, state)
+        except OSError as error:
+            raise CheckpointError(_explain(error, temporary)) from error
+        return final
+
+    def _write(self, final: Path, temporary: Path, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
         on_rank_0(lambda: _make_empty(temporary))
         file = f"rank_{dist.get_rank()}.safetensors"
         outcome: tuple[str, list[Box], int] = ("", [], 0)
@@ -49,7 +57,6 @@ class CheckpointStore:
         boxes = [box for _, boxes, _ in outcomes for box in boxes]
         sizes = {f"rank_{rank}.safetensors": size for rank, (_, _, size) in enumerate(outcomes) if size}
         on_rank_0(lambda: self._commit(temporary, final, Manifest(state, boxes, sizes)))
-        return final
 
     def _commit(self, temporary: Path, final: Path, manifest: Manifest) -> None:
         with open(temporary / MANIFEST, "w") as file:
@@ -62,21 +69,8 @@ class CheckpointStore:
         temporary.rename(final)
         sync(self.folder)
         leftovers = self.folder.glob(f".{PREFIX}*")
-        for old in [*finished(self.folder)[: -self.config.keep_last], *leftovers]:
+        for old in [*checkpoints(self.folder)[: -self.config.keep_last], *leftovers]:
             shutil.rmtree(old)
-
-
-def on_rank_0(action: Any) -> None:
-    """Runs `action` on rank 0 while the others wait; its error is raised on all."""
-    outcome = [""]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            outcome = [_explain(error, Path(error.filename or "."))]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise CheckpointError(outcome[0])
 
 
 def _make_empty(folder: Path) -> None:
