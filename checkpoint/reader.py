@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.errors import CheckpointError, DamagedError
 from triplane.checkpoint.manifest import Box, read_manifest
 from triplane.parallel.placement import Fragment
 
@@ -74,20 +74,23 @@ class Checkpoint:
                 target.data[destination].copy_(part)
                 missing -= part.numel()
         if missing:
-            raise CheckpointError(f"{self.folder}: {key} lacks {missing} elements; resume from another checkpoint")
+            raise DamagedError(f"{self.folder}: {key} lacks {missing} elements; take another checkpoint")
 
     def _read(self, box: Box) -> Tensor:
         path = self.folder / box.file
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(box.entry)
+        except PermissionError as error:
+            raise CheckpointError(f"{path}: {error}; make it readable") from error
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: unreadable ({error}); resume from another checkpoint") from error
-        found = zlib.crc32(tensor.numpy().data)
-        if tuple(tensor.shape) != box.sizes or found != box.crc32:
-            raise CheckpointError(
+            raise DamagedError(f"{path}: unreadable ({error}); take another checkpoint") from error
+        found = zlib.crc32(tensor.view(torch.uint8).numpy().data)
+        # A damaged header may say another type or shape of the same bytes.
+        if (tensor.dtype, tuple(tensor.shape), found) != (torch.float32, box.sizes, box.crc32):
+            raise DamagedError(
                 f"{path}: {box.entry} is damaged (CRC-32 {found:08x}, written as {box.crc32:08x}); "
-                f"resume from another checkpoint"
+                f"take another checkpoint"
             )
         return tensor
 

@@ -17,6 +17,7 @@ def check(config: RunConfig, ranks: int | None) -> list[str]:
         *layout_problems(config.model, config.parallel, config.training.precision),
         *_check_batch(config, dp),
         *_check_schedule(config),
+        *_check_checkpoints(config),
         *config.data.problems(config.training.global_batch_size),
     ]
 
@@ -82,3 +83,14 @@ def _check_schedule(config: RunConfig) -> Iterator[str]:
         yield f"warm-up ({warmup} steps) is longer than the run ({steps} steps)"
     elif schedule.kind == "wsd" and warmup + decay > steps:
         yield f"warm-up ({warmup} steps) + wsd decay ({decay} steps) = {warmup + decay}, but {steps} steps"
+
+
+def _check_checkpoints(config: RunConfig) -> Iterator[str]:
+    rules, evaluated = config.checkpoint, config.training.eval_every_steps
+    saved = f"checkpoint.every_steps ({rules.every_steps})"
+    if rules.keep_every:
+        yield from multiple("checkpoint.keep_every", rules.keep_every, saved, rules.every_steps)
+    if rules.keep_best:  # each checkpoint needs a loss
+        yield from multiple(
+            "keep_best: checkpoint.every_steps", rules.every_steps, f"eval_every_steps ({evaluated})", evaluated
+        )

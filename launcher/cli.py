@@ -102,6 +102,9 @@ def train(
     allow_data_change: Annotated[
         bool, typer.Option(help="Go on with a corpus that is not what the run read; recorded in history.jsonl.")
     ] = False,
+    allow_fresh_start: Annotated[
+        bool, typer.Option(help="Begin anew if all checkpoints of the run are damaged; else it refuses.")
+    ] = False,
 ) -> None:
     """Train, or go on with the run that the config's run folder holds.
 
@@ -109,7 +112,7 @@ def train(
     """
     from triplane.launcher.train import train
 
-    raise typer.Exit(train(config, overrides or [], allow_data_change))
+    raise typer.Exit(train(config, overrides or [], allow_data_change, allow_fresh_start))
 
 
 @app.command()

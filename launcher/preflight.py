@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.manifest import latest, read_manifest
+from triplane.checkpoint.manifest import fresh_start_problem, newest_manifest
 from triplane.data.opening import Sources
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import DataChange, data_change
@@ -34,15 +34,19 @@ def check_data(config: RunConfig, sources: Sources) -> list[str]:
     return problems
 
 
-def check_run_dir(config: RunConfig, record: dict[str, Any], allow_data_change: bool) -> list[str]:
-    """A run folder whose newest checkpoint belongs to another run, or read other data."""
-    newest = latest(Path(config.run_dir) / CHECKPOINTS)
-    if newest is None:
-        return []
+def check_run_dir(
+    config: RunConfig, record: dict[str, Any], allow_data_change: bool, allow_fresh_start: bool
+) -> list[str]:
+    """A run folder whose newest checkpoint belongs to another run, or read other data; or whose are all damaged."""
+    folder = Path(config.run_dir) / CHECKPOINTS
     try:
-        state = read_manifest(newest).state
+        found = newest_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
+    if found is None:
+        problem = None if allow_fresh_start else fresh_start_problem(folder)
+        return [problem] if problem else []
+    newest, state = found[0], found[1].state
     theirs, ours = _flatten(state["run"]), _flatten(record)
     keys = sorted(theirs.keys() | ours.keys())
     differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]

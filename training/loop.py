@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.store import CheckpointStore
 from triplane.data.loader import SequenceDataset
 from triplane.data.tokenizer import Tokenizer
@@ -71,6 +72,8 @@ class Trainer:
         self.store = store
         self.run_record = run_record
         self.report = report
+        self.unsaved: str | None = None
+        """Why the last save failed."""
         self.watch = Stopwatch(engine.mesh.device)
         first_step_tokens = settings.training.global_batch_size * corpora.seq_len_at(0)
         self.warmup_steps = warmup_steps(settings.schedule, first_step_tokens)
@@ -102,33 +105,44 @@ class Trainer:
             if log:
                 self._log(state, logged, loss, norm, rate)
                 logged = state
-            if self._due(step, training.eval_every_steps):
-                self._validate(state)
+            validation_loss = self._validate(state) if self._due(step, training.eval_every_steps) else None
             if training.sample_every_steps and self._due(step, training.sample_every_steps):
                 self._sample(state)
             if step % self.settings.checkpoint_every_steps == 0 or step == last:
-                _check_finite(step, loss, norm)
-                self.save(state)
+                self._check_finite(step, loss, norm)
+                self.save(state, validation_loss)
+            self._report_saves()
+        self._finish_saves()
         return state
 
-    def save(self, state: State) -> None:
-        """Writes a checkpoint; collective."""
-        with self.watch.phase("checkpoint_time_s"):
-            path = self.store.save(
-                state.step, self.engine.optimizer.fragments(), {**asdict(state), "run": self.run_record}
-            )
-        self.report.message(f"step {state.step}: saved {path}")
+    def save(self, state: State, validation_loss: float | None = None) -> None:
+        """Begins to write a checkpoint; collective."""
+        self.store.save(
+            state.step,
+            self.engine.optimizer.fragments(),
+            {**asdict(state), "validation_loss": validation_loss, "run": self.run_record},
+        )
+
+    def _report_saves(self, wait: bool = False) -> None:
+        for save in self.store.ended(wait):
+            self.report.saved(save)
+            self.unsaved = save.error
+
+    def _finish_saves(self) -> None:
+        """Waits for the last save; raises CheckpointError if it has failed."""
+        self._report_saves(wait=True)
+        if self.unsaved:
+            raise CheckpointError(f"the run's last state is not saved: {self.unsaved}, then start again")
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.settings.training.steps
 
     def _log(self, state: State, logged: State, loss: StepLoss, norm: Tensor, rate: float) -> None:
-        _check_finite(state.step, loss, norm)
+        self._check_finite(state.step, loss, norm)
         seconds = self.watch.take()
         steps = state.step - logged.step
-        checkpoint_s = seconds.pop("checkpoint_time_s", 0.0)
-        names = [*seconds, "checkpoint_time_s", "memory_gib"]
-        mine = [*(total / steps for total in seconds.values()), checkpoint_s, peak_memory_gib(self.feed.device)]
+        names = [*seconds, "memory_gib"]
+        mine = [*(total / steps for total in seconds.values()), peak_memory_gib(self.feed.device)]
         # A step is as slow as its slowest rank.
         slowest = torch.tensor(mine, dtype=torch.float64, device=self.feed.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -154,10 +168,11 @@ class Trainer:
             },
         )
 
-    def _validate(self, state: State) -> None:
+    def _validate(self, state: State) -> float:
         sequences = self.settings.training.eval_sequences
         loss = validation_loss(self.engine.evaluate, self.feed, self.corpora.validation, sequences)
         self.report.validation(state.step, loss)
+        return loss
 
     def _sample(self, state: State) -> None:
         tokenizer = self.corpora.tokenizer
@@ -172,10 +187,10 @@ class Trainer:
         )
         self.report.sample(state.step, tokenizer.decode(tokens))
 
-
-def _check_finite(step: int, loss: StepLoss, norm: Tensor) -> None:
-    if not (math.isfinite(loss.cross_entropy) and math.isfinite(norm)):
-        raise TrainingError(
-            f"step {step}: loss {float(loss.cross_entropy)}, gradient norm {float(norm)}: the run diverged and was "
-            f"not saved; lower optimizer.lr or optimizer.grad_clip and start again from the last checkpoint"
-        )
+    def _check_finite(self, step: int, loss: StepLoss, norm: Tensor) -> None:
+        if not (math.isfinite(loss.cross_entropy) and math.isfinite(norm)):
+            self._report_saves(wait=True)
+            raise TrainingError(
+                f"step {step}: loss {float(loss.cross_entropy)}, gradient norm {float(norm)}: the run diverged and was "
+                f"not saved; lower optimizer.lr or optimizer.grad_clip and start again from the last checkpoint"
+            )

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from triplane.checkpoint.store import Save
+from triplane.training.history import record_event
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
 
@@ -12,6 +14,7 @@ class Report:
 
     def __init__(self, run_dir: Path, steps: int, resume_step: int, rank: int):
         self._first = rank == 0
+        self._run_dir = run_dir
         if self._first:
             self._writer = MetricsWriter(run_dir, resume_step)
             self._progress = Progress(steps)
@@ -32,6 +35,19 @@ class Report:
         """Records text that the model wrote."""
         if self._first:
             self._writer.text(step, "sample", text)
+
+    def saved(self, save: Save) -> None:
+        """Records and shows how a save went."""
+        if not self._first:
+            return
+        if save.error:
+            self._progress.message(f"step {save.step}: NOT SAVED: {save.error}")
+            record_event(self._run_dir, "save failed", save.step, reason=save.error)
+            return
+        values = {"checkpoint_time_s": save.time_s, "checkpoint_stall_time_s": save.stall_s}
+        self._writer.log(save.step, values)
+        shown = ", ".join(METRICS[name].format(value) for name, value in values.items())
+        self._progress.message(f"step {save.step}: saved {save.path} ({shown})")
 
     def message(self, text: str) -> None:
         """Shows a line that stays."""
