@@ -27,6 +27,7 @@ def write_weights(weights: Mapping[str, Tensor], config: ModelConfig, dtype: tor
         # Copied, since safetensors refuses tensors that share memory.
         tensors = {to_hf_name(name): weights[name].to(dtype, copy=True).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # else the owner's alone
         files |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

@@ -27,5 +27,6 @@ def write_tensors(path: Path, fragments: Sequence[Fragment]) -> list[Box]:
         save_file(arrays, path)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # else the owner's alone
     sync(path)
     return boxes
