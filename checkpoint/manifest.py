@@ -39,11 +39,6 @@ class Box:
     crc32: int
     """Of the box's bytes."""
 
-    @property
-    def entry(self) -> str:
-        """Its name within the file."""
-        return f"{self.key}@{','.join(map(str, self.offsets))}"
-
 
 @dataclass(frozen=True)
 class Manifest:
