@@ -16,3 +16,5 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True, use_attribute_doc
     """Keep those after multiples of this many steps too."""
     keep_best: NonNegativeInt = 0
     """Keep this many with the lowest validation loss too."""
+    initial: str | None = Field(default=None, min_length=1)
+    """A checkpoint, or a run folder with one, whose weights a new run begins with; `triplane import` makes one."""

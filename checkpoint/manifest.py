@@ -9,6 +9,7 @@ How many ranks wrote it is not part of its meaning.
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -37,11 +38,6 @@ class Box:
     file: str
     crc32: int
     """Of the box's bytes."""
-
-    @property
-    def entry(self) -> str:
-        """Its name within the file."""
-        return f"{self.key}@{','.join(map(str, self.offsets))}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,15 @@ def read_manifest(folder: Path) -> Manifest:
         for b in body["boxes"]
     ]
     return Manifest(body["state"], boxes, body["file_bytes"])
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Puts the manifest on the disk, beside files that are there already."""
+    with open(folder / MANIFEST, "w") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -4,7 +4,6 @@ A thread of every rank writes its fragments into a temporary folder; when all ha
 and renames the folder. A kill at any moment leaves the earlier checkpoints as they were.
 """
 
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import DamagedError
-from triplane.checkpoint.manifest import MANIFEST, PREFIX, Box, Manifest, checkpoints, read_manifest, step_of
+from triplane.checkpoint.manifest import PREFIX, Box, Manifest, checkpoints, read_manifest, step_of, write_manifest
 from triplane.checkpoint.retention import Kept, expendable
 from triplane.checkpoint.snapshot import Snapshot
 from triplane.checkpoint.tensors import write_tensors
@@ -177,11 +176,7 @@ def _loss_of(checkpoint: Path) -> float | None:
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Makes a folder of written files the checkpoint `final`."""
-    with open(temporary / MANIFEST, "w") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    sync(temporary)
+    write_manifest(temporary, manifest)
     if final.exists():
         final.rename(final.with_name(f".{final.name}.old"))
     temporary.rename(final)

@@ -173,6 +173,17 @@ def export(
     export(run, out, dtype)
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of a Llama model.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint to write, for checkpoint.initial.")],
+) -> None:
+    """Make a checkpoint of a Hugging Face folder's weights, which appears only once its logits equal the folder's."""
+    from triplane.launcher.model_commands import import_folder
+
+    import_folder(folder, out)
+
+
 @inspect_app.command("path", hidden=True)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A corpus, a run folder or a checkpoint.")],

@@ -17,7 +17,7 @@ from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.preflight import CHECKPOINTS, change_since, run_record
+from triplane.launcher.preflight import CHECKPOINTS, change_since, find_checkpoint, run_record
 from triplane.launcher.ranks import Rank
 from triplane.launcher.toml import to_toml
 from triplane.model.fp8 import fp8_problem
@@ -62,7 +62,7 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     set_aside = [f"{damage.reason}; set aside as {damage.path}" for damage in damages]
     if checkpoint is None and not allow_fresh_start and (problem := on_rank_0(lambda: fresh_start_problem(folder))):
         raise CheckpointError("\n".join([*set_aside, problem]))
-    state = _begin(engine, checkpoint, config.seed)
+    state = _begin(engine, checkpoint, config)
     sources = open_sources(config.data, Path(config.run_dir))
     record = run_record(config, sources)
     corpora = _corpora(config, sources)
@@ -119,14 +119,20 @@ def _saved_precision(folder: Path) -> Precision | None:
     return cast(Precision, newest[1].state["run"]["training"]["precision"]) if newest else None
 
 
-def _begin(engine: Engine, checkpoint: Checkpoint | None, seed: int) -> State:
-    """The state of the checkpoint that has filled the engine, or initial weights."""
-    if checkpoint is None:
-        engine.initialize(seed)
+def _begin(engine: Engine, checkpoint: Checkpoint | None, config: RunConfig) -> State:
+    """The state of the checkpoint that has filled the engine, or the start with initial weights."""
+    if checkpoint is not None:
+        saved = checkpoint.state
+        engine.optimizer.loaded(saved["step"])
+        return State(saved["step"], saved["consumed_sequences"], saved["tokens_seen"])
+    initial = config.checkpoint.initial
+    if initial is None:
+        engine.initialize(config.seed)
         return State()
-    saved = checkpoint.state
-    engine.optimizer.loaded(saved["step"])
-    return State(saved["step"], saved["consumed_sequences"], saved["tokens_seen"])
+    weights = (fragment for fragment in engine.optimizer.fragments() if fragment.kind == "weight")
+    Checkpoint(find_checkpoint(Path(initial))).fill(weights)
+    engine.optimizer.loaded(step=0)
+    return State()
 
 
 def _record_damages(config: RunConfig, damages: list[Damage]) -> None:
@@ -160,5 +166,6 @@ def _record_change(config: RunConfig, checkpoint: Checkpoint, record: dict[str, 
 
 def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
     layout = config.parallel.describe()
-    begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
+    weights = config.checkpoint.initial or "initial weights"
+    begin = f"resuming from {checkpoint.folder}" if checkpoint else f"starting from {weights}"
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")

@@ -1,6 +1,7 @@
 """What a run shows and records: the console, `metrics.jsonl` and TensorBoard, all by rank 0."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from triplane.checkpoint.store import Save
@@ -22,19 +23,22 @@ class Report:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records and shows the metrics of a step."""
         if self._first:
-            self._writer.log(step, values)
+            with self._full_disk_told(step):
+                self._writer.log(step, values)
             self._progress.update(step, values)
 
     def validation(self, step: int, loss: float) -> None:
         """Records and shows the loss on held-out text, nats a token."""
         if self._first:
-            self._writer.log(step, {"validation_loss": loss})
+            with self._full_disk_told(step):
+                self._writer.log(step, {"validation_loss": loss})
             self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}")
 
     def sample(self, step: int, text: str) -> None:
         """Records text that the model wrote."""
         if self._first:
-            self._writer.text(step, "sample", text)
+            with self._full_disk_told(step):
+                self._writer.text(step, "sample", text)
 
     def saved(self, save: Save) -> None:
         """Records and shows how a save went."""
@@ -42,10 +46,12 @@ class Report:
             return
         if save.error:
             self._progress.message(f"step {save.step}: NOT SAVED: {save.error}")
-            record_event(self._run_dir, "save failed", save.step, reason=save.error)
+            with self._full_disk_told(save.step):
+                record_event(self._run_dir, "save failed", save.step, reason=save.error)
             return
         values = {"checkpoint_time_s": save.time_s, "checkpoint_stall_time_s": save.stall_s}
-        self._writer.log(save.step, values)
+        with self._full_disk_told(save.step):
+            self._writer.log(save.step, values)
         shown = ", ".join(METRICS[name].format(value) for name, value in values.items())
         self._progress.message(f"step {save.step}: saved {save.path} ({shown})")
 
@@ -59,3 +65,11 @@ class Report:
         if self._first:
             self._progress.close()
             self._writer.close()
+
+    @contextmanager
+    def _full_disk_told(self, step: int) -> Iterator[None]:
+        """Training is worth more than its record: what cannot be written is told, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            self._progress.message(f"step {step}: NOT RECORDED: {error}")

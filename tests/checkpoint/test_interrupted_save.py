@@ -52,7 +52,7 @@ PHASES: dict[str, tuple[int, Any, str, Any]] = {
     "in a file": (1, tensors, "save_file", _half),
     "before a file is on the disk": (1, tensors, "sync", _die),
     "before the manifest": (0, Manifest, "to_json", _die),
-    "after the manifest": (0, store_module, "sync", _die),
+    "after the manifest": (0, store_module, "write_manifest", _after(store_module.write_manifest)),
     "before the rename": (0, Path, "rename", _die),
     "after the rename": (0, store_module, "commit", _after(store_module.commit)),
     "in the deletion of an old one": (0, shutil, "rmtree", _delete_one_and_die),

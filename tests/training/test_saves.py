@@ -1,6 +1,7 @@
 """Saves as a run sees them: what is kept, what is recorded, and a disk that is full."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,27 @@ from triplane.training.report import Report
 RANKS = 2
 
 
-def _train(mesh: Mesh, config: RunConfig, ballast: Path | None = None) -> None:
-    """Frees the disk of the ballast once a save has failed."""
-    saved = Report.saved
+def _train(mesh: Mesh, config: RunConfig) -> None:
+    train_on(mesh, config)
+
+
+def _train_until_the_disk_is_full(mesh: Mesh, config: RunConfig, ballast: Path) -> None:
+    """From step 2 on not a byte is free, until a save has failed."""
+    metrics, saved = Report.metrics, Report.saved
+
+    def fill_disk(report: Report, step: int, values: dict[str, float]) -> None:
+        metrics(report, step, values)
+        if step == 2 and mesh.rank == 0:
+            with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
 
     def make_room(report: Report, save: Save) -> None:
         saved(report, save)
-        if save.error and ballast and mesh.rank == 0:
+        if save.error and mesh.rank == 0:
             ballast.unlink()
 
-    Report.saved = make_room
+    Report.metrics, Report.saved = fill_disk, make_room
     train_on(mesh, config)
 
 
@@ -67,32 +79,35 @@ def test_a_rule_that_cannot_hold_is_refused(prepared: Prepared, tmp_path: Path) 
     ]
 
 
-def _on(disk: Path, prepared: Prepared, run: Path) -> RunConfig:
-    run.mkdir()
-    (run / CHECKPOINTS).symlink_to(disk)
-    model = {"dim": 8, "n_heads": 2, "head_dim": 4, "tie_embeddings": True}  # two checkpoints of it fit
-    rules = {"every_steps": 3, "keep_last": 1}
-    return small_run(prepared, run, model=model, parallel={"dp": RANKS}, checkpoint=rules)
+MODEL = {"dim": 8, "n_heads": 2, "head_dim": 4, "tie_embeddings": True}
+"""Two of its checkpoints, a record and TensorBoard fit on the small disk."""
 
 
 def test_a_run_on_a_full_disk_trains_on_and_saves_when_there_is_room(
-    prepared: Prepared, tmp_path: Path, small_disk: Path
+    prepared: Prepared, small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(200 * 1024))
-    config = _on(small_disk, prepared, tmp_path / "run")
-    run_ranks(config.parallel, RANKS, _train, config, ballast)
-    assert [path.name for path in small_disk.iterdir()] == ["step_8"]
-    Checkpoint(small_disk / "step_8").verify()
-    (event,) = _lines(tmp_path / "run/history.jsonl")
-    assert (event["event"], event["step"]) == ("save failed", 3)
-    assert "bytes needed" in event["details"]["reason"]
+    run = small_disk / "run"
+    rules = {"every_steps": 3, "keep_last": 1}
+    config = small_run(prepared, run, model=MODEL, parallel={"dp": RANKS}, checkpoint=rules)
+    run_ranks(config.parallel, RANKS, _train_until_the_disk_is_full, config, small_disk / "ballast")
+    assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["step_8"]
+    Checkpoint(run / CHECKPOINTS / "step_8").verify()
+    shown = capfd.readouterr().out
+    assert f"step 3: NOT SAVED: cannot write {run}/checkpoints/step_3: " in shown
+    assert "bytes needed, 0 free; earlier checkpoints are untouched" in shown
+    assert "step 3: NOT RECORDED: [Errno 28] No space left" in shown
+    assert f"step 6: saved {run}/checkpoints/step_6" in shown
+    assert [line["step"] for line in _lines(run / "metrics.jsonl") if "loss" in line] == list(range(1, 9))
 
 
 def test_a_run_that_could_not_save_its_last_state_fails(prepared: Prepared, tmp_path: Path, small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(200 * 1024))
-    config = _on(small_disk, prepared, tmp_path / "run")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / CHECKPOINTS).symlink_to(small_disk)
+    config = small_run(prepared, run, model=MODEL, parallel={"dp": RANKS})
     with pytest.raises(RanksFailedError, match=r"the run's last state is not saved: cannot write .*/step_8"):
         run_ranks(config.parallel, RANKS, _train, config)
-    assert [event["step"] for event in _lines(tmp_path / "run/history.jsonl")] == [3, 6, 8]
-    assert [line["step"] for line in _lines(tmp_path / "run/metrics.jsonl") if "loss" in line] == list(range(1, 9))
+    events = [(event["event"], event["step"]) for event in _lines(run / "history.jsonl")]
+    assert events == [("save failed", step) for step in (3, 6, 8)]
+    assert [line["step"] for line in _lines(run / "metrics.jsonl") if "loss" in line] == list(range(1, 9))
