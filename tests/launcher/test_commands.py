@@ -178,7 +178,7 @@ def test_all_mistakes_are_told_at_once(folder: Path) -> None:
     result = triplane(
         "train",
         "small.toml",
-        "parallel.pp=3",
+        "parallel.pp=4",
         "training.global_batch_size=7",
         "data.sources=[{corpus='no'}]",
         cwd=folder,
