@@ -9,8 +9,8 @@ from triplane.model.compiled import compile_blocks
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_as_eager_ones_and_other_documents_do_not_recompile(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # the other tests compile nothing
+@torch._dynamo.config.patch(disable=False)  # the other tests compile nothing
+def test_compiled_blocks_train_as_eager_ones_and_other_documents_do_not_recompile():
     config = small_config(n_layers=3)
     eager, compiled = small_model(config), small_model(config)
     compile_blocks(compiled)

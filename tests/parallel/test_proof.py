@@ -21,10 +21,8 @@ from triplane.training.proof import Difference, Trace, proof_model, train_plainl
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_pair_of_features_trains_the_same_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # the other tests compile nothing
+@torch._dynamo.config.patch(disable=False)  # the other tests compile nothing
+def test_every_pair_of_features_trains_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = prove(None, ranks=8, quick=True, json_path=tmp_path / "proof.json")
     printed = capsys.readouterr().out
     assert code == 0, printed
