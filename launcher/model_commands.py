@@ -115,6 +115,8 @@ def show_checkpoint(console: Console, path: Path, verify: bool) -> None:
     checkpoint = Checkpoint(find_checkpoint(path))
     state, run = checkpoint.state, checkpoint.state["run"]
     console.print(f"{checkpoint.folder}: step {state['step']:,}, {state['tokens_seen']:,} tokens seen", markup=False)
+    if (loss := state.get("validation_loss")) is not None:
+        console.print(f"validation loss {loss:.4f} nats a token", highlight=False)
     if layout := run.get("parallel"):
         written_by = f"written by tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}, zero {layout['zero']}"
     else:
