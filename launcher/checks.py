@@ -35,7 +35,7 @@ def _dp(config: RunConfig, ranks: int | None) -> int | None:
 
 def _check_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
     layout, one = config.parallel, config.parallel.ranks_of_one
-    axes = f"tp ({layout.tp}) x pp ({layout.pp}) x cp ({layout.cp})"
+    axes = f"tp ({layout.tp}) x pp ({layout.pp})" + (f" x cp ({layout.cp})" if layout.cp > 1 else "")
     if layout.dp == "auto":
         if ranks % one:
             yield f"{axes} = {one} does not divide {ranks} ranks"

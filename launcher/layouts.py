@@ -1,6 +1,7 @@
 """The layouts that `triplane prove` trains: every axis alone, in pairs, and together."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
@@ -60,19 +61,24 @@ class Case:
         return ", ".join(filter(None, more))
 
 
-def full_proof(model: ModelConfig, ranks: int) -> list[Case]:
+RunsHere = Callable[[Case], bool]
+"""Whether this machine can run a case that fits the model."""
+
+
+def full_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case]:
     """Every choice alone, every pair of choices that go together, and the large ones."""
     alone = [choice for choices in _CHOICES for choice in choices]
     pairs = [a | b for first, second in combinations(_CHOICES, 2) for a, b in product(first, second)]
-    cases = [_case(model, setting, ranks) for setting in [{}, *alone, *pairs, *_LARGE]]
+    cases = [_case(model, setting, ranks, runs_here) for setting in [{}, *alone, *pairs, *_LARGE]]
     return list(dict.fromkeys(case for case in cases if case is not None))
 
 
-def quick_proof(model: ModelConfig, ranks: int) -> list[Case]:
+def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case]:
     """A few layouts of many choices each, in which every pair of choices that go together occurs."""
     candidates = []
     for picked in product(*([{}, *choices] for choices in _CHOICES)):
-        case = _case(model, {key: value for choice in picked for key, value in choice.items()}, ranks)
+        setting = {key: value for choice in picked for key, value in choice.items()}
+        case = _case(model, setting, ranks, runs_here)
         if case is not None:
             chosen = [(axis, json.dumps(choice)) for axis, choice in enumerate(picked) if choice]
             pairs = set(combinations(chosen, 2))
@@ -80,7 +86,7 @@ def quick_proof(model: ModelConfig, ranks: int) -> list[Case]:
             bf16 = (len(_CHOICES) - 1, json.dumps(_BF16))
             candidates.append((case, {pair for pair in pairs if bf16 in pair} if bf16 in chosen else pairs))
     missing = set().union(*(pairs for _, pairs in candidates))
-    shared_heads = _case(model, {"tp": 4}, ranks)  # more ranks than key and value heads
+    shared_heads = _case(model, {"tp": 4}, ranks, runs_here)  # more ranks than key and value heads
     cover = [] if shared_heads is None else [shared_heads]
     while missing:
         # Of those that cover the most, one with few ranks, which is quick.
@@ -90,18 +96,22 @@ def quick_proof(model: ModelConfig, ranks: int) -> list[Case]:
     return cover
 
 
-def own_case(model: ModelConfig, layout: ParallelConfig, precision: str, ranks: int) -> Case | None:
+def own_case(
+    model: ModelConfig, layout: ParallelConfig, precision: str, ranks: int, runs_here: RunsHere
+) -> Case | None:
     """A run's own layout, with no axis over two ranks; None if even that does not fit."""
     setting = layout.model_dump(exclude={"dp", "timeout_s"})
     small = {axis: min(2, setting[axis]) for axis in ("tp", "pp", "cp", "virtual_stages")}
     setting |= small | {"tied": model.tie_embeddings, "precision": "bf16" if precision == "bf16" else "fp32"}
-    return _case(model, setting | {"dp": 2}, ranks) or _case(model, setting, ranks)
+    return _case(model, setting | {"dp": 2}, ranks, runs_here) or _case(model, setting, ranks, runs_here)
 
 
-def _case(model: ModelConfig, setting: dict[str, Any], ranks: int) -> Case | None:
-    """None if the choices do not fit the ranks or each other."""
+def _case(model: ModelConfig, setting: dict[str, Any], ranks: int, runs_here: RunsHere) -> Case | None:
+    """None if the choices do not fit the machine or each other."""
     options = dict(setting)
     tied, precision = options.pop("tied", False), options.pop("precision", "fp32")
     layout = ParallelConfig(**({"dp": 1, "timeout_s": 300.0} | options))
     case = Case(layout, tied, precision)
-    return None if case.ranks > ranks or list(layout_problems(model, layout, precision)) else case
+    if case.ranks > ranks or list(layout_problems(model, layout, precision)):
+        return None
+    return case if runs_here(case) else None

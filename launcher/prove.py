@@ -61,16 +61,25 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
     ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 8)
     if device == "cuda" and ranks > torch.cuda.device_count():
         raise LaunchError(f"--ranks {ranks}, but {torch.cuda.device_count()} GPUs are here")
+    compiler = device == "cuda" or has_compiler()
+    if not compiler:
+        print("no C++ compiler here: layouts with compile are left out")
+    if device == "cuda":
+        print("no fp32 kernel for a ring on a GPU: rings are proven in bf16")
+
+    def runs_here(case: Case) -> bool:
+        ring = case.layout.cp > 1 and case.layout.cp_method == "ring"
+        return (compiler or not case.layout.compile) and not (device == "cuda" and ring and case.precision == "fp32")
+
     model, cases = proof_model(), []
     if config is not None:
         run = load_config(config)
         model = _shrunken(run.model)
-        own = own_case(model, run.parallel, run.training.precision, ranks)
+        own = own_case(model, run.parallel, run.training.precision, ranks, runs_here)
+        if own is None:
+            print(f"{config}: its own layout needs more than {ranks} ranks, with two on each axis; it is left out")
         cases = [] if own is None else [own]
-    cases += (quick_proof if quick else full_proof)(model, ranks)
-    if device == "cpu" and not has_compiler():
-        print("no C++ compiler here: layouts with compile are left out")
-        cases = [case for case in cases if not case.layout.compile]
+    cases += (quick_proof if quick else full_proof)(model, ranks, runs_here)
     results = _results(model, cases, device)
     if json_path is not None:
         json_path.write_text(json.dumps([_record(result) for result in results], indent=1) + "\n")

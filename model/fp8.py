@@ -25,10 +25,7 @@ def fp8_problem(device: torch.device) -> str | None:
 
 
 def use_fp8(model: Transformer) -> None:
-    """Swaps the linear layers of the blocks, which keep their parameters; embedding and head stay.
-
-    Raises ModelError if a width is not a multiple of 16.
-    """
+    """Swaps the blocks' linear layers, which keep their parameters. ModelError: a width is no multiple of 16."""
     for parent in list(model.blocks.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

@@ -126,8 +126,8 @@ class Engine:
             share_TV = module.logits(local, received)[local.targets_T != IGNORED_TARGET]
             if number == 0 and len(share_TV):
                 start = self.mesh.tp.rank * share_TV.shape[1] if self.mesh.tp.size > 1 else 0
-                end = min(start + share_TV.shape[1], len(logits_V))
-                logits_V[start:end] = share_TV[0, : end - start].float()
+                mine_V = logits_V[start : start + share_TV.shape[1]]  # fewer where the vocabulary was padded
+                mine_V.copy_(share_TV[0, : len(mine_V)])
             return share_TV.new_zeros(())
 
         with torch.no_grad():

@@ -29,7 +29,7 @@ class ReplicatedOptimizer:
         self.mesh = mesh
         for placement in local.placements:
             optimizer.state[placement.parameter] = {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=placement.parameter.device),  # where the fused update wants it
                 "exp_avg": torch.zeros_like(placement.parameter),
                 "exp_avg_sq": torch.zeros_like(placement.parameter),
             }

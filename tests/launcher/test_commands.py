@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, real files, exit codes, one line for a mistake."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset
 from runs import small_run
 from small_corpora import Prepared
@@ -129,8 +131,8 @@ def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -
 
 MISTAKES = {
     "unknown key": (["model.n_headz=4"], "override: model.n_headz: unknown key; did you mean n_heads?"),
-    "heads": (["parallel.tp=4"], "n_kv_heads (2) is not a multiple of tp (4)"),
-    "layers": (["parallel.pp=4"], "n_layers (2) is less than pp (4)"),
+    "heads": (["parallel.tp=8"], "n_heads (4) is not a multiple of tp (8); the next multiple is 8"),
+    "layers": (["parallel.pp=4"], "pp (4) x virtual_stages (1) = 4 stages need 3 layers or more, but n_layers is 2"),
     "batch": (
         ["training.global_batch_size=6"],
         "global_batch_size (6) is not a multiple of dp (2) x micro_batch_size (2) = 4",
@@ -139,6 +141,28 @@ MISTAKES = {
     "no corpus": (["data.sources=[{corpus='nowhere'}]"], "nowhere"),
     "another run": (["seed=6"], "belongs to another run: seed is 5 there and 6 here; set another run_dir"),
 }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp8 may be there")
+def test_fp8_is_refused_where_there_is_none(folder: Path) -> None:
+    changes = ["parallel.fp8=true", "training.precision='bf16'", "parallel.dp=1", "run_dir=eight"]
+    message = refused(triplane("train", "small.toml", *changes, cwd=folder))
+    assert message.endswith(
+        "needs an NVIDIA GPU of compute capability 8.9 or more, not a cpu; set parallel.fp8=false\n"
+    )
+
+
+def test_prove_prints_a_table_and_writes_it(tmp_path: Path) -> None:
+    result = triplane("prove", "--ranks", "1", "--quick", "--json", "proof.json", cwd=tmp_path, PATH="")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "proof.json").read_text())
+    assert len(rows) > 1
+    assert not any("compile" in row["layout"] for row in rows)  # there is no compiler on an empty path
+    printed = result.stdout.splitlines()
+    assert printed[0] == "no C++ compiler here: layouts with compile are left out"
+    assert [line.split("  ")[0] for line in printed[2:-1]] == [row["layout"] for row in rows]
+    assert all(line.endswith("ok") for line in printed[2:-1])
+    assert printed[-1] == f"{len(rows)} of {len(rows)} layouts train the model that one process trains"
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -154,7 +178,7 @@ def test_all_mistakes_are_told_at_once(folder: Path) -> None:
     result = triplane(
         "train",
         "small.toml",
-        "parallel.pp=3",
+        "parallel.pp=4",
         "training.global_batch_size=7",
         "data.sources=[{corpus='no'}]",
         cwd=folder,
