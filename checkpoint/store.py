@@ -87,8 +87,10 @@ class CheckpointStore:
             self._wait()
 
     def ended(self, wait: bool = False) -> list[Save]:
-        """The saves that have ended since the last call; `wait` includes the one in flight. The same on all ranks
-        in the end. Raises what went wrong in a thread beyond the writing of files.
+        """The saves that have ended since the last call, with `wait` the one in flight too.
+
+        A save ends alike on all ranks, but not at the same moment. Raises what went wrong in this rank's thread
+        other than writing files.
         """
         if wait:
             self._wait()
@@ -110,12 +112,13 @@ class CheckpointStore:
         error = None
         try:
             stall_s = self._write(final, temporary, fragments, state, stall_s)
+            time_s = perf_counter() - start_s
+            on_rank_0(self._delete_old, self._group)
         except OSError as caught:
-            error = _explain(caught, final)
+            time_s, error = perf_counter() - start_s, _explain(caught, final)
         except Exception as caught:  # raised again by `ended`
             self._ended.append(caught)
             return
-        time_s = perf_counter() - start_s
         self._ended.append(Save(step, final, stall_s if self.config.asynchronous else time_s, time_s, error))
 
     def _write(
@@ -151,7 +154,6 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._losses[step_of(final)] = state.get("validation_loss")
-        self._delete_old()
         return max(rank.stall_s for rank in ranks)
 
     def _delete_old(self) -> None:
