@@ -23,6 +23,7 @@ from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
+from triplane.training.failure import record_failure
 from triplane.training.hardware import DTYPES, faster_precision, peak_flops_per_s
 from triplane.training.history import record_event
 from triplane.training.loop import Corpora, Settings, Trainer
@@ -35,11 +36,16 @@ T = TypeVar("T")
 
 def run_rank(config: RunConfig, rank: Rank) -> None:
     """Joins the other ranks and trains."""
-    device = _take_device(rank)
-    if config.parallel.fp8 and (problem := fp8_problem(device)):
-        raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
-    with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
-        train_on(mesh, config, rank.local_size)
+    try:
+        device = _take_device(rank)
+        if config.parallel.fp8 and (problem := fp8_problem(device)):
+            raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
+        with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
+            train_on(mesh, config, rank.local_size)
+    except Exception as error:
+        where = getattr(error, "__notes__", ["outside of a step"])[0]
+        record_failure(Path(config.run_dir), rank.rank, where, type(error).__name__, str(error))
+        raise
 
 
 def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1) -> None:
@@ -65,17 +71,27 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1) -> None:
     if checkpoint is not None:
         on_rank_0(lambda: _record_change(config, checkpoint, record))
     report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
-    _announce(report, config, checkpoint, mesh)
+    _announce(report, state.step, config, checkpoint, mesh)
     trainer = Trainer(
         engine,
         corpora,
         Feed(config.training.micro_batch_size, config.data.num_workers, local_ranks, mesh.dp, mesh.device),
-        Settings(config.training, config.optimizer, config.schedule, config.checkpoint.every_steps, peak),
+        Settings(
+            Path(config.run_dir),
+            config.training,
+            config.optimizer,
+            config.schedule,
+            config.faults,
+            config.checkpoint.every_steps,
+            peak,
+        ),
         CheckpointStore(Path(config.run_dir) / CHECKPOINTS, config.checkpoint),
+        lambda: _restore(engine, _newest_checkpoint(config), config.seed),
         record,
         report,
     )
-    trainer.run(state)
+    state = trainer.run(state)
+    report.event(state.step, "end", steps=config.training.steps)
     report.close()
 
 
@@ -123,7 +139,7 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None, seed: int) -> State:
     saved = checkpoint.state
     checkpoint.fill(engine.optimizer.fragments())
     engine.optimizer.loaded(saved["step"])
-    return State(saved["step"], saved["consumed_sequences"], saved["tokens_seen"])
+    return State.load(saved)
 
 
 def _corpora(config: RunConfig, sources: Sources) -> Corpora:
@@ -146,9 +162,11 @@ def _record_change(config: RunConfig, checkpoint: Checkpoint, record: dict[str, 
             record_event(Path(config.run_dir), event, checkpoint.state["step"], changes=lines)
 
 
-def _announce(report: Report, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
+def _announce(report: Report, step: int, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
     layout = config.parallel.describe()
     begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
+    event = "resume" if checkpoint else "start"
+    report.event(step, event, layout=layout, ranks=mesh.world_size, precision=config.training.precision)
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
 
 

@@ -8,8 +8,9 @@ from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
+from triplane.launcher.local import run_local_ranks
 from triplane.launcher.preflight import check_data, check_run_dir, run_record
-from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous, start_local_ranks
+from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
 
 
 def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
@@ -26,7 +27,8 @@ def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
     _check(config, ranks, allow_data_change)
     if rank is None and ranks > 1:
         flags = ["--allow-data-change"] if allow_data_change else []
-        return start_local_ranks(ranks, ["train", str(path), *overrides, *flags], Path(config.run_dir) / "logs")
+        arguments = ["train", str(path), *overrides, *flags]
+        return run_local_ranks(ranks, arguments, Path(config.run_dir), config.faults.max_restarts)
     if rank is not None and "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
     from triplane.launcher.cli import leave

@@ -1,8 +1,10 @@
-"""What a run shows and records: the console, `metrics.jsonl` and TensorBoard, all by rank 0."""
+"""What a run shows and records: the console, `metrics.jsonl`, TensorBoard and `history.jsonl`, all by rank 0."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from triplane.training.history import record_event
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
 
@@ -12,6 +14,7 @@ class Report:
 
     def __init__(self, run_dir: Path, steps: int, resume_step: int, rank: int):
         self._first = rank == 0
+        self._run_dir = run_dir
         if self._first:
             self._writer = MetricsWriter(run_dir, resume_step)
             self._progress = Progress(steps)
@@ -32,6 +35,17 @@ class Report:
         """Records text that the model wrote."""
         if self._first:
             self._writer.text(step, "sample", text)
+
+    def event(self, step: int, event: str, **details: Any) -> None:
+        """Records what happened to the run, in `history.jsonl`."""
+        if self._first:
+            record_event(self._run_dir, event, step, **details)
+
+    def rewind(self, step: int) -> None:
+        """Forgets the metrics after `step`, to which the run went back."""
+        if self._first:
+            self._writer.close()
+            self._writer = MetricsWriter(self._run_dir, step)
 
     def message(self, text: str) -> None:
         """Shows a line that stays."""
