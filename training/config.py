@@ -77,3 +77,6 @@ class FaultsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     deviation is estimated from the median absolute one. None: only what is not finite is bad."""
     spike_window: int = Field(default=64, ge=4)
     """Steps; until there are as many, no spike is seen."""
+    compare_replicas_every_steps: PositiveInt | None = None
+    """Steps between comparisons of the weights of ranks that should have the same, bit by bit, which find faulty memory
+    and arithmetic. None: never."""

@@ -25,6 +25,7 @@ from triplane.training.errors import TrainingError
 from triplane.training.evaluation import validation_loss
 from triplane.training.guard import problem
 from triplane.training.hardware import peak_memory_gib
+from triplane.training.replicas import differing_ranks
 from triplane.training.report import Report
 from triplane.training.schedule import learning_rate, warmup_steps
 from triplane.training.state import State
@@ -124,6 +125,8 @@ class Trainer:
                 continue
             if state.consumed_sequences != start + size:
                 batches = self._batches_from(state, last)
+            if "compare" in due:
+                self._compare_replicas(step)
             if "log" in due:
                 self._log(state, logged, loss, norm, rate)
                 logged = state
@@ -180,6 +183,7 @@ class Trainer:
                 ("validate", training.eval_every_steps, final),
                 ("sample", training.sample_every_steps, final),
                 ("save", self.settings.checkpoint_every_steps, step == last),
+                ("compare", self.settings.faults.compare_replicas_every_steps, False),
             )
             if every is not None and (step % every == 0 or at_least)
         }
@@ -213,6 +217,13 @@ class Trainer:
         )
         self.watch.take()
         return skipped
+
+    def _compare_replicas(self, step: int) -> None:
+        if ranks := differing_ranks(self.engine):
+            raise TrainingError(
+                f"step {step}: the weights of ranks {ranks} are not those of the ranks that should have the same; "
+                f"take the machine that errs out, then start again from the last checkpoint"
+            )
 
     def _log(self, state: State, logged: State, loss: StepLoss, norm: Tensor, rate: float) -> None:
         seconds = self.watch.take()

@@ -1,7 +1,9 @@
-"""Bad numbers never reach the weights: the run goes back to a checkpoint and on without their batch."""
+"""What befalls ranks: requests to stop, numbers that are not finite, spikes, weights that differ."""
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from triplane.training.batches import Feed
 from triplane.training.config import FaultsConfig
 from triplane.training.guard import problem
 from triplane.training.proof import SEQUENCES, proof_batch, proof_engine, proof_model
+from triplane.training.replicas import differing_ranks
 from triplane.training.state import State
 
 LAYOUTS = {
@@ -204,6 +207,77 @@ def test_an_update_with_a_nan_changes_nothing(layout: str) -> None:
     for norm, left_alone, goes_on in run_ranks(config, config.dp * config.ranks_of_one, _update_with_a_nan, config):
         assert not math.isfinite(norm)
         assert left_alone and goes_on
+
+
+def _flip_a_bit(mesh: Mesh, layout: ParallelConfig, flipped: int) -> list[list[int]]:
+    """The ranks that differ, before and after one bit of rank `flipped` was turned over."""
+    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, torch.float32)
+    before = differing_ranks(engine)
+    if mesh.rank == flipped:
+        engine.local.placements[1].parameter.detach().view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
+    return [before, differing_ranks(engine)]
+
+
+REPLICAS = {"of three": ({"dp": 3, "zero": 0}, [2]), "of two": ({"dp": 2, "tp": 2}, [0, 2])}
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_a_rank_whose_weights_differ_in_a_bit_is_named(name: str) -> None:
+    layout, expected = REPLICAS[name]
+    config = ParallelConfig(**layout)
+    assert isinstance(config.dp, int)
+    for answer in run_ranks(config, config.dp * config.ranks_of_one, _flip_a_bit, config, 2):
+        assert answer == [[], expected]
+
+
+def test_a_run_stops_before_it_saves_weights_that_differ(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def err(engine: Engine, rate: float) -> Tensor:
+        norm = step(engine, rate)
+        if engine.mesh.rank == 1:
+            engine.local.placements[0].parameter.data.view(-1)[0] += 1e-3
+        return norm
+
+    monkeypatch.setattr(Engine, "step", err)
+    faults = {"compare_replicas_every_steps": 3}
+    config = small_run(prepared, tmp_path / "run", faults=faults, parallel={"dp": 2, "zero": 0})
+    with pytest.raises(RanksFailedError, match=r"step 3: the weights of ranks \[0, 1\] are not"):
+        start(config)
+    assert latest(Path(config.run_dir) / CHECKPOINTS) is None
+
+
+REQUESTS = {
+    "signal": ("SIGUSR1", lambda folder: os.kill(os.getpid(), signal.SIGUSR1)),
+    "file": ("stop file", lambda folder: (folder / "stop").touch()),
+}
+
+
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_what_one_rank_is_told_stops_all_after_the_next_step(
+    request_by: str, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, ask = REQUESTS[request_by]
+    config = small_run(prepared, tmp_path / "run", training={"log_every_steps": 8}, parallel={"dp": 1, "pp": 2})
+    step, calls = Engine.step, [0]
+
+    def asked(engine: Engine, rate: float) -> Tensor:
+        calls[0] += 1
+        if engine.mesh.rank == 1 and calls[0] == 1:
+            ask(tmp_path / "run")
+        return step(engine, rate)
+
+    monkeypatch.setattr(Engine, "step", asked)
+    start(config)
+    save, told, end = history(config)[-3:]
+    assert (save["event"], told["event"], end["event"]) == ("save", "signal", "end")
+    assert save["step"] == told["step"] == end["step"] == final(config).state["step"]
+    # Rank 0 may look for the file before or after rank 1 has made it.
+    assert told["step"] == 2 or (request_by == "file" and told["step"] == 3)
+    assert told["details"] == {"name": name}
+    assert not (tmp_path / "run/stop").exists()
 
 
 def verdict(loss: float, norm: float) -> Verdict:
