@@ -1,7 +1,9 @@
 """Which of several failed ranks is named, and what the exit code is; the ranks are small scripts."""
 
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +70,28 @@ def test_no_failure_is_reported_when_all_end_well_or_were_told_to(tmp_path: Path
     started = ranks(tmp_path, script, count=1)
     assert started.run() is None
     assert started.exit_code == code
+
+
+def test_ranks_are_told_to_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    rank = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('told').touch(), exit()))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)"
+    )
+    launcher = (
+        "import sys; from pathlib import Path; from triplane.launcher.local import LocalRanks\n"
+        f"ranks = LocalRanks(1, [], Path('.')); ranks.command = [sys.executable, '-c', {rank!r}]; ranks.run()"
+    )
+    with subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path) as process:
+        wait_for(tmp_path / "ready")
+        process.kill()
+    wait_for(tmp_path / "told")
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(1000):
+        if file.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {file}")
