@@ -1,4 +1,4 @@
-"""Proves that an exported folder computes what its source does."""
+"""Proves that a Hugging Face folder computes what our weights do."""
 
 import importlib.metadata
 import importlib.util
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.hf_weights import read_weights
+from triplane.checkpoint.hf_weights import FolderWeights
 from triplane.data.tokenizer import Tokenizer
 from triplane.model.batch import Batch
 from triplane.model.build import load_model
@@ -28,7 +28,7 @@ _PROBE_TEXT = "def f(x):\n\treturn x ** 2    # 1,234.5 → naïve 漢字 🙂\r\
 
 @dataclass(frozen=True)
 class ExportReport:
-    """How far the logits of the exported folder are from those of its source, all in fp32."""
+    """How far the logits of a Hugging Face folder are from ours, all in fp32."""
 
     largest_logit: float
     difference: float
@@ -58,14 +58,14 @@ def probe_logits(model: Transformer, tokens_BS: Tensor) -> Tensor:
     return model.float().logits(Batch.build(tokens_T, tokens_T, range(0, sequences * length + 1, length)))
 
 
-def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer) -> ExportReport:
+def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer | None) -> ExportReport:
     """Reads `folder` as triplane and, where it is installed, as transformers does.
 
     Raises CheckpointError unless both give the logits `expected_TV` of `tokens_BS`, and transformers the
-    tokens of `tokenizer`.
+    tokens of `tokenizer`, if one is given.
     """
     config = from_hf_config(json.loads((folder / "config.json").read_text()))
-    exported = load_model(config, read_weights(folder), torch.float32)
+    exported = load_model(config, FolderWeights(folder), torch.float32)
     difference = _difference("triplane", probe_logits(exported, tokens_BS), expected_TV)
     version = their_difference = None
     if importlib.util.find_spec("transformers"):
@@ -80,22 +80,23 @@ def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
     difference, largest = (logits_TV - expected_TV).abs().max().item(), expected_TV.abs().max().item()
     if not difference <= _TOLERANCE * largest:  # not `>`, which NaN would pass
         raise CheckpointError(
-            f"Read by {reader}, the exported model's logits differ from the source's by {difference:.2e}, more than "
+            f"Read by {reader}, the Hugging Face folder's logits differ from ours by {difference:.2e}, more than "
             f"{_TOLERANCE * largest:.2e}; nothing was published."
         )
     return difference
 
 
 @torch.inference_mode()
-def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer) -> Tensor:
+def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer | None) -> Tensor:
     """Logits, (T, V), after a check of the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    theirs = AutoTokenizer.from_pretrained(folder)
-    tokens = theirs.encode(_PROBE_TEXT)
-    if tokens != tokenizer.encode(_PROBE_TEXT) or theirs.decode(tokens) != _PROBE_TEXT:
-        raise CheckpointError("transformers reads other tokens than sentencepiece does; nothing was published.")
+    if tokenizer is not None:
+        theirs = AutoTokenizer.from_pretrained(folder)
+        tokens = theirs.encode(_PROBE_TEXT)
+        if tokens != tokenizer.encode(_PROBE_TEXT) or theirs.decode(tokens) != _PROBE_TEXT:
+            raise CheckpointError("transformers reads other tokens than sentencepiece does; nothing was published.")
     logits_BSV: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens_BS).logits
     return logits_BSV.flatten(0, 1)

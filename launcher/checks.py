@@ -17,6 +17,7 @@ def check(config: RunConfig, ranks: int | None) -> list[str]:
         *layout_problems(config.model, config.parallel, config.training.precision),
         *_check_batch(config, dp),
         *_check_schedule(config),
+        *_check_checkpoints(config),
         *config.data.problems(config.training.global_batch_size),
     ]
 
@@ -34,7 +35,7 @@ def _dp(config: RunConfig, ranks: int | None) -> int | None:
 
 def _check_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
     layout, one = config.parallel, config.parallel.ranks_of_one
-    axes = f"tp ({layout.tp}) x pp ({layout.pp}) x cp ({layout.cp})"
+    axes = f"tp ({layout.tp}) x pp ({layout.pp})" + (f" x cp ({layout.cp})" if layout.cp > 1 else "")
     if layout.dp == "auto":
         if ranks % one:
             yield f"{axes} = {one} does not divide {ranks} ranks"
@@ -82,3 +83,14 @@ def _check_schedule(config: RunConfig) -> Iterator[str]:
         yield f"warm-up ({warmup} steps) is longer than the run ({steps} steps)"
     elif schedule.kind == "wsd" and warmup + decay > steps:
         yield f"warm-up ({warmup} steps) + wsd decay ({decay} steps) = {warmup + decay}, but {steps} steps"
+
+
+def _check_checkpoints(config: RunConfig) -> Iterator[str]:
+    rules, evaluated = config.checkpoint, config.training.eval_every_steps
+    saved = f"checkpoint.every_steps ({rules.every_steps})"
+    if rules.keep_every:
+        yield from multiple("checkpoint.keep_every", rules.keep_every, saved, rules.every_steps)
+    if rules.keep_best:  # each checkpoint needs a loss
+        yield from multiple(
+            "keep_best: checkpoint.every_steps", rules.every_steps, f"eval_every_steps ({evaluated})", evaluated
+        )

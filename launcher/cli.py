@@ -103,6 +103,9 @@ def train(
     allow_data_change: Annotated[
         bool, typer.Option(help="Go on with a corpus that is not what the run read; recorded in history.jsonl.")
     ] = False,
+    allow_fresh_start: Annotated[
+        bool, typer.Option(help="Begin anew if all checkpoints of the run are damaged; else it refuses.")
+    ] = False,
 ) -> None:
     """Train, or go on with the run that the config's run folder holds.
 
@@ -110,7 +113,7 @@ def train(
     """
     from triplane.launcher.train import train
 
-    raise typer.Exit(train(config, overrides or [], allow_data_change))
+    raise typer.Exit(train(config, overrides or [], allow_data_change, allow_fresh_start))
 
 
 @app.command()
@@ -169,6 +172,17 @@ def export(
     from triplane.launcher.model_commands import export
 
     export(run, out, dtype)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of a Llama model.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint to write, for checkpoint.initial.")],
+) -> None:
+    """Make a checkpoint of a Hugging Face folder's weights, which appears only once its logits equal the folder's."""
+    from triplane.launcher.model_commands import import_folder
+
+    import_folder(folder, out)
 
 
 @inspect_app.command("path", hidden=True)

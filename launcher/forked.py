@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -45,7 +47,7 @@ def run_ranks(
         for process in ranks:
             process.start()
         try:
-            answers = [pickle.loads(queue.get(timeout=timeout_s)) for _ in ranks]
+            answers = [pickle.loads(_next(queue, ranks, timeout_s)) for _ in ranks]
         finally:
             for process in ranks:
                 process.kill()
@@ -54,6 +56,23 @@ def run_ranks(
     if errors:
         raise RanksFailedError("\n".join(errors))
     return [value for _, _, value in sorted(answers, key=lambda answer: answer[0])]
+
+
+def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
+    """The next answer; RanksFailedError if a rank was killed, Empty if none comes in time."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        killed = [
+            f"rank {rank}: exit code {process.exitcode}" for rank, process in enumerate(ranks) if process.exitcode
+        ]
+        try:
+            answer: bytes = answers.get(timeout=0.1)
+        except Empty:
+            if killed:
+                raise RanksFailedError("\n".join(killed)) from None
+        else:
+            return answer
+    raise Empty
 
 
 def _rank(

@@ -1,4 +1,4 @@
-"""`triplane evaluate`, `generate`, `export`, and `inspect` of a checkpoint: a whole model on one process."""
+"""`triplane evaluate`, `generate`, `export`, `import`, and `inspect` of a checkpoint: a whole model on one process."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.export import export as export_weights
-from triplane.checkpoint.manifest import MANIFEST, latest
+from triplane.checkpoint.import_hf import import_hf
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.baseline import unigram_loss
@@ -16,7 +16,8 @@ from triplane.data.loader import SequenceDataset
 from triplane.data.opening import open_sources, tokenizer_path, validation_plan
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
-from triplane.launcher.preflight import CHECKPOINTS, config_of
+from triplane.launcher.preflight import config_of, find_checkpoint
+from triplane.launcher.toml import to_toml
 from triplane.model.build import load_model
 from triplane.model.generate import generate as generate_tokens
 from triplane.model.generate import next_logits
@@ -37,10 +38,9 @@ class TrainedModel:
     @classmethod
     def open(cls, path: Path) -> "TrainedModel":
         """`path` is a run folder, of which the newest checkpoint is taken, or a checkpoint."""
-        folder = path if (path / MANIFEST).exists() else latest(path / CHECKPOINTS)
-        if folder is None:
-            raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one; train first")
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(find_checkpoint(path))
+        if source := checkpoint.state["run"].get("imported_from"):
+            raise CheckpointError(f"{path}: only the weights of {source}, without a run; train with checkpoint.initial")
         return cls(checkpoint, config_of(checkpoint.state["run"]))
 
     @property
@@ -102,14 +102,24 @@ def export(run: Path, out: Path, dtype: str) -> None:
     _print(f"{out}: {report}")
 
 
+def import_folder(folder: Path, out: Path) -> None:
+    """Writes and verifies a checkpoint of a Hugging Face folder's weights."""
+    imported = import_hf(folder, out)
+    _print(f"{out}: {imported.report}")
+    _print(f'To train on from it:\n\n[checkpoint]\ninitial = "{out}"\n')
+    _print(f"[model]\n{to_toml(imported.model, 'model.')}")
+
+
 def show_checkpoint(console: Console, path: Path, verify: bool) -> None:
     """Prints what is in a checkpoint; `verify` reads all of it."""
-    checkpoint = TrainedModel.open(path).checkpoint
-    state = checkpoint.state
+    checkpoint = Checkpoint(find_checkpoint(path))
+    state, run = checkpoint.state, checkpoint.state["run"]
     console.print(f"{checkpoint.folder}: step {state['step']:,}, {state['tokens_seen']:,} tokens seen", markup=False)
-    layout = state["run"]["parallel"]
-    written_by = f"tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}, zero {layout['zero']}"
-    console.print(f"written by {written_by}; loads into every layout")
+    if layout := run.get("parallel"):
+        written_by = f"written by tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}, zero {layout['zero']}"
+    else:
+        written_by = f"imported from {run['imported_from']}"
+    console.print(f"{written_by}; loads into every layout", markup=False)
     kinds: dict[str, int] = {}
     for key in checkpoint.shapes:
         kind = key.partition("/")[0]

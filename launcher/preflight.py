@@ -1,10 +1,11 @@
 """What can be known to be wrong before a rank starts; imports no torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.manifest import latest, read_manifest
+from triplane.checkpoint.manifest import MANIFEST, fresh_start_problem, latest, newest_manifest, read_manifest
 from triplane.data.opening import Sources
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import DataChange, data_change
@@ -34,15 +35,19 @@ def check_data(config: RunConfig, sources: Sources) -> list[str]:
     return problems
 
 
-def check_run_dir(config: RunConfig, record: dict[str, Any], allow_data_change: bool) -> list[str]:
-    """A run folder whose newest checkpoint belongs to another run, or read other data."""
-    newest = latest(Path(config.run_dir) / CHECKPOINTS)
-    if newest is None:
-        return []
+def check_run_dir(
+    config: RunConfig, record: dict[str, Any], allow_data_change: bool, allow_fresh_start: bool
+) -> list[str]:
+    """A run folder whose newest checkpoint belongs to another run, or read other data; or whose are all damaged."""
+    folder = Path(config.run_dir) / CHECKPOINTS
     try:
-        state = read_manifest(newest).state
+        found = newest_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
+    if found is None:
+        problem = None if allow_fresh_start else fresh_start_problem(folder)
+        return [problem] if problem else list(_check_initial(config))
+    newest, state = found[0], found[1].state
     theirs, ours = _flatten(state["run"]), _flatten(record)
     keys = sorted(theirs.keys() | ours.keys())
     differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]
@@ -59,6 +64,29 @@ def check_run_dir(config: RunConfig, record: dict[str, Any], allow_data_change: 
             for line in change.replaced
         ]
     return problems
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` if it is a checkpoint, or the newest of the run folder `path`."""
+    folder = path if (path / MANIFEST).exists() else latest(path / CHECKPOINTS)
+    if folder is None:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one; train or import first")
+    return folder
+
+
+def _check_initial(config: RunConfig) -> Iterator[str]:
+    """Initial weights that are not there, or of another network."""
+    initial = config.checkpoint.initial
+    if initial is None:
+        return
+    try:
+        theirs = read_manifest(find_checkpoint(Path(initial))).state["run"]["model"]
+    except CheckpointError as error:
+        yield f"checkpoint.initial: {error}"
+        return
+    for key, ours in config.model.model_dump(mode="json", exclude={"init_std", "z_loss_weight"}).items():
+        if theirs[key] != ours:
+            yield f"checkpoint.initial: {initial} has {key} {theirs[key]}, but model.{key} is {ours}; make them equal"
 
 
 def change_since(state: dict[str, Any], record: dict[str, Any]) -> DataChange:

@@ -76,6 +76,8 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
         run = load_config(config)
         model = _shrunken(run.model)
         own = own_case(model, run.parallel, run.training.precision, ranks, runs_here)
+        if own is None:
+            print(f"{config}: its own layout needs more than {ranks} ranks, with two on each axis; it is left out")
         cases = [] if own is None else [own]
     cases += (quick_proof if quick else full_proof)(model, ranks, runs_here)
     results = _results(model, cases, device)

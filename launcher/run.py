@@ -1,22 +1,23 @@
 """One rank of a training run: builds the parts from the config and hands them to the trainer."""
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
-from triplane.checkpoint.manifest import latest
+from triplane.checkpoint.agreement import on_rank_0
+from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.manifest import fresh_start_problem, newest_manifest
 from triplane.checkpoint.reader import Checkpoint
-from triplane.checkpoint.store import CheckpointStore, on_rank_0
+from triplane.checkpoint.resume import Damage, fill_from_newest
+from triplane.checkpoint.store import CheckpointStore
 from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.preflight import CHECKPOINTS, change_since, run_record
+from triplane.launcher.preflight import CHECKPOINTS, change_since, find_checkpoint, run_record
 from triplane.launcher.ranks import Rank
 from triplane.launcher.toml import to_toml
 from triplane.model.fp8 import fp8_problem
@@ -24,37 +25,35 @@ from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
 from triplane.training.failure import record_failure
-from triplane.training.hardware import DTYPES, faster_precision, peak_flops_per_s
+from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
 from triplane.training.history import record_event
 from triplane.training.loop import Corpora, Settings, Trainer
 from triplane.training.optimizer import adamw
 from triplane.training.report import Report
 from triplane.training.state import State
 
-T = TypeVar("T")
 
-
-def run_rank(config: RunConfig, rank: Rank) -> None:
+def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
     """Joins the other ranks and trains."""
     try:
         device = _take_device(rank)
         if config.parallel.fp8 and (problem := fp8_problem(device)):
             raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
         with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
-            train_on(mesh, config, rank.local_size)
+            train_on(mesh, config, rank.local_size, allow_fresh_start)
     except Exception as error:
         where = getattr(error, "__notes__", ["outside of a step"])[0]
         record_failure(Path(config.run_dir), rank.rank, where, type(error).__name__, str(error))
         raise
 
 
-def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1) -> None:
-    """Trains from the newest checkpoint in the run folder, or from initial weights."""
-    checkpoint = _newest_checkpoint(config)
-    config = _resolve(config, checkpoint, mesh)
+def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_start: bool = False) -> None:
+    """Trains from the newest whole checkpoint in the run folder, or from initial weights."""
+    folder = Path(config.run_dir) / CHECKPOINTS
+    config = _resolve(config, folder, mesh)
     dtype = DTYPES[config.training.precision]
     # Measured by one rank while the others wait: together they would share the memory's bandwidth.
-    peak = _decide_on_rank_0(lambda: peak_flops_per_s(mesh.device, dtype))
+    peak = on_rank_0(lambda: peak_flops_per_s(mesh.device, dtype))
     engine = Engine(
         config.model,
         config.parallel,
@@ -64,13 +63,15 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1) -> None:
         config.optimizer.grad_clip,
         partial(adamw, config.optimizer),
     )
-    state = _restore(engine, checkpoint, config.seed)
+    state, checkpoint, set_aside = _restore(engine, config, folder, allow_fresh_start)
     sources = open_sources(config.data, Path(config.run_dir))
     record = run_record(config, sources)
     corpora = _corpora(config, sources)
     if checkpoint is not None:
         on_rank_0(lambda: _record_change(config, checkpoint, record))
     report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
+    for line in set_aside:
+        report.message(line)
     _announce(report, state.step, config, checkpoint, mesh)
     trainer = Trainer(
         engine,
@@ -85,8 +86,8 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1) -> None:
             config.checkpoint.every_steps,
             peak,
         ),
-        CheckpointStore(Path(config.run_dir) / CHECKPOINTS, config.checkpoint),
-        lambda: _restore(engine, _newest_checkpoint(config), config.seed),
+        CheckpointStore(folder, config.checkpoint),
+        lambda: _restore(engine, config, folder, allow_fresh_start)[0],
         record,
         report,
     )
@@ -104,21 +105,13 @@ def _take_device(rank: Rank) -> torch.device:
     return device
 
 
-def _newest_checkpoint(config: RunConfig) -> Checkpoint | None:
-    """Rank 0 looks, since a shared file system may show its ranks different moments."""
-    path = _decide_on_rank_0(lambda: latest(Path(config.run_dir) / CHECKPOINTS))
-    return Checkpoint(path) if path else None
-
-
-def _resolve(config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> RunConfig:
+def _resolve(config: RunConfig, folder: Path, mesh: Mesh) -> RunConfig:
     """Replaces `auto` by what it comes to here; a resumed run keeps its precision where ZeRO allows."""
     precision = config.training.precision
     if precision == "auto" and config.parallel.zero == 0:
         precision = "fp32"  # the fp32 masters of bf16 weights are ZeRO's
-    elif precision == "auto" and checkpoint is not None:
-        precision = checkpoint.state["run"]["training"]["precision"]
     elif precision == "auto":
-        precision = _decide_on_rank_0(lambda: faster_precision(mesh.device))
+        precision = on_rank_0(lambda: _saved_precision(folder) or faster_precision(mesh.device))
     training = config.training.model_copy(update={"precision": precision})
     parallel = config.parallel.model_copy(update={"dp": mesh.dp.size})
     resolved = config.model_copy(update={"training": training, "parallel": parallel})
@@ -132,20 +125,52 @@ def _write_config(config: RunConfig) -> None:
     (run_dir / "config.toml").write_text(to_toml(config))
 
 
-def _restore(engine: Engine, checkpoint: Checkpoint | None, seed: int) -> State:
-    if checkpoint is None:
-        engine.initialize(seed)
+def _saved_precision(folder: Path) -> Precision | None:
+    newest = newest_manifest(folder)
+    return cast(Precision, newest[1].state["run"]["training"]["precision"]) if newest else None
+
+
+def _restore(
+    engine: Engine, config: RunConfig, folder: Path, allow_fresh_start: bool
+) -> tuple[State, Checkpoint | None, list[str]]:
+    """Loads the newest whole checkpoint, or begins anew; with a line on each that was set aside. Collective."""
+    checkpoint, damages = fill_from_newest(folder, engine.optimizer.fragments())
+    on_rank_0(lambda: _record_damages(config, damages))
+    set_aside = [f"{damage.reason}; set aside as {damage.path}" for damage in damages]
+    if checkpoint is None and not allow_fresh_start and (problem := on_rank_0(lambda: fresh_start_problem(folder))):
+        raise CheckpointError("\n".join([*set_aside, problem]))
+    return _begin(engine, checkpoint, config), checkpoint, set_aside
+
+
+def _begin(engine: Engine, checkpoint: Checkpoint | None, config: RunConfig) -> State:
+    """The state of the checkpoint that has filled the engine, or the start with initial weights."""
+    if checkpoint is not None:
+        saved = checkpoint.state
+        engine.optimizer.loaded(saved["step"])
+        return State.load(saved)
+    initial = config.checkpoint.initial
+    if initial is None:
+        engine.initialize(config.seed)
         return State()
-    saved = checkpoint.state
-    checkpoint.fill(engine.optimizer.fragments())
-    engine.optimizer.loaded(saved["step"])
-    return State.load(saved)
+    weights = (fragment for fragment in engine.optimizer.fragments() if fragment.kind == "weight")
+    Checkpoint(find_checkpoint(Path(initial))).fill(weights)
+    engine.optimizer.loaded(step=0)
+    return State()
+
+
+def _record_damages(config: RunConfig, damages: list[Damage]) -> None:
+    for damage in damages:
+        details = {"path": str(damage.path), "reason": damage.reason}
+        record_event(Path(config.run_dir), "checkpoint set aside", damage.step, **details)
 
 
 def _corpora(config: RunConfig, sources: Sources) -> Corpora:
     data, run_dir = config.data, Path(config.run_dir)
-    # One rank writes the plans of packing before the others read them.
-    on_rank_0(lambda: training_plan(data, sources.train, config.seed, run_dir))
+
+    def write_plans() -> None:
+        training_plan(data, sources.train, config.seed, run_dir)
+
+    on_rank_0(write_plans)  # before the others read them
     plan = training_plan(data, sources.train, config.seed, run_dir)
     return Corpora(
         SequenceDataset(sources.train, plan, data.document_mask),
@@ -164,14 +189,8 @@ def _record_change(config: RunConfig, checkpoint: Checkpoint, record: dict[str, 
 
 def _announce(report: Report, step: int, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
     layout = config.parallel.describe()
-    begin = f"resuming from {checkpoint.folder}" if checkpoint else "starting from initial weights"
+    weights = config.checkpoint.initial or "initial weights"
+    begin = f"resuming from {checkpoint.folder}" if checkpoint else f"starting from {weights}"
     event = "resume" if checkpoint else "start"
     report.event(step, event, layout=layout, ranks=mesh.world_size, precision=config.training.precision)
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
-
-
-def _decide_on_rank_0(decide: Callable[[], T]) -> T:
-    """What rank 0 finds, on all ranks."""
-    answer: list[T | None] = [decide() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(answer, src=0)
-    return cast(T, answer[0])

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 
 
-def to_toml(config: BaseModel) -> str:
-    """The resolved config with every default spelt out; `None` is left out, since TOML has no null."""
-    return "\n".join(_lines(config.model_dump(exclude_none=True), "")) + "\n"
+def to_toml(config: BaseModel, prefix: str = "") -> str:
+    """The resolved config with every default spelt out; `None` is left out, since TOML has no null.
+
+    `prefix`, such as `model.`, is where its tables stand.
+    """
+    return "\n".join(_lines(config.model_dump(exclude_none=True), prefix)) + "\n"
 
 
 def format_value(value: object) -> str:

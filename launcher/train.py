@@ -13,7 +13,7 @@ from triplane.launcher.preflight import check_data, check_run_dir, run_record
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
 
 
-def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
+def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool) -> int:
     """Trains what the config says; returns the exit code."""
     config = load_config(path, overrides)
     rank = current_rank(os.environ)
@@ -24,9 +24,10 @@ def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
                 print(
                     f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True
                 )
-    _check(config, ranks, allow_data_change)
+    _check(config, ranks, allow_data_change, allow_fresh_start)
     if rank is None and ranks > 1:
-        flags = ["--allow-data-change"] if allow_data_change else []
+        allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
+        flags = [flag for flag, given in allowed.items() if given]
         arguments = ["train", str(path), *overrides, *flags]
         return run_local_ranks(ranks, arguments, Path(config.run_dir), config.faults.max_restarts)
     if rank is not None and "MASTER_ADDR" not in os.environ:
@@ -34,12 +35,12 @@ def train(path: Path, overrides: list[str], allow_data_change: bool) -> int:
     from triplane.launcher.cli import leave
     from triplane.launcher.run import run_rank
 
-    run_rank(config, rank or Rank(0, 1, 0))
+    run_rank(config, rank or Rank(0, 1, 0), allow_fresh_start)
     leave(0)
     return 0
 
 
-def _check(config: RunConfig, ranks: int, allow_data_change: bool) -> None:
+def _check(config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh_start: bool) -> None:
     problems = check(config, ranks)
     try:
         sources = open_sources(config.data, Path(config.run_dir))
@@ -47,7 +48,9 @@ def _check(config: RunConfig, ranks: int, allow_data_change: bool) -> None:
         problems += str(error).splitlines()
     else:
         # Whether the run folder holds this run means nothing until model and data fit each other.
-        problems += check_data(config, sources) or check_run_dir(config, run_record(config, sources), allow_data_change)
+        problems += check_data(config, sources) or check_run_dir(
+            config, run_record(config, sources), allow_data_change, allow_fresh_start
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from triplane.model.batch import IGNORED_TARGET
 from triplane.model.config import ModelConfig
 
-_CHUNK_LOGITS = 2**22
-"""Logits in a chunk; small enough for a CPU's cache, large enough to fill a GPU."""
+_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+"""Logits in a chunk: about what a CPU's caches hold; half a GiB in fp32 for a GPU, which wants large products."""
 
 
 class Loss(NamedTuple):
@@ -43,7 +43,7 @@ class Head(nn.Module):
         """The loss, or the logits (T, V) where no targets are given."""
         if targets_T is None:
             return F.linear(x_TD, self.weight)
-        chunk = max(1, _CHUNK_LOGITS // len(self.weight))
+        chunk = max(1, _CHUNK_LOGITS[x_TD.device.type] // len(self.weight))
         return Loss(*_Chunked.apply(x_TD, self.weight, targets_T, chunk, self.losses))  # type: ignore[no-untyped-call]
 
     def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:

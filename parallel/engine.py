@@ -79,11 +79,9 @@ class Engine:
             self.pipeline = megatron.Pipeline(list(self.local.stages), layout, dtype, config.dim, mesh)
 
     def initialize(self, seed: int) -> None:
-        """Gives the initial weights, which are the same for every layout, and moments of zero."""
+        """Gives the initial weights, which are the same for every layout."""
         for fragment in self.optimizer.fragments():
-            if fragment.kind != "weight":
-                fragment.data.zero_()
-            else:
+            if fragment.kind == "weight":
                 sizes = tuple(fragment.data.shape)
                 weight = initial_weight(self.config, seed, fragment.name, fragment.shape, fragment.offsets, sizes)
                 fragment.data.copy_(weight)

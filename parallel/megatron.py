@@ -3,7 +3,6 @@
 megatron-core names the device "cuda" literally; where there is no CUDA, `cpu_shim` mends that.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.cpu_shim import serve_cpu
 from triplane.parallel.mesh import Axis, Mesh
+from triplane.parallel.uncompiled import importing_uncompiled
 
-with warnings.catch_warnings():
-    # It warns of each accelerator library (apex, Transformer Engine) that is not there; none is used.
-    warnings.simplefilter("ignore")
+# It warns of each accelerator library (apex, Transformer Engine) that is not there; none is used.
+with importing_uncompiled():
     import megatron.core.transformer.multi_token_prediction  # noqa: F401  the schedules import it in their first step
     from megatron.core import parallel_state, tensor_parallel, utils
     from megatron.core.enums import ModelType

@@ -15,8 +15,9 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
 }
-"""What `selective` keeps: the products, the collectives behind them, and attention; the rest is cheap to do again."""
+"""What `selective` keeps: products, attention, and Ulysses' exchange; the rest is cheap to do again."""
 
 
 def apply_recompute(model: Transformer, how: Literal["none", "selective", "full"]) -> None:

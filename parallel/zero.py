@@ -21,12 +21,13 @@ from triplane.parallel.apply import LocalModel
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, Placement, fragments
+from triplane.parallel.uncompiled import importing_uncompiled
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+with importing_uncompiled():
     import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # else imported in the first step
     from deepspeed.ops import __compatible_ops__
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
@@ -39,6 +40,9 @@ logger.setLevel(logging.WARNING)
 __compatible_ops__["deepspeed_shm_comm"] = False
 # Else bf16 with fp32 gradients takes another optimizer at stage 1, which fails when the schedule calls backward.
 DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: ZERO_OPTIMIZATION
+
+_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default. It allocates the bucket whole in every step, so a small model takes a smaller one."""
 
 
 def materialise_shares(model: Transformer, mesh: Mesh) -> None:
@@ -97,6 +101,7 @@ class ZeroOptimizer:
                 "communication_data_type": "fp32",
                 "zero_optimization": {
                     "stage": self.stage,
+                    "reduce_bucket_size": min(_BUCKET_ELEMENTS, sum(p.local.numel() for p in local.placements)),
                     "overlap_comm": mesh.device.type == "cuda" and not self.pipelined,
                     **({"offload_optimizer": {"device": "cpu"}} if layout.offload_optimizer else {}),
                 },

@@ -1,6 +1,9 @@
 """One thread a process: tests run many ranks on few cores."""
 
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # megatron-core compiles small functions, 18 s a run
@@ -15,3 +18,16 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

@@ -47,5 +47,8 @@ def train(
         engine.optimizer.loaded(steps.start)
     trace = train_on_mesh(engine, steps)
     if save is not None:
-        CheckpointStore(save, CheckpointConfig(keep_last=100)).save(steps.stop, engine.optimizer.fragments(), {})
+        store = CheckpointStore(save, CheckpointConfig(keep_last=100))
+        store.save(steps.stop, engine.optimizer.fragments(), {})
+        (saved,) = store.ended(wait=True)
+        assert saved.error is None, saved.error
     return trace

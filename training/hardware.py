@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+Precision = Literal["fp32", "bf16"]
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the names that configs and commands use."""
 
@@ -32,7 +34,7 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return measure_flops_per_s(device, dtype)
 
 
-def faster_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+def faster_precision(device: torch.device) -> Precision:
     """`bf16` or `fp32`: bf16 on GPUs; on a CPU whichever multiplies faster here and now."""
     if device.type == "cuda":
         return "bf16"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.store import CheckpointStore
 from triplane.data.loader import SequenceDataset
 from triplane.data.tokenizer import Tokenizer
@@ -84,6 +85,8 @@ class Trainer:
         self.restore = restore
         self.run_record = run_record
         self.report = report
+        self.unsaved: str | None = None
+        """Why the last save failed."""
         self.watch = Stopwatch(engine.mesh.device)
         self.agreement = Agreement(engine.mesh.device)
         first_step_tokens = settings.training.global_batch_size * corpora.seq_len_at(0)
@@ -130,14 +133,17 @@ class Trainer:
             if "log" in due:
                 self._log(state, logged, loss, norm, rate)
                 logged = state
+            validated = None
             if "validate" in due:
                 with watchdog.work("validation", step):
-                    self._validate(state)
+                    validated = self._validate(state)
             if "sample" in due:
                 self._sample(state)
             if "save" in due:
                 with watchdog.work("checkpoint", step):
-                    self.save(state)
+                    self.save(state, validated)
+            self._report_saves()
+        self._finish_saves()
         if stop:
             name = request_name(stop)
             self.report.event(state.step, "signal", name=name)
@@ -145,14 +151,24 @@ class Trainer:
             stopping.obeyed()
         return state
 
-    def save(self, state: State) -> None:
-        """Writes a checkpoint; collective."""
-        with self.watch.phase("checkpoint_time_s"):
-            path = self.store.save(
-                state.step, self.engine.optimizer.fragments(), {**asdict(state), "run": self.run_record}
-            )
-        self.report.message(f"step {state.step}: saved {path}")
-        self.report.event(state.step, "save", checkpoint=str(path))
+    def save(self, state: State, validation_loss: float | None = None) -> None:
+        """Begins to write a checkpoint; collective."""
+        self.store.save(
+            state.step,
+            self.engine.optimizer.fragments(),
+            {**asdict(state), "validation_loss": validation_loss, "run": self.run_record},
+        )
+
+    def _report_saves(self, wait: bool = False) -> None:
+        for save in self.store.ended(wait):
+            self.report.saved(save)
+            self.unsaved = save.error
+
+    def _finish_saves(self) -> None:
+        """Waits for the last save; raises CheckpointError if it has failed."""
+        self._report_saves(wait=True)
+        if self.unsaved:
+            raise CheckpointError(f"the run's last state is not saved: {self.unsaved}, then start again")
 
     def _update(self, step: int, read: Callable[[], list[Batch]], exact: bool) -> tuple[StepLoss, Tensor, float]:
         """One step; returns the loss, the gradient's norm and the learning rate."""
@@ -201,6 +217,7 @@ class Trainer:
     def _roll_back(self, state: State, verdict: Verdict, what: str) -> State:
         """To the last checkpoint, and on without the batch of the bad step."""
         size, most = self.settings.training.global_batch_size, self.settings.faults.max_rollbacks
+        self._report_saves(wait=True)
         if len(state.skipped) >= most:
             raise TrainingError(
                 f"step {verdict.step}: {what}, after {len(state.skipped)} rollbacks (faults.max_rollbacks is {most}); "
@@ -228,9 +245,8 @@ class Trainer:
     def _log(self, state: State, logged: State, loss: StepLoss, norm: Tensor, rate: float) -> None:
         seconds = self.watch.take()
         steps = state.step - logged.step
-        checkpoint_s = seconds.pop("checkpoint_time_s", 0.0)
-        names = [*seconds, "checkpoint_time_s", "memory_gib"]
-        mine = [*(total / steps for total in seconds.values()), checkpoint_s, peak_memory_gib(self.feed.device)]
+        names = [*seconds, "memory_gib"]
+        mine = [*(total / steps for total in seconds.values()), peak_memory_gib(self.feed.device)]
         # A step is as slow as its slowest rank.
         slowest = torch.tensor(mine, dtype=torch.float64, device=self.feed.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -256,10 +272,11 @@ class Trainer:
             },
         )
 
-    def _validate(self, state: State) -> None:
+    def _validate(self, state: State) -> float:
         sequences = self.settings.training.eval_sequences
         loss = validation_loss(self.engine.evaluate, self.feed, self.corpora.validation, sequences)
         self.report.validation(state.step, loss)
+        return loss
 
     def _sample(self, state: State) -> None:
         tokenizer = self.corpora.tokenizer

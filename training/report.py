@@ -1,9 +1,11 @@
 """What a run shows and records: the console, `metrics.jsonl`, TensorBoard and `history.jsonl`, all by rank 0."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from triplane.checkpoint.store import Save
 from triplane.training.history import record_event
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
@@ -22,24 +24,43 @@ class Report:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records and shows the metrics of a step."""
         if self._first:
-            self._writer.log(step, values)
+            with self._full_disk_told(step):
+                self._writer.log(step, values)
             self._progress.update(step, values)
 
     def validation(self, step: int, loss: float) -> None:
         """Records and shows the loss on held-out text, nats a token."""
         if self._first:
-            self._writer.log(step, {"validation_loss": loss})
+            with self._full_disk_told(step):
+                self._writer.log(step, {"validation_loss": loss})
             self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}")
 
     def sample(self, step: int, text: str) -> None:
         """Records text that the model wrote."""
         if self._first:
-            self._writer.text(step, "sample", text)
+            with self._full_disk_told(step):
+                self._writer.text(step, "sample", text)
+
+    def saved(self, save: Save) -> None:
+        """Records and shows how a save went."""
+        if not self._first:
+            return
+        if save.error:
+            self._progress.message(f"step {save.step}: NOT SAVED: {save.error}")
+            self.event(save.step, "save failed", reason=save.error)
+            return
+        values = {"checkpoint_time_s": save.time_s, "checkpoint_stall_time_s": save.stall_s}
+        with self._full_disk_told(save.step):
+            self._writer.log(save.step, values)
+        shown = ", ".join(METRICS[name].format(value) for name, value in values.items())
+        self._progress.message(f"step {save.step}: saved {save.path} ({shown})")
+        self.event(save.step, "save", checkpoint=str(save.path))
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Records what happened to the run, in `history.jsonl`."""
         if self._first:
-            record_event(self._run_dir, event, step, **details)
+            with self._full_disk_told(step):
+                record_event(self._run_dir, event, step, **details)
 
     def rewind(self, step: int) -> None:
         """Forgets the metrics after `step`, to which the run went back."""
@@ -57,3 +78,11 @@ class Report:
         if self._first:
             self._progress.close()
             self._writer.close()
+
+    @contextmanager
+    def _full_disk_told(self, step: int) -> Iterator[None]:
+        """Training is worth more than its record: what cannot be written is told, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            self._progress.message(f"step {step}: NOT RECORDED: {error}")

@@ -186,7 +186,7 @@ def test_an_export_that_turns_into_nan_is_not_published(publish, monkeypatch):
         hf_weights_save({name: tensor / 0 for name, tensor in tensors.items()}, path, metadata=metadata)
 
     monkeypatch.setattr(hf_weights, "save_file", damaged)
-    with pytest.raises(CheckpointError, match="differ from the source's by nan"):
+    with pytest.raises(CheckpointError, match="differ from ours by nan"):
         publish()
 
 

@@ -29,8 +29,8 @@ def test_a_good_config_passes_with_and_without_ranks():
 @pytest.mark.parametrize(
     ("changes", "ranks", "problem"),
     [
-        ({"dp": 3, "pp": 2, "global_batch_size": 12}, 8, "dp (3) x tp (2) x pp (2) x cp (1) = 12, but 8 ranks"),
-        ({"pp": 2}, 6, "tp (2) x pp (2) x cp (1) = 4 does not divide 6 ranks"),
+        ({"dp": 3, "pp": 2, "global_batch_size": 12}, 8, "dp (3) x tp (2) x pp (2) = 12, but 8 ranks"),
+        ({"pp": 2}, 6, "tp (2) x pp (2) = 4 does not divide 6 ranks"),
         ({"tp": 1, "cp": 4}, 2, "tp (1) x pp (1) x cp (4) = 4 does not divide 2 ranks"),
         (
             {"n_heads": 6, "tp": 4, "n_kv_heads": 3},

@@ -78,9 +78,9 @@ def test_a_run_meets_another_corpus_and_goes_on_when_allowed(prepared: Prepared,
     shutil.copytree(prepared.folder / "validation", other / "train")
     changed = small_run(prepared, tmp_path / "run", data={"sources": [{"corpus": str(other)}]})
     record = run_record(changed, open_sources(changed.data, Path(changed.run_dir)))
-    (problem,) = check_run_dir(changed, record, allow_data_change=False)
+    (problem,) = check_run_dir(changed, record, allow_data_change=False, allow_fresh_start=False)
     assert str(prepared.folder) in problem and str(other) in problem and "--allow-data-change" in problem
-    assert check_run_dir(changed, record, allow_data_change=True) == []
+    assert check_run_dir(changed, record, allow_data_change=True, allow_fresh_start=False) == []
     run_ranks(changed.parallel, 1, _train, changed)
     history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     (event,) = (event for event in history if event["event"] == "data replaced")

@@ -121,8 +121,8 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_bytes(folder: 
     assert ours.state["consumed_sequences"] == theirs.state["consumed_sequences"]
     for key in theirs.shapes:
         assert torch.equal(ours.tensor(key), theirs.tensor(key)), key
-    steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, STEPS + 1), STEPS]  # the last is the validation's
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, STEPS + 1)]
 
 
 def test_a_second_interrupt_stops_at_once(folder: Path) -> None:

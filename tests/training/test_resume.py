@@ -10,7 +10,7 @@ from small_corpora import Prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
-from triplane.checkpoint.manifest import finished, latest
+from triplane.checkpoint.manifest import checkpoints, latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.launcher.config import RunConfig
 from triplane.launcher.forked import run_ranks
@@ -91,7 +91,7 @@ def test_checkpoints_come_when_due_and_old_ones_go(prepared: Prepared, tmp_path:
     config = small_run(prepared, tmp_path / "run")
     start(config)
     folder = Path(config.run_dir) / CHECKPOINTS
-    assert [path.name for path in finished(folder)] == ["step_6", "step_8"]
+    assert [path.name for path in checkpoints(folder)] == ["step_6", "step_8"]
     assert sorted(path.name for path in folder.iterdir()) == ["step_6", "step_8"]
 
 

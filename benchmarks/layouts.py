@@ -1,0 +1,129 @@
+"""Tokens/s of two ranks of one thread under each layout against one process of two threads, side by side.
+
+    python benchmarks/layouts.py [--rounds 3] [--steps 3] [--sequences 32] [--only pp]
+
+Trains the model of configs/quickstart.toml on packed batches of its shape through the engine, as training does,
+on the CPU. The layouts take turns, so that what else the machine does falls on all of them.
+"""
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+
+from triplane.launcher.config import RunConfig, load_config
+from triplane.launcher.forked import run_ranks
+from triplane.model.batch import Batch
+from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.engine import Engine
+from triplane.parallel.mesh import Mesh
+from triplane.training.optimizer import adamw
+
+_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+_WARMUP_STEPS = 1
+_DOCUMENT_TOKENS = 2048
+"""Mean; a sequence holds 256."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout, and how the step is cut for it."""
+
+    layout: ParallelConfig
+    micro_batch_size: int
+    threads: int = 1
+
+    @property
+    def ranks(self) -> int:
+        assert isinstance(self.layout.dp, int)
+        return self.layout.ranks_of_one * self.layout.dp
+
+
+def _rows() -> list[Row]:
+    """The first is what the others are compared with: plain torch, no ZeRO, no collectives."""
+    return [
+        Row(ParallelConfig(dp=1, zero=0), 4, threads=2),
+        Row(ParallelConfig(dp=1, zero=1), 4, threads=2),
+        *(Row(ParallelConfig(dp=2, zero=stage), 4) for stage in (0, 1, 2, 3)),
+        *(Row(ParallelConfig(dp=1, tp=2, sequence_parallel=split), 4) for split in (False, True)),
+        *(Row(ParallelConfig(dp=1, pp=2, virtual_stages=stages), 1) for stages in (1, 2)),
+        *(Row(ParallelConfig(dp=1, cp=2, cp_method=method), 4) for method in ("ulysses", "ring")),
+    ]
+
+
+def _batch(config: RunConfig, sequences: int, seed: int) -> Batch:
+    """Sequences of a stream of documents."""
+    draw = torch.Generator().manual_seed(seed)
+    size = sequences * config.data.seq_len
+    tokens = torch.randint(config.model.vocab_size, (size + 1,), generator=draw)
+    starts = (torch.rand(size, generator=draw) < 1 / _DOCUMENT_TOKENS).nonzero().flatten().tolist()
+    return Batch.build(tokens[:-1], tokens[1:], sorted({*range(0, size + 1, config.data.seq_len), *starts}))
+
+
+def _tokens_per_s(mesh: Mesh, row: Row, config: RunConfig, steps: int) -> float:
+    torch.set_num_threads(row.threads)
+    training = config.training
+    share = training.global_batch_size // mesh.dp.size
+    batches = [_batch(config, row.micro_batch_size, mesh.dp.rank + 2 * i) for i in range(share // row.micro_batch_size)]
+    engine = Engine(
+        config.model,
+        row.layout,
+        mesh,
+        torch.float32,
+        config.data.seq_len,
+        config.optimizer.grad_clip,
+        partial(adamw, config.optimizer),
+    )
+    engine.initialize(config.seed)
+    for step in range(_WARMUP_STEPS + steps):
+        if step == _WARMUP_STEPS:
+            dist.barrier()
+            start_s = perf_counter()
+        engine.forward_backward(batches)
+        engine.step(config.optimizer.lr)
+    dist.barrier()
+    return steps * training.global_batch_size * config.data.seq_len / (perf_counter() - start_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sequences", type=int, help="in a step; the quickstart's by default")
+    parser.add_argument("--only", default="", help="leave out the layouts whose description lacks this")
+    options = parser.parse_args()
+    sequences = [f"training.global_batch_size={options.sequences}"] if options.sequences else []
+    config = load_config(_CONFIG, sequences)
+    rows = [row for row in _rows() if row.threads > 1 or options.only in row.layout.describe()]
+    rates: dict[Row, list[float]] = {row: [] for row in rows}
+    for number in range(options.rounds):
+        for row in rows:
+            answers = run_ranks(row.layout, row.ranks, _tokens_per_s, row, config, options.steps, timeout_s=120)
+            rates[row].append(min(answers))
+            print(
+                f"round {number + 1}: {row.layout.describe()}: {rates[row][-1]:,.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(f"{config.training.global_batch_size} sequences of {config.data.seq_len} tokens a step, fp32\n")
+    print("| layout | ranks x threads | micro-batch | tokens/s: median (lowest, highest) | of one process |")
+    print("| --- | --- | --- | --- | --- |")
+    one = statistics.median(rates[rows[0]])
+    for row in rows:
+        found = rates[row]
+        median = statistics.median(found)
+        print(
+            f"| {row.layout.describe()} | {row.ranks} x {row.threads} | {row.micro_batch_size} | "
+            f"{median:,.0f} ({min(found):,.0f}, {max(found):,.0f}) | {median / one:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Takes a run's state from its newest whole checkpoint, passing over damaged ones."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from triplane.checkpoint.agreement import on_rank_0
+from triplane.checkpoint.errors import CheckpointError, DamagedError
+from triplane.checkpoint.manifest import latest, set_aside, step_of
+from triplane.checkpoint.reader import Checkpoint
+from triplane.parallel.placement import Fragment
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A checkpoint that was passed over."""
+
+    step: int
+    path: Path
+    """Where it is now."""
+    reason: str
+
+
+def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Checkpoint | None, list[Damage]]:
+    """Fills the fragments of all ranks from the newest checkpoint under `folder` that is whole; collective.
+
+    What any rank finds damaged is set aside. Without a whole checkpoint the fragments are zero. Raises
+    CheckpointError on all ranks if one meets a checkpoint that is whole and does not fit.
+    """
+    fragments = list(fragments)
+    damages: list[Damage] = []
+    # Rank 0 looks, since a shared file system may show its ranks different moments.
+    while path := on_rank_0(lambda: latest(folder)):
+        checkpoint, error = _try(path, fragments)
+        errors: list[CheckpointError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        found = [error for error in errors if error is not None]
+        for error in found:
+            if not isinstance(error, DamagedError):
+                raise error
+        if not found:
+            return checkpoint, damages
+        aside = on_rank_0(lambda path=path: set_aside(path))  # type: ignore[misc]
+        damages.append(Damage(step_of(path), aside, str(found[0])))
+    for fragment in fragments:
+        fragment.data.zero_()
+    return None, damages
+
+
+def _try(path: Path, fragments: list[Fragment]) -> tuple[Checkpoint | None, CheckpointError | None]:
+    try:
+        checkpoint = Checkpoint(path)
+        checkpoint.fill(fragments)
+    except CheckpointError as error:
+        return None, error
+    return checkpoint, None

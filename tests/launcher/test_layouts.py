@@ -1,0 +1,89 @@
+"""Which layouts are proven: all features alone, in pairs and together."""
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from triplane.launcher.config import load_config
+from triplane.launcher.layouts import Case, full_proof, own_case, quick_proof
+from triplane.training.proof import proof_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODEL = proof_model()
+
+
+def everywhere(_: Case) -> bool:
+    return True
+
+
+def features(case: Case) -> set[str]:
+    """What a case has besides the defaults."""
+    layout = case.layout
+    tensor = "tensor + sequence" if layout.sequence_parallel else "tensor"
+    pipeline = "pipeline of virtual stages" if layout.virtual_stages > 1 else "pipeline"
+    present = {
+        tensor: layout.tp > 1,
+        pipeline: layout.pp > 1,
+        layout.cp_method: layout.cp > 1,
+        f"zero {layout.zero}": layout.dp != 1,
+        "offload": layout.offload_optimizer,
+        f"recompute {layout.recompute}": layout.recompute != "none",
+        "compile": layout.compile,
+        "tied": case.tied,
+        case.precision: case.precision != "fp32",
+    }
+    return {name for name, there in present.items() if there}
+
+
+def pairs(cases: list[Case]) -> set[tuple[str, str]]:
+    return {pair for case in cases for pair in combinations(sorted(features(case)), 2)}
+
+
+def axes(case: Case) -> int:
+    layout = case.layout
+    sizes = (layout.tp, layout.pp, layout.cp, layout.dp)
+    return sum(size != 1 for size in sizes) + layout.sequence_parallel + (layout.virtual_stages > 1)
+
+
+def test_the_full_proof_has_every_feature_alone_in_pairs_and_six_of_three_axes() -> None:
+    cases = full_proof(MODEL, 8, everywhere)
+    assert len(cases) == len(set(cases))
+    alone = {next(iter(found)) for case in cases if len(found := features(case)) == 1}
+    assert alone == set().union(*(features(case) for case in cases))
+    assert sum(axes(case) >= 3 for case in cases) >= 6
+    assert all(case.ranks <= 8 for case in cases)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_quick_proof_has_the_pairs_of_the_full_one_in_few_layouts(ranks: int) -> None:
+    full, quick = full_proof(MODEL, ranks, everywhere), quick_proof(MODEL, ranks, everywhere)
+    assert pairs(quick) >= pairs([case for case in full if axes(case) <= 2])
+    assert len(quick) < len(full) / 2
+
+
+def test_what_bf16_would_hide_is_proven_in_fp32() -> None:
+    fp32 = [case for case in quick_proof(MODEL, 8, everywhere) if case.precision == "fp32"]
+    assert pairs(fp32) >= {pair for pair in pairs(full_proof(MODEL, 8, everywhere)) if "bf16" not in pair}
+
+
+def test_what_the_machine_cannot_run_is_left_out_and_its_pairs_are_not_missed() -> None:
+    quick = quick_proof(MODEL, 4, lambda case: not case.layout.compile)
+    assert quick
+    assert not any(case.layout.compile for case in quick)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("quickstart", "dp 2, zero 1, tied"),
+        ("8b", "tp 2 + sequence x dp 2, zero 1, recompute selective, bf16"),
+        ("70b", "tp 2 + sequence x pp 2 x 2 stages x dp 2, zero 1, recompute selective, bf16"),
+    ],
+)
+def test_a_runs_own_layout_comes_with_two_ranks_on_each_axis(name: str, expected: str) -> None:
+    run = load_config(CONFIGS / f"{name}.toml")
+    model = MODEL.model_copy(update={"tie_embeddings": run.model.tie_embeddings})
+    own = own_case(model, run.parallel, run.training.precision, 8, everywhere)
+    assert own is not None
+    assert own.describe() == expected

@@ -1,0 +1,13 @@
+"""What a rank loads before its first step."""
+
+import subprocess
+import sys
+
+
+def test_the_adapters_do_not_load_the_compiler_and_leave_it_as_it_was() -> None:
+    program = (
+        "import sys, torch; compiled = torch.compile; from triplane.parallel import megatron, zero; "
+        "assert torch.compile is compiled; assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
