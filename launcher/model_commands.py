@@ -22,6 +22,7 @@ from triplane.model.build import load_model
 from triplane.model.generate import generate as generate_tokens
 from triplane.model.generate import next_logits
 from triplane.model.transformer import Transformer
+from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Axis
 from triplane.training.batches import Feed
 from triplane.training.evaluation import evaluate_model, validation_loss
@@ -116,7 +117,7 @@ def show_checkpoint(console: Console, path: Path, verify: bool) -> None:
     state, run = checkpoint.state, checkpoint.state["run"]
     console.print(f"{checkpoint.folder}: step {state['step']:,}, {state['tokens_seen']:,} tokens seen", markup=False)
     if layout := run.get("parallel"):
-        written_by = f"written by tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}, zero {layout['zero']}"
+        written_by = f"written by {ParallelConfig(**layout).describe()}"
     else:
         written_by = f"imported from {run['imported_from']}"
     console.print(f"{written_by}; loads into every layout", markup=False)

@@ -131,8 +131,8 @@ def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -
 
 MISTAKES = {
     "unknown key": (["model.n_headz=4"], "override: model.n_headz: unknown key; did you mean n_heads?"),
-    "heads": (["parallel.tp=4"], "n_kv_heads (2) is not a multiple of tp (4)"),
-    "layers": (["parallel.pp=4"], "n_layers (2) is less than pp (4)"),
+    "heads": (["parallel.tp=8"], "n_heads (4) is not a multiple of tp (8); the next multiple is 8"),
+    "layers": (["parallel.pp=4"], "pp (4) x virtual_stages (1) = 4 stages need 3 layers or more, but n_layers is 2"),
     "batch": (
         ["training.global_batch_size=6"],
         "global_batch_size (6) is not a multiple of dp (2) x micro_batch_size (2) = 4",
@@ -178,7 +178,7 @@ def test_all_mistakes_are_told_at_once(folder: Path) -> None:
     result = triplane(
         "train",
         "small.toml",
-        "parallel.pp=3",
+        "parallel.pp=4",
         "training.global_batch_size=7",
         "data.sources=[{corpus='no'}]",
         cwd=folder,
