@@ -16,7 +16,7 @@ from triplane.parallel.placement import Fragment
 
 
 class Checkpoint:
-    """A finished checkpoint, opened for reading."""
+    """A checkpoint, opened for reading; holds memory for the largest box that it has read."""
 
     def __init__(self, folder: Path):
         self.folder = folder

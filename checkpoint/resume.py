@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -11,6 +12,14 @@ from triplane.checkpoint.errors import CheckpointError, DamagedError
 from triplane.checkpoint.manifest import latest, set_aside, step_of
 from triplane.checkpoint.reader import Checkpoint
 from triplane.parallel.placement import Fragment
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Damage:
     reason: str
 
 
-def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Checkpoint | None, list[Damage]]:
+def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Resumed | None, list[Damage]]:
     """Fills the fragments of all ranks from the newest checkpoint under `folder` that is whole; collective.
 
     What any rank finds damaged is set aside. Without a whole checkpoint the fragments are zero. Raises
@@ -33,7 +42,7 @@ def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Check
     damages: list[Damage] = []
     # Rank 0 looks, since a shared file system may show its ranks different moments.
     while path := on_rank_0(lambda: latest(folder)):
-        checkpoint, error = _try(path, fragments)
+        resumed, error = _try(path, fragments)
         errors: list[CheckpointError | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         found = [error for error in errors if error is not None]
@@ -41,7 +50,7 @@ def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Check
             if not isinstance(error, DamagedError):
                 raise error
         if not found:
-            return checkpoint, damages
+            return resumed, damages
         aside = on_rank_0(lambda path=path: set_aside(path))  # type: ignore[misc]
         damages.append(Damage(step_of(path), aside, str(found[0])))
     for fragment in fragments:
@@ -49,10 +58,10 @@ def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Check
     return None, damages
 
 
-def _try(path: Path, fragments: list[Fragment]) -> tuple[Checkpoint | None, CheckpointError | None]:
+def _try(path: Path, fragments: list[Fragment]) -> tuple[Resumed | None, CheckpointError | None]:
     try:
         checkpoint = Checkpoint(path)
         checkpoint.fill(fragments)
     except CheckpointError as error:
         return None, error
-    return checkpoint, None
+    return Resumed(path, checkpoint.state), None

@@ -110,12 +110,13 @@ class CheckpointStore:
         error = None
         try:
             stall_s = self._write(final, temporary, fragments, state, stall_s)
+            time_s = perf_counter() - start_s
+            on_rank_0(self._delete_old, self._group)
         except OSError as caught:
-            error = _explain(caught, final)
+            time_s, error = perf_counter() - start_s, _explain(caught, final)
         except Exception as caught:  # raised again by `ended`
             self._ended.append(caught)
             return
-        time_s = perf_counter() - start_s
         self._ended.append(Save(step, final, stall_s if self.config.asynchronous else time_s, time_s, error))
 
     def _write(
@@ -151,7 +152,6 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._losses[step_of(final)] = state.get("validation_loss")
-        self._delete_old()
         return max(rank.stall_s for rank in ranks)
 
     def _delete_old(self) -> None:

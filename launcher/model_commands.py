@@ -116,6 +116,8 @@ def show_checkpoint(console: Console, path: Path, verify: bool) -> None:
     checkpoint = Checkpoint(find_checkpoint(path))
     state, run = checkpoint.state, checkpoint.state["run"]
     console.print(f"{checkpoint.folder}: step {state['step']:,}, {state['tokens_seen']:,} tokens seen", markup=False)
+    if (loss := state.get("validation_loss")) is not None:
+        console.print(f"validation loss {loss:.4f} nats a token", highlight=False)
     if layout := run.get("parallel"):
         written_by = f"written by {ParallelConfig(**layout).describe()}"
     else:

@@ -11,7 +11,7 @@ from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.manifest import fresh_start_problem, newest_manifest
 from triplane.checkpoint.reader import Checkpoint
-from triplane.checkpoint.resume import Damage, fill_from_newest
+from triplane.checkpoint.resume import Damage, Resumed, fill_from_newest
 from triplane.checkpoint.store import CheckpointStore
 from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
@@ -63,16 +63,16 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
         config.optimizer.grad_clip,
         partial(adamw, config.optimizer),
     )
-    state, checkpoint, set_aside = _restore(engine, config, folder, allow_fresh_start)
+    state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start)
     sources = open_sources(config.data, Path(config.run_dir))
     record = run_record(config, sources)
     corpora = _corpora(config, sources)
-    if checkpoint is not None:
-        on_rank_0(lambda: _record_change(config, checkpoint, record))
+    if resumed is not None:
+        on_rank_0(lambda: _record_change(config, resumed, record))
     report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
     for line in set_aside:
         report.message(line)
-    _announce(report, state.step, config, checkpoint, mesh)
+    _announce(report, state.step, config, resumed, mesh)
     trainer = Trainer(
         engine,
         corpora,
@@ -132,20 +132,20 @@ def _saved_precision(folder: Path) -> Precision | None:
 
 def _restore(
     engine: Engine, config: RunConfig, folder: Path, allow_fresh_start: bool
-) -> tuple[State, Checkpoint | None, list[str]]:
+) -> tuple[State, Resumed | None, list[str]]:
     """Loads the newest whole checkpoint, or begins anew; with a line on each that was set aside. Collective."""
-    checkpoint, damages = fill_from_newest(folder, engine.optimizer.fragments())
+    resumed, damages = fill_from_newest(folder, engine.optimizer.fragments())
     on_rank_0(lambda: _record_damages(config, damages))
     set_aside = [f"{damage.reason}; set aside as {damage.path}" for damage in damages]
-    if checkpoint is None and not allow_fresh_start and (problem := on_rank_0(lambda: fresh_start_problem(folder))):
+    if resumed is None and not allow_fresh_start and (problem := on_rank_0(lambda: fresh_start_problem(folder))):
         raise CheckpointError("\n".join([*set_aside, problem]))
-    return _begin(engine, checkpoint, config), checkpoint, set_aside
+    return _begin(engine, resumed, config), resumed, set_aside
 
 
-def _begin(engine: Engine, checkpoint: Checkpoint | None, config: RunConfig) -> State:
+def _begin(engine: Engine, resumed: Resumed | None, config: RunConfig) -> State:
     """The state of the checkpoint that has filled the engine, or the start with initial weights."""
-    if checkpoint is not None:
-        saved = checkpoint.state
+    if resumed is not None:
+        saved = resumed.state
         engine.optimizer.loaded(saved["step"])
         return State.load(saved)
     initial = config.checkpoint.initial
@@ -180,17 +180,17 @@ def _corpora(config: RunConfig, sources: Sources) -> Corpora:
     )
 
 
-def _record_change(config: RunConfig, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
-    change = change_since(checkpoint.state, record)
+def _record_change(config: RunConfig, resumed: Resumed, record: dict[str, Any]) -> None:
+    change = change_since(resumed.state, record)
     for event, lines in (("data replaced", change.replaced), ("data appended", change.appended)):
         if lines:
-            record_event(Path(config.run_dir), event, checkpoint.state["step"], changes=lines)
+            record_event(Path(config.run_dir), event, resumed.state["step"], changes=lines)
 
 
-def _announce(report: Report, step: int, config: RunConfig, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
+def _announce(report: Report, step: int, config: RunConfig, resumed: Resumed | None, mesh: Mesh) -> None:
     layout = config.parallel.describe()
     weights = config.checkpoint.initial or "initial weights"
-    begin = f"resuming from {checkpoint.folder}" if checkpoint else f"starting from {weights}"
-    event = "resume" if checkpoint else "start"
+    begin = f"resuming from {resumed.path}" if resumed else f"starting from {weights}"
+    event = "resume" if resumed else "start"
     report.event(step, event, layout=layout, ranks=mesh.world_size, precision=config.training.precision)
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")

@@ -42,7 +42,7 @@ METRICS = {
     "forward_backward_time_s": Metric("s", _MAX, "forward and backward {:.3f} s".format),
     "optimizer_time_s": Metric("s", _MAX, "optimizer {:.3f} s".format),
     "checkpoint_stall_time_s": Metric("s", _MAX, "training stood still for {:.3f} s".format),
-    "checkpoint_time_s": Metric("s", "until the checkpoint stood", "{:.3f} s".format),
+    "checkpoint_time_s": Metric("s", "until all ranks have written", "{:.3f} s".format),
     "memory_gib": Metric("GiB", "peak so far, max over ranks", "{:.1f} GiB".format),
 }
 

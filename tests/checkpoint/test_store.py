@@ -3,17 +3,21 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter, sleep
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from resharding import LAYOUTS, train
 
+from triplane.checkpoint import store as store_module
 from triplane.checkpoint import tensors
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import CheckpointError, DamagedError
-from triplane.checkpoint.manifest import MANIFEST, checkpoints, latest
+from triplane.checkpoint.manifest import MANIFEST, latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore, Save
 from triplane.launcher.forked import RanksFailedError, run_ranks
@@ -109,15 +113,44 @@ def test_what_a_killed_save_left_is_ignored_and_removed(checkpoint: Path) -> Non
 
 
 @pytest.mark.parametrize("elements", [28_000, 200_000])
-def test_a_full_disk_fails_the_save_and_leaves_the_rest(elements: int, small_disk: Path) -> None:
-    """Too large by itself, or only together with the other rank's file."""
+def test_a_save_that_has_no_room_is_not_begun(elements: int, small_disk: Path) -> None:
+    """One rank's file is too large by itself, or only together with the other's."""
     run_ranks(LAYOUT, RANKS, _save, small_disk, 1)
-    saves = run_ranks(LAYOUT, RANKS, _save, small_disk, 2, elements)
-    for save in saves:
-        assert save.error.startswith(f"cannot write {small_disk}/step_2") and "earlier checkpoints are" in save.error
-    assert checkpoints(small_disk) == [small_disk / "step_1"]
+    for save in run_ranks(LAYOUT, RANKS, _save, small_disk, 2, elements):
+        assert save.error.startswith(f"cannot write {small_disk}/step_2: {8 * elements:,} bytes needed, ")
+        assert "earlier checkpoints are untouched; make room" in save.error
     assert [path.name for path in small_disk.iterdir()] == ["step_1"]
-    Checkpoint(small_disk / "step_1").verify()
+
+
+@pytest.mark.parametrize("before", ["write_tensors", "write_manifest"])
+def test_a_disk_that_fills_up_meanwhile_fails_the_save_and_leaves_the_rest(before: str, small_disk: Path) -> None:
+    run_ranks(LAYOUT, RANKS, _save, small_disk, 1)
+    for failed, repeated in run_ranks(LAYOUT, RANKS, _save_twice_while_the_disk_fills, small_disk, before):
+        assert failed.error.startswith(f"cannot write {small_disk}/step_2: ") and "No space left" in failed.error
+        assert repeated.error is None
+    assert sorted(path.name for path in small_disk.iterdir()) == ["step_1", "step_3"]
+    for path in small_disk.iterdir():
+        Checkpoint(path).verify()
+
+
+def _save_twice_while_the_disk_fills(mesh: Mesh, folder: Path, before: str) -> list[Save]:
+    action, ballast = getattr(store_module, before), folder / "ballast"
+
+    def fill_disk(*arguments: Any) -> Any:
+        with open(ballast, "ab", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        return action(*arguments)
+
+    setattr(store_module, before, fill_disk)
+    store = CheckpointStore(folder, CheckpointConfig(keep_last=2))
+    store.save(2, [_fragment(mesh, 2)], {})
+    saves = store.ended(wait=True)
+    dist.barrier()
+    ballast.unlink(missing_ok=True)
+    setattr(store_module, before, action)
+    store.save(3, [_fragment(mesh, 3)], {})
+    return saves + store.ended(wait=True)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
