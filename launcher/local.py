@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from triplane.checkpoint.manifest import latest
+from triplane.checkpoint.manifest import latest, step_of
 from triplane.launcher.preflight import CHECKPOINTS
 from triplane.training.failure import Failure, log_file, take_failure
 from triplane.training.history import record_event
@@ -40,7 +40,7 @@ def run_local_ranks(count: int, arguments: Sequence[str], run_dir: Path, max_res
         else:
             print(f"triplane: {failure}; see {log_file(run_dir, failure.rank)}", file=sys.stderr)
         newest = latest(run_dir / CHECKPOINTS)
-        step = int(newest.name.rpartition("_")[2]) if newest else 0
+        step = step_of(newest) if newest else 0
         cause = f"{failure.kind}: {failure.message}"
         record_event(run_dir, "failure", step, rank=failure.rank, host=failure.host, where=failure.where, error=cause)
         if ranks.stopped_by or ranks.exit_code == _USER_ERROR or newest == before or not restarts_left:
