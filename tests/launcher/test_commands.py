@@ -126,7 +126,7 @@ def test_torchrun_starts_the_ranks_too(folder: Path) -> None:
 def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     result = triplane("train", "small.toml", "parallel.tp=2", "parallel.dp=3", cwd=folder, launch=launch)
-    assert "dp (3) x tp (2) x pp (1) x cp (1) = 6, but 2 ranks" in result.stderr
+    assert "dp (3) x tp (2) x pp (1) = 6, but 2 ranks" in result.stderr
 
 
 MISTAKES = {
