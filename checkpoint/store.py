@@ -87,8 +87,10 @@ class CheckpointStore:
             self._wait()
 
     def ended(self, wait: bool = False) -> list[Save]:
-        """The saves that have ended since the last call; `wait` includes the one in flight. The same on all ranks
-        in the end. Raises what went wrong in a thread beyond the writing of files.
+        """The saves that have ended since the last call, with `wait` the one in flight too.
+
+        A save ends alike on all ranks, but not at the same moment. Raises what went wrong in this rank's thread
+        other than writing files.
         """
         if wait:
             self._wait()
