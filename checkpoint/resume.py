@@ -53,7 +53,7 @@ def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Resum
             return resumed, damages
         aside = on_rank_0(lambda path=path: set_aside(path))  # type: ignore[misc]
         damages.append(Damage(step_of(path), aside, str(found[0])))
-    for fragment in fragments if damages else []:
+    for fragment in fragments:
         fragment.data.zero_()
     return None, damages
 

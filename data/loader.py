@@ -1,5 +1,6 @@
 """Batches as a function of (corpora, plan, position): ranks and workers divide the work and never change it."""
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +174,7 @@ def _in_workers(dataset: SequenceDataset, positions: Iterator[range], num_worker
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_rank,
         generator=torch.Generator(),  # else it draws from the global one
     )
     return _unwrapped(iter(loader))
@@ -184,6 +186,12 @@ def _unwrapped(micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     except DataError as error:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """Slurm and terminals send them to every process; the rank needs its data until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(micro_batch: Any) -> Any:

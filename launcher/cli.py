@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -219,6 +220,9 @@ def main() -> None:
         prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
         print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
         leave(2)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
 
 
 def leave(code: int) -> None:

@@ -14,7 +14,7 @@ from triplane.launcher.explain import explain
 from triplane.launcher.overrides import Override
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
-from triplane.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from triplane.training.config import FaultsConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 
 class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -38,6 +38,8 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings
     """How long, how big a step, what is reported."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When state is saved, what is kept."""
+    faults: FaultsConfig = FaultsConfig()
+    """What happens when something goes wrong."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

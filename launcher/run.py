@@ -24,6 +24,7 @@ from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
+from triplane.training.failure import record_failure
 from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
 from triplane.training.history import record_event
 from triplane.training.loop import Corpora, Settings, Trainer
@@ -34,11 +35,16 @@ from triplane.training.state import State
 
 def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
     """Joins the other ranks and trains."""
-    device = _take_device(rank)
-    if config.parallel.fp8 and (problem := fp8_problem(device)):
-        raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
-    with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
-        train_on(mesh, config, rank.local_size, allow_fresh_start)
+    try:
+        device = _take_device(rank)
+        if config.parallel.fp8 and (problem := fp8_problem(device)):
+            raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
+        with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
+            train_on(mesh, config, rank.local_size, allow_fresh_start)
+    except Exception as error:
+        where = getattr(error, "__notes__", ["outside of a step"])[0]
+        record_failure(Path(config.run_dir), rank.rank, where, type(error).__name__, str(error))
+        raise
 
 
 def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_start: bool = False) -> None:
@@ -57,12 +63,7 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
         config.optimizer.grad_clip,
         partial(adamw, config.optimizer),
     )
-    resumed, damages = fill_from_newest(folder, engine.optimizer.fragments())
-    on_rank_0(lambda: _record_damages(config, damages))
-    set_aside = [f"{damage.reason}; set aside as {damage.path}" for damage in damages]
-    if resumed is None and not allow_fresh_start and (problem := on_rank_0(lambda: fresh_start_problem(folder))):
-        raise CheckpointError("\n".join([*set_aside, problem]))
-    state = _begin(engine, resumed, config)
+    state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start)
     sources = open_sources(config.data, Path(config.run_dir))
     record = run_record(config, sources)
     corpora = _corpora(config, sources)
@@ -71,17 +72,27 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
     for line in set_aside:
         report.message(line)
-    _announce(report, config, resumed, mesh)
+    _announce(report, state.step, config, resumed, mesh)
     trainer = Trainer(
         engine,
         corpora,
         Feed(config.training.micro_batch_size, config.data.num_workers, local_ranks, mesh.dp, mesh.device),
-        Settings(config.training, config.optimizer, config.schedule, config.checkpoint.every_steps, peak),
+        Settings(
+            Path(config.run_dir),
+            config.training,
+            config.optimizer,
+            config.schedule,
+            config.faults,
+            config.checkpoint.every_steps,
+            peak,
+        ),
         CheckpointStore(folder, config.checkpoint),
+        lambda: _restore(engine, config, folder, allow_fresh_start)[0],
         record,
         report,
     )
-    trainer.run(state)
+    state = trainer.run(state)
+    report.event(state.step, "end", steps=config.training.steps)
     report.close()
 
 
@@ -119,12 +130,24 @@ def _saved_precision(folder: Path) -> Precision | None:
     return cast(Precision, newest[1].state["run"]["training"]["precision"]) if newest else None
 
 
+def _restore(
+    engine: Engine, config: RunConfig, folder: Path, allow_fresh_start: bool
+) -> tuple[State, Resumed | None, list[str]]:
+    """Loads the newest whole checkpoint, or begins anew; with a line on each that was set aside. Collective."""
+    resumed, damages = fill_from_newest(folder, engine.optimizer.fragments())
+    on_rank_0(lambda: _record_damages(config, damages))
+    set_aside = [f"{damage.reason}; set aside as {damage.path}" for damage in damages]
+    if resumed is None and not allow_fresh_start and (problem := on_rank_0(lambda: fresh_start_problem(folder))):
+        raise CheckpointError("\n".join([*set_aside, problem]))
+    return _begin(engine, resumed, config), resumed, set_aside
+
+
 def _begin(engine: Engine, resumed: Resumed | None, config: RunConfig) -> State:
     """The state of the checkpoint that has filled the engine, or the start with initial weights."""
     if resumed is not None:
         saved = resumed.state
         engine.optimizer.loaded(saved["step"])
-        return State(saved["step"], saved["consumed_sequences"], saved["tokens_seen"])
+        return State.load(saved)
     initial = config.checkpoint.initial
     if initial is None:
         engine.initialize(config.seed)
@@ -164,8 +187,10 @@ def _record_change(config: RunConfig, resumed: Resumed, record: dict[str, Any]) 
             record_event(Path(config.run_dir), event, resumed.state["step"], changes=lines)
 
 
-def _announce(report: Report, config: RunConfig, resumed: Resumed | None, mesh: Mesh) -> None:
+def _announce(report: Report, step: int, config: RunConfig, resumed: Resumed | None, mesh: Mesh) -> None:
     layout = config.parallel.describe()
     weights = config.checkpoint.initial or "initial weights"
     begin = f"resuming from {resumed.path}" if resumed else f"starting from {weights}"
+    event = "resume" if resumed else "start"
+    report.event(step, event, layout=layout, ranks=mesh.world_size, precision=config.training.precision)
     report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")

@@ -8,8 +8,9 @@ from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
+from triplane.launcher.local import run_local_ranks
 from triplane.launcher.preflight import check_data, check_run_dir, run_record
-from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous, start_local_ranks
+from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
 
 
 def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool) -> int:
@@ -27,7 +28,8 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
-        return start_local_ranks(ranks, ["train", str(path), *overrides, *flags], Path(config.run_dir) / "logs")
+        arguments = ["train", str(path), *overrides, *flags]
+        return run_local_ranks(ranks, arguments, Path(config.run_dir), config.faults.max_restarts)
     if rank is not None and "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
     from triplane.launcher.cli import leave

@@ -48,12 +48,16 @@ class ReplicatedOptimizer:
         return parameter.grad
 
     def step(self) -> Tensor:
-        """Applies the gradients in `parameter.grad` and clears them; returns their global norm before clipping."""
+        """Applies the gradients in `parameter.grad` and clears them; returns their global norm before clipping.
+
+        If that is not finite, nothing is applied.
+        """
         parameters = [placement.parameter for placement in self.placements]
         if self.mesh.replicas.size > 1:
             self._average_gradients(parameters)
         norm = self._gradient_norm()
         nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # fused updates heed it
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

@@ -33,6 +33,7 @@ def small_run(prepared: Prepared, run_dir: Path, **changes: dict) -> RunConfig:
             "eval_sequences": 16,
         },
         "checkpoint": {"every_steps": 3, "keep_last": 2},
+        "faults": {},
     }
     merged = {name: table | changes.pop(name, {}) for name, table in tables.items()}
     assert not changes, f"unknown tables {changes.keys()}"

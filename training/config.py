@@ -58,3 +58,25 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Steps between text samples in TensorBoard; None: no samples."""
     stop_at_step: PositiveInt | None = None
     """Save and leave after this step as though the run had been interrupted; the schedule does not change."""
+
+
+class FaultsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """What a run does when something goes wrong."""
+
+    max_restarts: NonNegativeInt = 3
+    """How often `triplane train` starts the ranks of this machine again after a crash or a hang; each time only if a
+    checkpoint has been written since."""
+    hang_timeout_s: PositiveFloat | None = None
+    """A step, validation or save that takes longer is a hang, once one of its kind was done. None: ten times their
+    median, at least 60."""
+    max_rollbacks: NonNegativeInt = 3
+    """How often in the whole run a loss or gradient that is no finite number, or is a spike, sends it back to the last
+    checkpoint, to go on without the batch that gave it."""
+    spike_z: PositiveFloat | None = None
+    """A loss or gradient norm this many deviations above the median of the last `spike_window` steps is a spike; the
+    deviation is estimated from the median absolute one. None: only what is not finite is bad."""
+    spike_window: int = Field(default=64, ge=4)
+    """Steps; until there are as many, no spike is seen."""
+    compare_replicas_every_steps: PositiveInt | None = None
+    """Steps between comparisons of the weights of ranks that should have the same, bit by bit, which find faulty memory
+    and arithmetic. None: never."""

@@ -1,8 +1,10 @@
 """The training loop."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +15,24 @@ from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.store import CheckpointStore
 from triplane.data.loader import SequenceDataset
 from triplane.data.tokenizer import Tokenizer
+from triplane.model.batch import Batch
 from triplane.model.count import flops_per_token
 from triplane.model.generate import generate
 from triplane.parallel.engine import Engine, StepLoss
+from triplane.training.agreement import Agreement, Verdict
 from triplane.training.batches import Feed
-from triplane.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from triplane.training.config import FaultsConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from triplane.training.errors import TrainingError
 from triplane.training.evaluation import validation_loss
+from triplane.training.guard import problem
 from triplane.training.hardware import peak_memory_gib
+from triplane.training.replicas import differing_ranks
 from triplane.training.report import Report
 from triplane.training.schedule import learning_rate, warmup_steps
 from triplane.training.state import State
+from triplane.training.stopping import Stopping, request_name
 from triplane.training.stopwatch import Stopwatch
+from triplane.training.watchdog import Watchdog
 
 _SAMPLE_TOKENS = 48
 
@@ -44,9 +52,11 @@ class Corpora:
 class Settings:
     """How it is trained."""
 
+    run_dir: Path
     training: TrainingConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    faults: FaultsConfig
     checkpoint_every_steps: int
     peak_flops_per_s: float
     """Of one rank, for MFU."""
@@ -62,57 +72,83 @@ class Trainer:
         feed: Feed,
         settings: Settings,
         store: CheckpointStore,
+        restore: Callable[[], State],
         run_record: dict[str, Any],
         report: Report,
     ):
+        """`restore` loads the newest checkpoint, or the initial weights if there is none; collective."""
         self.engine = engine
         self.corpora = corpora
         self.feed = feed
         self.settings = settings
         self.store = store
+        self.restore = restore
         self.run_record = run_record
         self.report = report
         self.unsaved: str | None = None
         """Why the last save failed."""
         self.watch = Stopwatch(engine.mesh.device)
+        self.agreement = Agreement(engine.mesh.device)
         first_step_tokens = settings.training.global_batch_size * corpora.seq_len_at(0)
         self.warmup_steps = warmup_steps(settings.schedule, first_step_tokens)
 
     def run(self, state: State) -> State:
-        """Trains until `steps`, or `stop_at_step`; the state then is on disk."""
-        training = self.settings.training
-        last = min(training.stop_at_step or training.steps, training.steps)
+        """Trains until `steps`, `stop_at_step` or a request to leave; the state then is on disk."""
+        settings, rank = self.settings, self.engine.mesh.rank
+        last = min(settings.training.stop_at_step or settings.training.steps, settings.training.steps)
         if state.step >= last:
-            self.report.message(f"step {state.step} of {training.steps} is done already")
-        steps = self.feed.steps(
-            self.corpora.train, training.global_batch_size, state.consumed_sequences, max(0, last - state.step)
-        )
+            self.report.message(f"step {state.step} of {settings.training.steps} is done already")
+            return state
+        stopping = Stopping(settings.run_dir, rank)
+        with Watchdog(settings.faults.hang_timeout_s, settings.run_dir, rank, self.watch) as watchdog:
+            return self._run(state, last, stopping, watchdog)
+
+    def _run(self, state: State, last: int, stopping: Stopping, watchdog: Watchdog) -> State:
+        size = self.settings.training.global_batch_size
+        batches = self._batches_from(state, last)
         logged = state
-        while state.step < last:
-            step = state.step + 1
-            log = step % training.log_every_steps == 0 or step == last
-            with self.watch.phase("data_time_s"):
-                batches = next(steps)
-            with self.watch.phase("forward_backward_time_s", exact=log):
-                loss = self.engine.forward_backward(batches)
-            with self.watch.phase("optimizer_time_s", exact=log):
-                rate = learning_rate(
-                    self.settings.schedule, self.settings.optimizer.lr, step, training.steps, self.warmup_steps
-                )
-                norm = self.engine.step(rate)
-            seq_len = self.corpora.seq_len_at(state.consumed_sequences)
-            state = state.after(training.global_batch_size, training.global_batch_size * seq_len)
-            if log:
+        stop = 0
+        while state.step < last and not stop:
+            step, start = state.step + 1, state.consumed_sequences
+            due = self._due(step, last)
+            with watchdog.work("step", step):
+                loss, norm, rate = self._update(step, partial(next, batches), exact="log" in due)
+                state = state.after(size, size * self.corpora.seq_len_at(start))
+                with self.watch.phase("forward_backward_time_s"):  # which is what is waited for
+                    self.agreement.put(step, start, stopping.request(), loss.cross_entropy, norm)
+                    verdicts = self.agreement.take(everything=bool(due))
+                    if stop := max((verdict.stop for verdict in verdicts), default=0):
+                        verdicts += self.agreement.take(everything=True)
+                        due.add("save")
+            state, bad = self._judge(state, verdicts)
+            if bad is not None:
+                state, stop = self._roll_back(state, *bad), 0
+                logged = state
+                batches = self._batches_from(state, last)
+                continue
+            if state.consumed_sequences != start + size:
+                batches = self._batches_from(state, last)
+            if "compare" in due:
+                self._compare_replicas(step)
+            if "log" in due:
                 self._log(state, logged, loss, norm, rate)
                 logged = state
-            validation_loss = self._validate(state) if self._due(step, training.eval_every_steps) else None
-            if training.sample_every_steps and self._due(step, training.sample_every_steps):
+            validated = None
+            if "validate" in due:
+                with watchdog.work("validation", step):
+                    validated = self._validate(state)
+            if "sample" in due:
                 self._sample(state)
-            if step % self.settings.checkpoint_every_steps == 0 or step == last:
-                self._check_finite(step, loss, norm)
-                self.save(state, validation_loss)
+            if "save" in due:
+                with watchdog.work("checkpoint", step):
+                    self.save(state, validated)
             self._report_saves()
         self._finish_saves()
+        if stop:
+            name = request_name(stop)
+            self.report.event(state.step, "signal", name=name)
+            self.report.message(f"step {state.step}: saved and left because of {name}")
+            stopping.obeyed()
         return state
 
     def save(self, state: State, validation_loss: float | None = None) -> None:
@@ -134,11 +170,79 @@ class Trainer:
         if self.unsaved:
             raise CheckpointError(f"the run's last state is not saved: {self.unsaved}, then start again")
 
-    def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.settings.training.steps
+    def _update(self, step: int, read: Callable[[], list[Batch]], exact: bool) -> tuple[StepLoss, Tensor, float]:
+        """One step; returns the loss, the gradient's norm and the learning rate."""
+        with self.watch.phase("data_time_s"):
+            batches = read()
+        with self.watch.phase("forward_backward_time_s", exact):
+            loss = self.engine.forward_backward(batches)
+        with self.watch.phase("optimizer_time_s", exact):
+            settings = self.settings
+            rate = learning_rate(
+                settings.schedule, settings.optimizer.lr, step, settings.training.steps, self.warmup_steps
+            )
+            norm = self.engine.step(rate)
+        return loss, norm, rate
+
+    def _batches_from(self, state: State, last: int) -> Iterator[list[Batch]]:
+        """Global batches one after another; what is skipped begins anew."""
+        size = self.settings.training.global_batch_size
+        return self.feed.steps(self.corpora.train, size, state.consumed_sequences, last - state.step)
+
+    def _due(self, step: int, last: int) -> set[str]:
+        """What follows this step."""
+        training, final = self.settings.training, step == self.settings.training.steps
+        return {
+            name
+            for name, every, at_least in (
+                ("log", training.log_every_steps, step == last),
+                ("validate", training.eval_every_steps, final),
+                ("sample", training.sample_every_steps, final),
+                ("save", self.settings.checkpoint_every_steps, step == last),
+                ("compare", self.settings.faults.compare_replicas_every_steps, False),
+            )
+            if every is not None and (step % every == 0 or at_least)
+        }
+
+    def _judge(self, state: State, verdicts: list[Verdict]) -> tuple[State, tuple[Verdict, str] | None]:
+        """The state with what is to be remembered of the steps, or the first bad one and what is wrong with it."""
+        faults = self.settings.faults
+        for verdict in verdicts:
+            if what := problem(verdict, state.recent, faults):
+                return state, (verdict, what)
+            if faults.spike_z is not None:
+                state = state.remembering(verdict.loss, verdict.gradient_norm, faults.spike_window)
+        return state, None
+
+    def _roll_back(self, state: State, verdict: Verdict, what: str) -> State:
+        """To the last checkpoint, and on without the batch of the bad step."""
+        size, most = self.settings.training.global_batch_size, self.settings.faults.max_rollbacks
+        self._report_saves(wait=True)
+        if len(state.skipped) >= most:
+            raise TrainingError(
+                f"step {verdict.step}: {what}, after {len(state.skipped)} rollbacks (faults.max_rollbacks is {most}); "
+                f"lower optimizer.lr or optimizer.grad_clip and start again from the last checkpoint"
+            )
+        self.agreement.take(everything=True)
+        skipped = replace(self.restore(), skipped=state.skipped).skipping(verdict.position, size)
+        batch = (verdict.position, verdict.position + size)
+        self.report.event(skipped.step, "rollback", from_step=verdict.step, reason=what)
+        self.report.event(skipped.step, "skip", sequences=batch)
+        self.report.rewind(skipped.step)
+        self.report.message(
+            f"step {verdict.step}: {what}; back to step {skipped.step}, on without sequences {batch[0]} to {batch[1]}"
+        )
+        self.watch.take()
+        return skipped
+
+    def _compare_replicas(self, step: int) -> None:
+        if ranks := differing_ranks(self.engine):
+            raise TrainingError(
+                f"step {step}: the weights of ranks {ranks} are not those of the ranks that should have the same; "
+                f"take the machine that errs out, then start again from the last checkpoint"
+            )
 
     def _log(self, state: State, logged: State, loss: StepLoss, norm: Tensor, rate: float) -> None:
-        self._check_finite(state.step, loss, norm)
         seconds = self.watch.take()
         steps = state.step - logged.step
         names = [*seconds, "memory_gib"]
@@ -186,11 +290,3 @@ class Trainer:
             eos_id=tokenizer.eos_id,
         )
         self.report.sample(state.step, tokenizer.decode(tokens))
-
-    def _check_finite(self, step: int, loss: StepLoss, norm: Tensor) -> None:
-        if not (math.isfinite(loss.cross_entropy) and math.isfinite(norm)):
-            self._report_saves(wait=True)
-            raise TrainingError(
-                f"step {step}: loss {float(loss.cross_entropy)}, gradient norm {float(norm)}: the run diverged and was "
-                f"not saved; lower optimizer.lr or optimizer.grad_clip and start again from the last checkpoint"
-            )

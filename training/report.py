@@ -1,8 +1,9 @@
-"""What a run shows and records: the console, `metrics.jsonl` and TensorBoard, all by rank 0."""
+"""What a run shows and records: the console, `metrics.jsonl`, TensorBoard and `history.jsonl`, all by rank 0."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from triplane.checkpoint.store import Save
 from triplane.training.history import record_event
@@ -46,14 +47,26 @@ class Report:
             return
         if save.error:
             self._progress.message(f"step {save.step}: NOT SAVED: {save.error}")
-            with self._full_disk_told(save.step):
-                record_event(self._run_dir, "save failed", save.step, reason=save.error)
+            self.event(save.step, "save failed", reason=save.error)
             return
         values = {"checkpoint_time_s": save.time_s, "checkpoint_stall_time_s": save.stall_s}
         with self._full_disk_told(save.step):
             self._writer.log(save.step, values)
         shown = ", ".join(METRICS[name].format(value) for name, value in values.items())
         self._progress.message(f"step {save.step}: saved {save.path} ({shown})")
+        self.event(save.step, "save", checkpoint=str(save.path))
+
+    def event(self, step: int, event: str, **details: Any) -> None:
+        """Records what happened to the run, in `history.jsonl`."""
+        if self._first:
+            with self._full_disk_told(step):
+                record_event(self._run_dir, event, step, **details)
+
+    def rewind(self, step: int) -> None:
+        """Forgets the metrics after `step`, to which the run went back."""
+        if self._first:
+            self._writer.close()
+            self._writer = MetricsWriter(self._run_dir, step)
 
     def message(self, text: str) -> None:
         """Shows a line that stays."""

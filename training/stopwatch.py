@@ -16,16 +16,20 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
+        self.current = ""
+        """The phase that is under way."""
         self._device = device
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def phase(self, name: str, exact: bool = False) -> Iterator[None]:
+        self.current = name
         start_s = time.perf_counter()
         yield
         if exact and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._seconds[name] += time.perf_counter() - start_s
+        self.current = ""
 
     def take(self) -> dict[str, float]:
         """The seconds of each phase since the last take."""

@@ -36,7 +36,8 @@ def _run(prepared: Prepared, run_dir: Path, layout: dict[str, Any]) -> list[dict
     run_ranks(config.parallel, config.parallel.dp * config.parallel.ranks_of_one, _train, config)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
-    return [{key: entry[key] for key in ("step", "loss", "validation_loss") if key in entry} for entry in entries]
+    losses = [{key: entry[key] for key in ("step", "loss", "validation_loss") if key in entry} for entry in entries]
+    return [entry for entry in losses if len(entry) > 1]  # a save is logged when it has ended
 
 
 def _train(mesh: Mesh, config: RunConfig) -> None:

@@ -126,6 +126,6 @@ def test_a_run_through_phases_is_the_same_when_it_is_interrupted(prepared: Prepa
     a, b = final_state(whole), final_state(cut)
     assert a.state["tokens_seen"] == b.state["tokens_seen"] == 8 * (4 * 32 + 4 * 64)
     assert [loss for _, loss in curve(whole)] == pytest.approx([loss for _, loss in curve(cut)], abs=1e-5)
-    history = (tmp_path / "cut/history.jsonl").read_text().splitlines()
-    assert len(history) == 1
-    assert "seq_len 64 from sequence 32" in history[0]
+    history = [json.loads(line) for line in (tmp_path / "cut/history.jsonl").read_text().splitlines()]
+    (appended,) = (event for event in history if event["event"] == "data appended")
+    assert "seq_len 64 from sequence 32" in str(appended)

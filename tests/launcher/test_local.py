@@ -1,0 +1,97 @@
+"""Which of several failed ranks is named, and what the exit code is; the ranks are small scripts."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from triplane.launcher.local import LocalRanks
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def ranks(tmp_path: Path, script: str, count: int = 2) -> LocalRanks:
+    ranks = LocalRanks(count, [], tmp_path)
+    preamble = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from triplane.training.failure import record_failure\n"
+        "rank = int(os.environ['RANK'])\n"
+        f"def fail(kind, message): record_failure(Path({str(tmp_path)!r}), rank, 'in step 7', kind, message)\n"
+    )
+    ranks.command = [sys.executable, "-c", preamble + script]
+    return ranks
+
+
+def test_the_first_to_fail_is_named_not_those_that_noticed(tmp_path: Path) -> None:
+    started = ranks(
+        tmp_path,
+        "time.sleep(1 if rank == 0 else 0.5)\n"
+        "fail('DataError', 'shard-3.tar is gone\\nand more') if rank else fail('RuntimeError', 'connection closed')\n"
+        "sys.exit(2 if rank else 1)",
+    )
+    failure = started.run()
+    assert "rank 1 on" in str(failure)
+    assert str(failure).endswith("failed first, in step 7: DataError: shard-3.tar is gone")
+    assert started.exit_code == 2
+
+
+def test_a_killed_rank_is_named_before_those_that_noticed(tmp_path: Path) -> None:
+    started = ranks(
+        tmp_path,
+        "os.kill(os.getpid(), signal.SIGKILL) if rank else None\n"
+        "fail('RuntimeError', 'connection closed')\n"
+        "sys.exit(1)",
+    )
+    assert "rank 1 on" in str(started.run())
+    assert started.exit_code == 128 + signal.SIGKILL
+
+
+def test_a_rank_that_recorded_nothing_is_known_by_its_last_words(tmp_path: Path) -> None:
+    started = ranks(tmp_path, "sys.exit('no such option')", count=1)
+    assert str(started.run()).endswith("with exit code 1: last words: no such option")
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("pass", 0), ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(9)", 143)]
+)
+def test_no_failure_is_reported_when_all_end_well_or_were_told_to(tmp_path: Path, script: str, code: int) -> None:
+    started = ranks(tmp_path, script, count=1)
+    assert started.run() is None
+    assert started.exit_code == code
+
+
+def test_ranks_are_told_to_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    rank = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('told').touch(), exit()))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)"
+    )
+    launcher = (
+        "import sys; from pathlib import Path; from triplane.launcher.local import LocalRanks\n"
+        f"ranks = LocalRanks(1, [], Path('.')); ranks.command = [sys.executable, '-c', {rank!r}]; ranks.run()"
+    )
+    with subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path) as process:
+        wait_for(tmp_path / "ready")
+        process.kill()
+    wait_for(tmp_path / "told")
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(1000):
+        if file.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {file}")

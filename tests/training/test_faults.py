@@ -1,0 +1,307 @@
+"""What befalls ranks: requests to stop, numbers that are not finite, spikes, weights that differ."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import small_run
+from small_corpora import Prepared
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
+
+from triplane.checkpoint.manifest import latest
+from triplane.checkpoint.reader import Checkpoint
+from triplane.launcher.config import RunConfig
+from triplane.launcher.forked import RanksFailedError, run_ranks
+from triplane.launcher.preflight import CHECKPOINTS
+from triplane.launcher.run import train_on
+from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.engine import Engine, StepLoss
+from triplane.parallel.mesh import Mesh
+from triplane.training.agreement import Verdict
+from triplane.training.batches import Feed
+from triplane.training.config import FaultsConfig
+from triplane.training.guard import problem
+from triplane.training.proof import SEQUENCES, proof_batch, proof_engine, proof_model
+from triplane.training.replicas import differing_ranks
+from triplane.training.state import State
+
+LAYOUTS = {
+    "one": {"dp": 1, "zero": 0},
+    "zero 1": {"dp": 2},
+    "zero 2 pp": {"dp": 1, "pp": 2, "zero": 2},
+    "zero 3": {"dp": 2, "zero": 3},
+    "zero 0 tp": {"dp": 1, "tp": 2, "zero": 0},
+}
+
+
+def start(config: RunConfig) -> None:
+    assert isinstance(config.parallel.dp, int)
+    run_ranks(config.parallel, config.parallel.dp * config.parallel.ranks_of_one, _train, config)
+
+
+def _train(mesh: Mesh, config: RunConfig) -> None:
+    train_on(mesh, config)
+
+
+def history(config: RunConfig) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.run_dir) / "history.jsonl").read_text().splitlines()]
+
+
+def losses(config: RunConfig) -> dict[int, float]:
+    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    logged = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert len(dict(logged)) == len(logged), "a step is there twice"
+    return dict(logged)
+
+
+def final(config: RunConfig) -> Checkpoint:
+    newest = latest(Path(config.run_dir) / CHECKPOINTS)
+    assert newest is not None
+    return Checkpoint(newest)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """On the ranks forked from now on, a gradient is NaN in the calls that `bad` says; counted from 1."""
+    forward_backward = Engine.forward_backward
+    calls = [0]
+
+    def planted(engine: Engine, batches: list) -> StepLoss:
+        calls[0] += 1
+        if not bad(calls[0]) or not engine.mesh.last_stage:
+            return forward_backward(engine, batches)
+        weight = engine.local.placements[-1].parameter
+        hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+        loss = forward_backward(engine, batches)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(Engine, "forward_backward", planted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_that_is_no_number_sends_the_run_back_and_past_its_batch(
+    layout: str, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"parallel": LAYOUTS[layout], "optimizer": {"eps": 1e-3}}
+    steps = {"steps": 8, "log_every_steps": 4}
+    config = small_run(prepared, tmp_path / "run", training=steps, **changes)
+    plant(monkeypatch, lambda call: call == 5)
+    start(config)
+    events = [(event["event"], event["step"]) for event in history(config)]
+    assert events == [
+        ("start", 0),
+        ("save", 3),
+        ("rollback", 3),
+        ("skip", 3),
+        ("save", 6),
+        ("save", 8),
+        ("end", 8),
+    ]
+    assert history(config)[3]["details"] == {"sequences": [32, 40]}
+    state = final(config).state
+    assert state["consumed_sequences"] == 9 * 8
+    assert state["skipped"] == [[32, 40]]
+    assert state["tokens_seen"] == 8 * 8 * 32
+
+    # What a run does that never had the batch, whose steps are therefore another's.
+    monkeypatch.undo()
+    steps_of = Feed.steps
+
+    def without(feed: Feed, dataset, size: int, consumed: int, n: int):
+        assert n == 8 or consumed != 0
+        yield from steps_of(feed, dataset, size, consumed, min(n, 4))
+        yield from steps_of(feed, dataset, size, consumed + 5 * size, n - 4)
+
+    monkeypatch.setattr(Feed, "steps", lambda *args: without(*args) if args[-1] == 8 else steps_of(*args))
+    clean = small_run(prepared, tmp_path / "clean", training=steps, **changes)
+    start(clean)
+    assert losses(config) == losses(clean)
+    for key in final(clean).shapes:
+        assert torch.equal(final(clean).tensor(key), final(config).tensor(key)), key
+
+
+def test_it_goes_back_to_the_initial_weights_where_there_is_no_checkpoint(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run(prepared, tmp_path / "run", training={"log_every_steps": 8})
+    plant(monkeypatch, lambda call: call == 2)
+    start(config)
+    assert [event["step"] for event in history(config) if event["event"] == "rollback"] == [0]
+    assert final(config).state["skipped"] == [[8, 16]]
+
+
+def test_a_run_that_stays_bad_is_given_up_with_its_checkpoints_good(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run(prepared, tmp_path / "run", faults={"max_rollbacks": 2}, parallel={"dp": 2})
+    plant(monkeypatch, lambda call: call > 4)
+    with pytest.raises(RanksFailedError, match="gradient norm is not finite, after 2 rollbacks") as caught:
+        start(config)
+    assert str(caught.value).count("after 2 rollbacks") == 2  # both ranks say so
+    assert final(config).state["step"] == 3
+    assert all(torch.isfinite(final(config).tensor(key)).all() for key in final(config).shapes)
+
+
+def test_a_spike_is_skipped_alike_by_a_run_that_is_interrupted(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch of the corpus has targets that are noise."""
+    steps_of = Feed.steps
+
+    def noisy(feed: Feed, dataset, size: int, consumed: int, n: int):
+        for number, batches in enumerate(steps_of(feed, dataset, size, consumed, n)):
+            if consumed + number * size == 96 and n <= 16:  # not the validation, which begins at 0
+                for batch in batches:
+                    noise = torch.randint(400, batch.targets_T.shape, generator=torch.Generator().manual_seed(1))
+                    batch.targets_T.copy_(noise)
+            yield batches
+
+    monkeypatch.setattr(Feed, "steps", noisy)
+    changes = {"faults": {"spike_z": 8.0, "spike_window": 8}, "parallel": {"dp": 2}}
+    training = {"steps": 16, "log_every_steps": 1, "eval_every_steps": 100}
+    whole = small_run(prepared, tmp_path / "whole", training=training, **changes)
+    start(whole)
+    assert [event["details"] for event in history(whole) if event["event"] == "skip"] == [{"sequences": [96, 104]}]
+    for stop in (5, 11, 12, 14, 16):
+        cut = small_run(prepared, tmp_path / "cut", training={**training, "stop_at_step": stop}, **changes)
+        start(cut)
+    assert losses(whole) == losses(cut)
+    assert final(whole).state["recent"] == final(cut).state["recent"]
+    for key in final(whole).shapes:
+        assert torch.equal(final(whole).tensor(key), final(cut).tensor(key)), key
+
+
+def _update_with_a_nan(mesh: Mesh, layout: ParallelConfig) -> tuple[float, bool, bool]:
+    """The norm of such a step, whether it left the state alone, and whether the next one changed it."""
+    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, torch.float32)
+    share = SEQUENCES // mesh.dp.size
+    batches = [proof_batch(engine.config, 0, [mesh.dp.rank * share + i]) for i in range(share)]
+
+    def state() -> list[Tensor]:
+        return [fragment.data.clone() for fragment in engine.optimizer.fragments()]
+
+    engine.forward_backward(batches)
+    engine.step(1e-3)
+    before = state()
+    hook = engine.local.placements[-1].parameter.register_hook(lambda gradient: gradient * float("nan"))
+    engine.forward_backward(batches)
+    norm = engine.step(1e-3)
+    hook.remove()
+    left_alone = all(map(torch.equal, before, state()))
+    engine.forward_backward(batches)
+    engine.step(1e-3)
+    return float(norm), left_alone, not any(map(torch.equal, before, state()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_update_with_a_nan_changes_nothing(layout: str) -> None:
+    config = ParallelConfig(**LAYOUTS[layout])
+    assert isinstance(config.dp, int)
+    for norm, left_alone, goes_on in run_ranks(config, config.dp * config.ranks_of_one, _update_with_a_nan, config):
+        assert not math.isfinite(norm)
+        assert left_alone and goes_on
+
+
+def _flip_a_bit(mesh: Mesh, layout: ParallelConfig, flipped: int) -> list[list[int]]:
+    """The ranks that differ, before and after one bit of rank `flipped` was turned over."""
+    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, torch.float32)
+    before = differing_ranks(engine)
+    if mesh.rank == flipped:
+        engine.local.placements[1].parameter.detach().view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
+    return [before, differing_ranks(engine)]
+
+
+REPLICAS = {"of three": ({"dp": 3, "zero": 0}, [2]), "of two": ({"dp": 2, "tp": 2}, [0, 2])}
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_a_rank_whose_weights_differ_in_a_bit_is_named(name: str) -> None:
+    layout, expected = REPLICAS[name]
+    config = ParallelConfig(**layout)
+    assert isinstance(config.dp, int)
+    for answer in run_ranks(config, config.dp * config.ranks_of_one, _flip_a_bit, config, 2):
+        assert answer == [[], expected]
+
+
+def test_a_run_stops_before_it_saves_weights_that_differ(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def err(engine: Engine, rate: float) -> Tensor:
+        norm = step(engine, rate)
+        if engine.mesh.rank == 1:
+            engine.local.placements[0].parameter.data.view(-1)[0] += 1e-3
+        return norm
+
+    monkeypatch.setattr(Engine, "step", err)
+    faults = {"compare_replicas_every_steps": 3}
+    config = small_run(prepared, tmp_path / "run", faults=faults, parallel={"dp": 2, "zero": 0})
+    with pytest.raises(RanksFailedError, match=r"step 3: the weights of ranks \[0, 1\] are not"):
+        start(config)
+    assert latest(Path(config.run_dir) / CHECKPOINTS) is None
+
+
+REQUESTS = {
+    "signal": ("SIGUSR1", lambda folder: os.kill(os.getpid(), signal.SIGUSR1)),
+    "file": ("stop file", lambda folder: (folder / "stop").touch()),
+}
+
+
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_what_one_rank_is_told_stops_all_after_the_next_step(
+    request_by: str, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, ask = REQUESTS[request_by]
+    config = small_run(prepared, tmp_path / "run", training={"log_every_steps": 8}, parallel={"dp": 1, "pp": 2})
+    step, calls = Engine.step, [0]
+
+    def asked(engine: Engine, rate: float) -> Tensor:
+        calls[0] += 1
+        if engine.mesh.rank == 1 and calls[0] == 1:
+            ask(tmp_path / "run")
+        return step(engine, rate)
+
+    monkeypatch.setattr(Engine, "step", asked)
+    start(config)
+    save, told, end = history(config)[-3:]
+    assert (save["event"], told["event"], end["event"]) == ("save", "signal", "end")
+    assert save["step"] == told["step"] == end["step"] == final(config).state["step"]
+    # Rank 0 may look for the file before or after rank 1 has made it.
+    assert told["step"] == 2 or (request_by == "file" and told["step"] == 3)
+    assert told["details"] == {"name": name}
+    assert not (tmp_path / "run/stop").exists()
+
+
+def verdict(loss: float, norm: float) -> Verdict:
+    return Verdict(1, 0, 0, loss, norm)
+
+
+def test_what_is_bad() -> None:
+    config = FaultsConfig(spike_z=6, spike_window=8)
+    recent = [(3 + 0.1 * (i % 3), 1 + 0.3 * (i % 4)) for i in range(8)]
+    assert problem(verdict(3.1, 1.2), recent, config) is None
+    assert problem(verdict(0.1, 0.01), recent, config) is None
+    assert "loss 5 is" in str(problem(verdict(5, 1.2), recent, config))
+    assert "gradient norm 9 is" in str(problem(verdict(3.1, 9), recent, config))
+    assert problem(verdict(5, 9), recent[1:], config) is None  # too few to know
+    assert problem(verdict(5, 9), recent, FaultsConfig()) is None
+    assert problem(verdict(float("inf"), 1), [], FaultsConfig()) == "loss is not finite"
+    flat = [(3.0, 1.0)] * 8
+    assert problem(verdict(3.0001, 1.0), flat, config) is None
+
+
+def test_positions_that_are_skipped_are_jumped_over() -> None:
+    state = State(2, 16, 0).skipping(24, 8).skipping(32, 8)
+    assert state.after(8, 1).consumed_sequences == 40
+    assert State(2, 24, 0).skipping(24, 8).consumed_sequences == 32
+    assert State(2, 20, 0, skipped=((24, 32),)).skipping(8, 8).consumed_sequences == 32  # a batch that would overlap
+    saved = {"step": 3, "consumed_sequences": 40, "tokens_seen": 1, "skipped": [[24, 32]], "run": {}}
+    assert State.load(saved) == State(3, 40, 1, ((24, 32),))

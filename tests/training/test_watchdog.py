@@ -1,0 +1,73 @@
+"""A process that hangs ends itself and says where it stood; one that is slow for a reason goes on."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from triplane.training.failure import log_file, take_failure
+from triplane.training.stopwatch import Stopwatch
+from triplane.training.watchdog import EXIT_CODE, Watchdog
+
+
+def in_child(run_dir: Path, body: Callable[[Watchdog, Stopwatch], None]) -> int:
+    """The pid of a process that runs `body` under a watchdog that waits one second."""
+    child = os.fork()
+    if not child:
+        stopwatch = Stopwatch(torch.device("cpu"))
+        with Watchdog(1.0, run_dir, 3, stopwatch) as watchdog:
+            body(watchdog, stopwatch)
+        os._exit(0)
+    return child
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def steps(watchdog: Watchdog, stopwatch: Stopwatch, *seconds: float) -> None:
+    for step, wait_s in enumerate(seconds, start=1):
+        with watchdog.work("step", step), stopwatch.phase("optimizer_time_s"):
+            time.sleep(wait_s)
+
+
+def test_a_hang_is_told_with_stacks(tmp_path: Path) -> None:
+    started_s = time.monotonic()
+    assert exit_code(in_child(tmp_path, lambda *both: steps(*both, 0.01, 30))) == EXIT_CODE
+    assert time.monotonic() - started_s < 10
+    failure = take_failure(tmp_path, 3)
+    assert failure is not None and str(failure).endswith(
+        "failed first, in step 2, optimizer: hang: no progress for 1 s"
+    )
+    assert "in steps\n" in log_file(tmp_path, 3).read_text()
+    assert take_failure(tmp_path, 3) is None
+
+
+def test_the_first_of_a_kind_may_take_long(tmp_path: Path) -> None:
+    def body(watchdog: Watchdog, stopwatch: Stopwatch) -> None:
+        steps(watchdog, stopwatch, 2.5, 0.01)  # compiles
+        with watchdog.work("validation", 2):
+            time.sleep(2.5)
+        time.sleep(2.5)  # between
+
+    assert exit_code(in_child(tmp_path, body)) == 0
+
+
+def test_a_process_that_was_stopped_and_goes_on_has_not_hung(tmp_path: Path) -> None:
+    child = in_child(tmp_path, lambda *both: steps(*both, 0.01, 0.4, 0.01))
+    time.sleep(0.2)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(child, signal.SIGCONT)
+    assert exit_code(child) == 0
+
+
+def test_an_error_is_noted_with_where_it_arose(tmp_path: Path) -> None:
+    watchdog = Watchdog(None, tmp_path, 0, Stopwatch(torch.device("cpu")))
+    with pytest.raises(ZeroDivisionError) as caught, watchdog.work("validation", 7):
+        print(1 / 0)
+    assert caught.value.__notes__ == ["in step 7, validation"]

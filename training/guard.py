@@ -1,0 +1,35 @@
+"""Which losses and gradient norms are bad."""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from triplane.training.agreement import Verdict
+from triplane.training.config import FaultsConfig
+
+_NORMAL = 1.4826
+"""Standard deviations of a normal distribution in its median absolute deviation."""
+_LEAST = 0.01
+"""The least deviation, as a share of the median: rounding makes no spike."""
+
+
+def problem(verdict: Verdict, recent: Sequence[tuple[float, float]], config: FaultsConfig) -> str | None:
+    """What is wrong with a step's loss or gradient norm, given those of the steps before it."""
+    values = {"loss": verdict.loss, "gradient norm": verdict.gradient_norm}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return f"{name} is not finite"
+    if config.spike_z is None or len(recent) < config.spike_window:
+        return None
+    for (name, value), past in zip(values.items(), zip(*recent)):
+        z = _deviations(value, past)
+        if z > config.spike_z:
+            return f"{name} {value:.4g} is {z:.1f} deviations above the median {median(past):.4g}"
+    return None
+
+
+def _deviations(value: float, past: Sequence[float]) -> float:
+    """Above the median of `past`; robust against the odd value in it."""
+    middle = median(past)
+    deviation = _NORMAL * median(abs(other - middle) for other in past)
+    return (value - middle) / max(deviation, _LEAST * abs(middle))
