@@ -220,7 +220,7 @@ def main() -> None:
         prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
         print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
         leave(2)
-    except Exception:
+    except Exception:  # printed as Python would, but gloo's threads must not see the exit that follows
         traceback.print_exc()
         leave(1)
 

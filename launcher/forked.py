@@ -89,11 +89,10 @@ def _rank(
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)
-    answer = (rank, traceback.format_exc(), None)
     try:
         with connected(layout, where, rank, world_size, FileStore(str(store), world_size)) as mesh:
             answer = (rank, "", function(mesh, *args))
-    except BaseException:
+    except BaseException:  # whatever it was, the parent raises it
         answer = (rank, traceback.format_exc(), None)
     # Plain bytes: a tensor in a queue is a file descriptor that dies with its process.
     queue.put(pickle.dumps(answer))

@@ -115,20 +115,19 @@ class Engine:
         ids_T[: len(tokens)] = torch.tensor(tokens)
         wanted_T = torch.full_like(ids_T, IGNORED_TARGET)
         wanted_T[len(tokens) - 1] = 0
-        batch = Batch.build(ids_T, wanted_T, [0, len(ids_T)]).to(self.mesh.device)
+        share = self._share(Batch.build(ids_T, wanted_T, [0, len(ids_T)]).to(self.mesh.device))
         logits_V = torch.zeros(self.config.vocab_size, device=self.mesh.device)
 
         def forward(module: nn.Module, number: int, received: Tensor | None) -> Tensor:
             assert isinstance(module, Transformer)
-            local = self._share(batch)
             if module.head is None:
-                return module.hidden(local, received)
-            share_TV = module.logits(local, received)[local.targets_T != IGNORED_TARGET]
-            if number == 0 and len(share_TV):
-                start = self.mesh.tp.rank * share_TV.shape[1] if self.mesh.tp.size > 1 else 0
-                mine_V = logits_V[start : start + share_TV.shape[1]]  # fewer where the vocabulary was padded
-                mine_V.copy_(share_TV[0, : len(mine_V)])
-            return share_TV.new_zeros(())
+                return module.hidden(share, received)
+            scores_TV = module.logits(share, received)[share.targets_T != IGNORED_TARGET]
+            if number == 0 and len(scores_TV):
+                start = self.mesh.tp.rank * scores_TV.shape[1] if self.mesh.tp.size > 1 else 0
+                mine_V = logits_V[start : start + scores_TV.shape[1]]  # fewer where the vocabulary was padded
+                mine_V.copy_(scores_TV[0, : len(mine_V)])
+            return scores_TV.new_zeros(())
 
         with torch.no_grad():
             self._schedule(forward, self.mesh.pp.size if self.layout.virtual_stages > 1 else 1, len(ids_T), train=False)

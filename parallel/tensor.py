@@ -70,16 +70,12 @@ class CopyingRMSNorm(nn.RMSNorm):
         return megatron.copy_to_tp(super().forward(x), self.mesh)
 
 
-class GatheringRMSNorm(nn.RMSNorm):
+class GatheringRMSNorm(CopyingRMSNorm):
     """RMSNorm of this rank's tokens, (T / tp, D), whose output is gathered: (T, D)."""
 
-    def __init__(self, norm: nn.RMSNorm, mesh: Mesh):
-        super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
-        self.mesh = mesh
-
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight = megatron.copy_to_tp(self.weight, self.mesh)  # each rank sees the gradient of its tokens
-        normed = F.rms_norm(x_TD, self.normalized_shape, weight, self.eps)
+        normed = F.rms_norm(x, self.normalized_shape, weight, self.eps)
         return megatron.gather_tokens(normed, self.mesh)
 
 
