@@ -4,8 +4,10 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """Checkpoints are written into `RUN/checkpoints/step_N`; what no `keep_` key names is deleted after a save."""
+    """Checkpoints are named `step_N`; what no `keep_` key names is deleted after a save."""
 
+    folder: str | None = Field(default=None, min_length=1)
+    """Where they lie: a path, or an fsspec URL such as `s3://bucket/run`. None: in `RUN/checkpoints`."""
     every_steps: PositiveInt = 1000
     """Save after each this many steps, and after the last."""
     asynchronous: bool = True

@@ -50,8 +50,9 @@ def import_hf(folder: Path, out: Path) -> Import:
         for name, weight in weights.items():
             data = weight.float().contiguous()
             path = temporary / f"{name}.safetensors"
-            boxes += write_tensors(path, [Fragment("weight", name, data.shape, (0,) * data.dim(), data, primary=True)])
-            sizes[path.name] = path.stat().st_size
+            fragment = Fragment("weight", name, data.shape, (0,) * data.dim(), data, primary=True)
+            written, sizes[path.name] = write_tensors(path, [fragment])
+            boxes += written
         run = {"model": config.model_dump(mode="json"), "imported_from": str(folder)}
         progress = {"step": 0, "consumed_sequences": 0, "tokens_seen": 0, "validation_loss": None}
         write_manifest(temporary, Manifest({**progress, "run": run}, boxes, sizes))

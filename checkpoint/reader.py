@@ -3,13 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError, DamagedError
+from triplane.checkpoint.location import Location
 from triplane.checkpoint.manifest import Box, read_manifest
 from triplane.checkpoint.tensors import TensorFile
 from triplane.parallel.placement import Fragment
@@ -18,16 +18,21 @@ from triplane.parallel.placement import Fragment
 class Checkpoint:
     """A checkpoint, opened for reading; holds memory for the largest box that it has read."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Location):
         self.folder = folder
         manifest = read_manifest(folder)
         self.state: dict[str, Any] = manifest.state
-        self.bytes = sum(manifest.file_bytes.values())
+        self.file_bytes = manifest.file_bytes
         self._files: dict[str, TensorFile] = {}
         self._memory = torch.empty(0)
         self._boxes: dict[str, list[Box]] = defaultdict(list)
         for box in manifest.boxes:
             self._boxes[box.key].append(box)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files with tensors."""
+        return sum(self.file_bytes.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,7 +86,7 @@ class Checkpoint:
     def _read(self, box: Box) -> Tensor:
         """The box, in memory that the next read overwrites."""
         if box.file not in self._files:
-            self._files[box.file] = TensorFile(self.folder / box.file)
+            self._files[box.file] = TensorFile(self.folder / box.file, self.file_bytes[box.file])
         elements = math.prod(box.sizes)
         if elements > self._memory.numel():
             self._memory = torch.empty(elements)

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.errors import CheckpointError, DamagedError
-from triplane.checkpoint.manifest import latest, set_aside, step_of
+from triplane.checkpoint.folder import latest, set_aside, step_of
+from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.parallel.placement import Fragment
 
@@ -18,7 +18,7 @@ from triplane.parallel.placement import Fragment
 class Resumed:
     """The checkpoint that a run goes on from."""
 
-    path: Path
+    path: Location
     state: dict[str, Any]
 
 
@@ -27,12 +27,12 @@ class Damage:
     """A checkpoint that was passed over."""
 
     step: int
-    path: Path
+    path: Location
     """Where it is now."""
     reason: str
 
 
-def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Resumed | None, list[Damage]]:
+def fill_from_newest(folder: Location, fragments: Iterable[Fragment]) -> tuple[Resumed | None, list[Damage]]:
     """Fills the fragments of all ranks from the newest checkpoint under `folder` that is whole; collective.
 
     What any rank finds damaged is set aside. Without a whole checkpoint the fragments are zero. Raises
@@ -58,7 +58,7 @@ def fill_from_newest(folder: Path, fragments: Iterable[Fragment]) -> tuple[Resum
     return None, damages
 
 
-def _try(path: Path, fragments: list[Fragment]) -> tuple[Resumed | None, CheckpointError | None]:
+def _try(path: Location, fragments: list[Fragment]) -> tuple[Resumed | None, CheckpointError | None]:
     try:
         checkpoint = Checkpoint(path)
         checkpoint.fill(fragments)

@@ -4,88 +4,93 @@ import json
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from triplane.checkpoint.errors import CheckpointError, DamagedError
+from triplane.checkpoint.errors import CheckpointError, DamagedError, OutOfReachError
+from triplane.checkpoint.location import Location, fill, writing
 from triplane.checkpoint.manifest import Box
-from triplane.data.files import sync
 from triplane.parallel.placement import Fragment
 
-_CHUNK_BYTES = 2**20
-"""Small enough to be in the cache still when its checksum is computed."""
+_LENGTH_BYTES = 8
+"""Before the header: its length, little-endian."""
 
 
-def write_tensors(path: Path, fragments: Sequence[Fragment]) -> list[Box]:
-    """Puts the fragments on the disk; returns what is where. Without fragments there is no file."""
+def write_tensors(path: Location, fragments: Sequence[Fragment]) -> tuple[list[Box], int]:
+    """Writes the fragments; returns what is where, and the file's bytes. Without fragments there is no file."""
     if not fragments:
-        return []
-    arrays = {_entry(fragment.key, fragment.offsets): fragment.data.cpu().numpy() for fragment in fragments}
-    try:
-        save_file(arrays, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # else the owner's alone
-    with ThreadPoolExecutor(1) as thread:  # the disk and this core work at the same time
-        on_disk = thread.submit(sync, path)
-        checksums = [zlib.crc32(array.data) for array in arrays.values()]
-        on_disk.result()
-    return [
+        return [], 0
+    arrays = [fragment.data.cpu().numpy() for fragment in fragments]
+    header, end = {}, 0
+    for fragment, array in zip(fragments, arrays):
+        span = [end, end := end + array.nbytes]
+        entry = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
+        header[_entry(fragment.key, fragment.offsets)] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with ThreadPoolExecutor(1) as thread, writing(path) as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for array in arrays:
+            file.write(array.data.cast("B"))
+        # This core works while the block ends, which waits for the disk.
+        checksums = thread.map(lambda array: zlib.crc32(array.data), arrays)
+    boxes = [
         Box(fragment.key, tuple(fragment.shape), fragment.offsets, tuple(fragment.data.shape), path.name, checksum)
         for fragment, checksum in zip(fragments, checksums)
     ]
+    return boxes, _LENGTH_BYTES + len(text) + end
 
 
 class TensorFile:
-    """A file of boxes. Read without a memory map, under which a failing disk would be a signal and not an error."""
+    """A file of boxes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Location, size_bytes: int):
         self.path = path
         try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if length > path.stat().st_size:
-                    raise ValueError(f"a header of {length} bytes")
-                self._entries = json.loads(file.read(length))
+            length = int.from_bytes(self._read(0, _LENGTH_BYTES), "little")
+            if length > size_bytes:
+                raise ValueError(f"a header of {length} bytes")
+            self._entries = json.loads(self._read(_LENGTH_BYTES, length))
         except (OSError, ValueError) as error:
-            raise _unreadable(path, error) from error
-        self._start = 8 + length
+            raise self._unreadable(error) from error
+        self._start = _LENGTH_BYTES + length
 
     def read(self, box: Box, into: Tensor) -> None:
         """Fills `into`, which has the box's sizes, and verifies what it reads."""
         target = into.numpy().data.cast("B")
-        checksum = 0
+        checksum = missing = 0
         try:
             entry = self._entries[_entry(box.key, box.offsets)]
             begin, end = entry["data_offsets"]
-            if entry["dtype"] != "F32" or entry["shape"] != list(box.sizes) or end - begin != len(target):
+            missing = len(target)
+            if entry["dtype"] != "F32" or entry["shape"] != list(box.sizes) or end - begin != missing:
                 raise ValueError(f"{entry} for {box.key} of {list(box.sizes)}")
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._start + begin)
-                while target:
-                    chunk = target[: file.readinto(target[:_CHUNK_BYTES])]
-                    if not chunk:
-                        raise ValueError(f"ends within {box.key}")
-                    checksum = zlib.crc32(chunk, checksum)
-                    target = target[len(chunk) :]
+            for part in fill(self.path, self._start + begin, target):
+                checksum = zlib.crc32(part, checksum)
+                missing -= len(part)
+            if missing:
+                raise ValueError(f"ends within {box.key}")
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise _unreadable(self.path, error) from error
+            raise self._unreadable(error) from error
         if checksum != box.crc32:
             raise DamagedError(
                 f"{self.path}: {box.key} is damaged (CRC-32 {checksum:08x}, written as {box.crc32:08x}); take another "
                 f"checkpoint"
             )
 
+    def _read(self, begin: int, size: int) -> bytes:
+        buffer = bytearray(size)
+        found = sum(map(len, fill(self.path, begin, memoryview(buffer))))
+        return bytes(buffer[:found])
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        if isinstance(error, PermissionError):
+            return CheckpointError(f"{self.path}: {error}; make it readable")
+        if isinstance(error, OutOfReachError):
+            return error
+        return DamagedError(f"{self.path}: unreadable ({error}); take another checkpoint")
+
 
 def _entry(key: str, offsets: Sequence[int]) -> str:
     """A box's name within the file."""
     return f"{key}@{','.join(map(str, offsets))}"
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    if isinstance(error, PermissionError):
-        return CheckpointError(f"{path}: {error}; make it readable")
-    return DamagedError(f"{path}: unreadable ({error}); take another checkpoint")

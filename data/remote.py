@@ -101,7 +101,7 @@ def _chunks(url: str, timeout_s: float, size_bytes: int | None) -> Iterator[byte
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
     except Exception as error:  # each protocol's package raises its own kinds
-        raise TransferError(_in_short(error)) from error
+        raise TransferError(in_short(error)) from error
 
 
 def _options(protocol: str, timeout_s: float) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def _options(protocol: str, timeout_s: float) -> dict[str, Any]:
     return {}
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """One line on what a protocol's package raised."""
     if isinstance(error, TimeoutError):
         return "timed out"
     text = " ".join(str(error).split())[:200]

@@ -49,7 +49,9 @@ Inputs = Annotated[
     ),
 ]
 TextField = Annotated[str, typer.Option(help="JSON field or table column that holds the text.")]
-Run = Annotated[Path, typer.Argument(help="A run folder (its newest checkpoint is taken) or a checkpoint.")]
+Run = Annotated[
+    str, typer.Argument(help="A run folder or folder of checkpoints, of which the newest is taken, or one; or its URL.")
+]
 
 
 @app.callback()
@@ -187,7 +189,7 @@ def import_(
 
 @inspect_app.command("path", hidden=True)
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A corpus, a run folder or a checkpoint.")],
+    path: Annotated[str, typer.Argument(help="A corpus, a run folder or a checkpoint; for the latter a URL too.")],
     documents: Annotated[int, typer.Option(help="Corpus: show this many first documents.")] = 0,
     verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
 ) -> None:

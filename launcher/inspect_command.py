@@ -12,11 +12,11 @@ from triplane.launcher.corpus_commands import show_corpus
 from triplane.launcher.errors import ConfigError
 
 
-def inspect(path: Path, documents: int, verify: bool) -> None:
+def inspect(path: str, documents: int, verify: bool) -> None:
     """Prints what is in a corpus, a run's newest checkpoint, or a checkpoint."""
     console = Console(highlight=False, soft_wrap=True)
-    if (path / "tokenizer.model").exists():
-        show_corpus(console, path, documents, verify)
+    if Path(path, "tokenizer.model").exists():
+        show_corpus(console, Path(path), documents, verify)
         return
     from triplane.launcher.model_commands import show_checkpoint  # imports torch
 

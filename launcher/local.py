@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from triplane.checkpoint.manifest import latest, step_of
-from triplane.launcher.preflight import CHECKPOINTS
+from triplane.checkpoint.folder import latest, step_of
+from triplane.checkpoint.location import Location
 from triplane.training.failure import Failure, log_file, take_failure
 from triplane.training.history import record_event
 
@@ -22,7 +22,9 @@ _GRACE_S = 5.0
 _POLL_S = 0.05
 
 
-def run_local_ranks(count: int, arguments: Sequence[str], run_dir: Path, max_restarts: int) -> int:
+def run_local_ranks(
+    count: int, arguments: Sequence[str], run_dir: Path, checkpoints: Location, max_restarts: int
+) -> int:
     """Runs `triplane` with `arguments` on `count` ranks of this machine; returns the exit code.
 
     After a crash they are started again if there is a checkpoint that was not there before. Rank 0 prints here;
@@ -31,7 +33,7 @@ def run_local_ranks(count: int, arguments: Sequence[str], run_dir: Path, max_res
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     ranks = LocalRanks(count, arguments, run_dir)
     for restarts_left in range(max_restarts, -1, -1):
-        before = latest(run_dir / CHECKPOINTS)
+        before = latest(checkpoints)
         failure = ranks.run()
         if failure is None:
             return ranks.exit_code
@@ -39,7 +41,7 @@ def run_local_ranks(count: int, arguments: Sequence[str], run_dir: Path, max_res
             print("\n".join(f"triplane: {line}" for line in failure.message.splitlines()), file=sys.stderr)
         else:
             print(f"triplane: {failure}; see {log_file(run_dir, failure.rank)}", file=sys.stderr)
-        newest = latest(run_dir / CHECKPOINTS)
+        newest = latest(checkpoints)
         step = step_of(newest) if newest else 0
         cause = f"{failure.kind}: {failure.message}"
         record_event(run_dir, "failure", step, rank=failure.rank, host=failure.host, where=failure.where, error=cause)

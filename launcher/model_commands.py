@@ -37,7 +37,7 @@ class TrainedModel:
     config: RunConfig
 
     @classmethod
-    def open(cls, path: Path) -> "TrainedModel":
+    def open(cls, path: str) -> "TrainedModel":
         """`path` is a run folder, of which the newest checkpoint is taken, or a checkpoint."""
         checkpoint = Checkpoint(find_checkpoint(path))
         if source := checkpoint.state["run"].get("imported_from"):
@@ -54,7 +54,7 @@ class TrainedModel:
         return load_model(self.config.model, CheckpointWeights(self.checkpoint), torch.float32).to(device), device
 
 
-def evaluate(run: Path, sequences: int | None) -> None:
+def evaluate(run: str, sequences: int | None) -> None:
     """Prints the validation loss, and what a unigram model has."""
     trained = TrainedModel.open(run)
     data = trained.config.data
@@ -69,7 +69,7 @@ def evaluate(run: Path, sequences: int | None) -> None:
     _print(f"a unigram model of the same training data: {unigram:.4f}")
 
 
-def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Prints the prompt and its continuation."""
     trained = TrainedModel.open(run)
     tokenizer = Tokenizer(trained.tokenizer_model)
@@ -79,7 +79,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     _print(prompt + tokenizer.decode(added))
 
 
-def export(run: Path, out: Path, dtype: str) -> None:
+def export(run: str, out: Path, dtype: str) -> None:
     """Writes and verifies a Hugging Face folder."""
     trained = TrainedModel.open(run)
     if dtype not in DTYPES:
@@ -111,7 +111,7 @@ def import_folder(folder: Path, out: Path) -> None:
     _print(f"[model]\n{to_toml(imported.model, 'model.')}")
 
 
-def show_checkpoint(console: Console, path: Path, verify: bool) -> None:
+def show_checkpoint(console: Console, path: str, verify: bool) -> None:
     """Prints what is in a checkpoint; `verify` reads all of it."""
     checkpoint = Checkpoint(find_checkpoint(path))
     state, run = checkpoint.state, checkpoint.state["run"]

@@ -1,16 +1,20 @@
 """What can be known to be wrong before a rank starts; imports no torch."""
 
+import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.manifest import MANIFEST, fresh_start_problem, latest, newest_manifest, read_manifest
+from triplane.checkpoint.folder import fresh_start_problem, latest, newest_manifest
+from triplane.checkpoint.location import Location, entries, location, read
+from triplane.checkpoint.manifest import MANIFEST, read_manifest
 from triplane.data.opening import Sources
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import DataChange, data_change
 
-CHECKPOINTS = "checkpoints"
+CONFIG = "config.toml"
+"""In the run folder: every choice, as resolved."""
+_CHECKPOINTS = "checkpoints"
 _FIXED = (
     "seed",
     "model",
@@ -39,8 +43,8 @@ def check_run_dir(
     config: RunConfig, record: dict[str, Any], allow_data_change: bool, allow_fresh_start: bool
 ) -> list[str]:
     """A run folder whose newest checkpoint belongs to another run, or read other data; or whose are all damaged."""
-    folder = Path(config.run_dir) / CHECKPOINTS
     try:
+        folder = checkpoints_folder(config)
         found = newest_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
@@ -66,12 +70,27 @@ def check_run_dir(
     return problems
 
 
-def find_checkpoint(path: Path) -> Path:
-    """`path` if it is a checkpoint, or the newest of the run folder `path`."""
-    folder = path if (path / MANIFEST).exists() else latest(path / CHECKPOINTS)
-    if folder is None:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one; train or import first")
-    return folder
+def checkpoints_folder(config: RunConfig) -> Location:
+    """Where the run's checkpoints lie."""
+    return location(config.checkpoint.folder or f"{config.run_dir}/{_CHECKPOINTS}")
+
+
+def find_checkpoint(text: str) -> Location:
+    """The checkpoint at a path or URL, or the newest of a run folder or a folder of checkpoints."""
+    place = location(text)
+    found = entries(place)
+    if MANIFEST in found:
+        return place
+    elsewhere = None
+    if CONFIG in found:
+        elsewhere = tomllib.loads(read(place / CONFIG).decode()).get("checkpoint", {}).get("folder")
+    if elsewhere:
+        place = location(elsewhere)
+    elif _CHECKPOINTS in found:
+        place /= _CHECKPOINTS
+    if (newest := latest(place)) is None:
+        raise CheckpointError(f"{text}: neither a checkpoint nor a run folder with one; train or import first")
+    return newest
 
 
 def _check_initial(config: RunConfig) -> Iterator[str]:
@@ -80,7 +99,7 @@ def _check_initial(config: RunConfig) -> Iterator[str]:
     if initial is None:
         return
     try:
-        theirs = read_manifest(find_checkpoint(Path(initial))).state["run"]["model"]
+        theirs = read_manifest(find_checkpoint(initial)).state["run"]["model"]
     except CheckpointError as error:
         yield f"checkpoint.initial: {error}"
         return

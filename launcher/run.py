@@ -9,7 +9,8 @@ import torch
 
 from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.manifest import fresh_start_problem, newest_manifest
+from triplane.checkpoint.folder import fresh_start_problem, newest_manifest
+from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import Damage, Resumed, fill_from_newest
 from triplane.checkpoint.store import CheckpointStore
@@ -17,7 +18,7 @@ from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.preflight import CHECKPOINTS, change_since, find_checkpoint, run_record
+from triplane.launcher.preflight import CONFIG, change_since, checkpoints_folder, find_checkpoint, run_record
 from triplane.launcher.ranks import Rank
 from triplane.launcher.toml import to_toml
 from triplane.model.fp8 import fp8_problem
@@ -49,7 +50,7 @@ def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
 
 def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_start: bool = False) -> None:
     """Trains from the newest whole checkpoint in the run folder, or from initial weights."""
-    folder = Path(config.run_dir) / CHECKPOINTS
+    folder = checkpoints_folder(config)
     config = _resolve(config, folder, mesh)
     dtype = DTYPES[config.training.precision]
     # Measured by one rank while the others wait: together they would share the memory's bandwidth.
@@ -105,7 +106,7 @@ def _take_device(rank: Rank) -> torch.device:
     return device
 
 
-def _resolve(config: RunConfig, folder: Path, mesh: Mesh) -> RunConfig:
+def _resolve(config: RunConfig, folder: Location, mesh: Mesh) -> RunConfig:
     """Replaces `auto` by what it comes to here; a resumed run keeps its precision where ZeRO allows."""
     precision = config.training.precision
     if precision == "auto" and config.parallel.zero == 0:
@@ -122,16 +123,16 @@ def _resolve(config: RunConfig, folder: Path, mesh: Mesh) -> RunConfig:
 def _write_config(config: RunConfig) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.toml").write_text(to_toml(config))
+    (run_dir / CONFIG).write_text(to_toml(config))
 
 
-def _saved_precision(folder: Path) -> Precision | None:
+def _saved_precision(folder: Location) -> Precision | None:
     newest = newest_manifest(folder)
     return cast(Precision, newest[1].state["run"]["training"]["precision"]) if newest else None
 
 
 def _restore(
-    engine: Engine, config: RunConfig, folder: Path, allow_fresh_start: bool
+    engine: Engine, config: RunConfig, folder: Location, allow_fresh_start: bool
 ) -> tuple[State, Resumed | None, list[str]]:
     """Loads the newest whole checkpoint, or begins anew; with a line on each that was set aside. Collective."""
     resumed, damages = fill_from_newest(folder, engine.optimizer.fragments())
@@ -153,7 +154,7 @@ def _begin(engine: Engine, resumed: Resumed | None, config: RunConfig) -> State:
         engine.initialize(config.seed)
         return State()
     weights = (fragment for fragment in engine.optimizer.fragments() if fragment.kind == "weight")
-    Checkpoint(find_checkpoint(Path(initial))).fill(weights)
+    Checkpoint(find_checkpoint(initial)).fill(weights)
     engine.optimizer.loaded(step=0)
     return State()
 

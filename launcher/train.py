@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
+from triplane.checkpoint.folder import write_problem
 from triplane.data.errors import DataError
 from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
 from triplane.launcher.local import run_local_ranks
-from triplane.launcher.preflight import check_data, check_run_dir, run_record
+from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
 
 
@@ -25,11 +26,14 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
                     f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True
                 )
     _check(config, ranks, allow_data_change, allow_fresh_start)
+    if rank is None or rank.rank == 0:
+        _check_writing(config)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
         arguments = ["train", str(path), *overrides, *flags]
-        return run_local_ranks(ranks, arguments, Path(config.run_dir), config.faults.max_restarts)
+        run_dir, checkpoints = Path(config.run_dir), checkpoints_folder(config)
+        return run_local_ranks(ranks, arguments, run_dir, checkpoints, config.faults.max_restarts)
     if rank is not None and "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
     from triplane.launcher.cli import leave
@@ -53,6 +57,11 @@ def _check(config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh_s
         )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _check_writing(config: RunConfig) -> None:
+    if problem := write_problem(checkpoints_folder(config)):
+        raise ConfigError(f"{problem}; set another checkpoint.folder or run_dir")
 
 
 def _local_ranks(config: RunConfig) -> int:

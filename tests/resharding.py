@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from triplane.checkpoint.config import CheckpointConfig
+from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore
 from triplane.model.config import ModelConfig
@@ -38,7 +39,7 @@ def train(
     layout: ParallelConfig,
     steps: range,
     load: Path | None = None,
-    save: Path | None = None,
+    save: Location | None = None,
 ) -> Trace:
     """Runs `steps` on this rank, from the checkpoint `load` or from initial weights; writes one under `save`."""
     engine = proof_engine(mesh, config, layout, torch.float32)

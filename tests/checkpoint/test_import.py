@@ -20,7 +20,7 @@ from triplane.data.opening import open_sources
 from triplane.launcher.cli import app
 from triplane.launcher.config import RunConfig
 from triplane.launcher.forked import run_ranks
-from triplane.launcher.preflight import CHECKPOINTS, check_run_dir, run_record
+from triplane.launcher.preflight import check_run_dir, run_record
 from triplane.launcher.run import train_on
 from triplane.model.errors import ModelError
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
@@ -114,7 +114,7 @@ def test_a_run_begins_with_the_weights_in_every_layout_and_resumes_without_them(
         run_ranks(config.parallel, ranks, _train, whole)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         curves.append([line["loss"] for line in lines if "loss" in line])
-        first = Checkpoint(run / CHECKPOINTS / "step_1").tensor("weight/norm.weight")
+        first = Checkpoint(run / "checkpoints" / "step_1").tensor("weight/norm.weight")
         assert 0 < (first - weights["norm.weight"]).abs().max() < 0.02  # one step away
     assert len(curves[0]) == 8
     for curve in curves[1:]:

@@ -3,17 +3,21 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 
+from triplane.checkpoint import folder as folder_module
 from triplane.checkpoint import store as store_module
 from triplane.checkpoint import tensors
 from triplane.checkpoint.config import CheckpointConfig
-from triplane.checkpoint.manifest import Manifest, latest
+from triplane.checkpoint.folder import latest
+from triplane.checkpoint.location import writing
+from triplane.checkpoint.manifest import Manifest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore
 from triplane.launcher.forked import RanksFailedError, run_ranks
@@ -29,9 +33,13 @@ def _die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _half(arrays: dict, path: Path) -> None:
-    path.write_bytes(next(iter(arrays.values())).tobytes()[: ELEMENTS * 2])
-    _die()
+@contextmanager
+def _half(path: Path) -> Iterator[BinaryIO]:
+    with writing(path) as file:
+        file.write(bytes(ELEMENTS * 2))
+        file.flush()
+        _die()
+        yield file
 
 
 def _after(action: Callable[..., Any]) -> Callable[..., None]:
@@ -48,11 +56,11 @@ def _delete_one_and_die(folder: Path) -> None:
 
 
 PHASES: dict[str, tuple[int, Any, str, Any]] = {
-    "before the folder": (0, store_module, "_make_room", _die),
-    "in a file": (1, tensors, "save_file", _half),
-    "before a file is on the disk": (1, tensors, "sync", _die),
+    "before the folder": (0, store_module, "begin", _die),
+    "in a file": (1, tensors, "writing", _half),
+    "before a file is on the disk": (1, os, "fsync", _die),
     "before the manifest": (0, Manifest, "to_json", _die),
-    "after the manifest": (0, store_module, "write_manifest", _after(store_module.write_manifest)),
+    "after the manifest": (0, folder_module, "write_manifest", _after(folder_module.write_manifest)),
     "before the rename": (0, Path, "rename", _die),
     "after the rename": (0, store_module, "commit", _after(store_module.commit)),
     "in the deletion of an old one": (0, shutil, "rmtree", _delete_one_and_die),

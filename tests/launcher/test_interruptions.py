@@ -16,7 +16,7 @@ from runs import small_run
 from small_corpora import Prepared
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
-from triplane.checkpoint.manifest import latest
+from triplane.checkpoint.folder import latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.launcher.forked import run_ranks
 from triplane.launcher.run import train_on

@@ -14,7 +14,7 @@ from triplane.checkpoint.reader import Checkpoint
 from triplane.data.opening import open_sources
 from triplane.launcher.config import RunConfig
 from triplane.launcher.forked import RanksFailedError, run_ranks
-from triplane.launcher.preflight import CHECKPOINTS, check_run_dir, run_record
+from triplane.launcher.preflight import check_run_dir, run_record
 from triplane.launcher.run import train_on
 from triplane.parallel import zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
@@ -29,7 +29,7 @@ def _start(config: RunConfig, allow_fresh_start: bool = False) -> None:
 
 
 def _names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / CHECKPOINTS).iterdir())
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def _set_aside(run_dir: Path) -> list[dict]:
@@ -43,11 +43,11 @@ def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Check
     """The end of the run that nothing happened to."""
     config = small_run(prepared, tmp_path_factory.mktemp("whole") / "run", parallel={"dp": 2})
     _start(config)
-    return Checkpoint(Path(config.run_dir) / CHECKPOINTS / "step_8")
+    return Checkpoint(Path(config.run_dir) / "checkpoints" / "step_8")
 
 
 def _assert_same_end(run_dir: Path, whole: Checkpoint) -> None:
-    end = Checkpoint(run_dir / CHECKPOINTS / "step_8")
+    end = Checkpoint(run_dir / "checkpoints" / "step_8")
     assert end.state["consumed_sequences"] == whole.state["consumed_sequences"]
     for key in whole.shapes:
         assert end.tensor(key).equal(whole.tensor(key)), key
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_set_aside(name: str, whole: Checkpoint, prepare
     run = tmp_path / "run"
     _start(small_run(prepared, run, parallel={"dp": 2}, training={"stop_at_step": 6}))
     assert _names(run) == ["step_3", "step_6"]
-    damage(run / CHECKPOINTS / "step_6")
+    damage(run / "checkpoints" / "step_6")
     config = small_run(prepared, run, parallel={"dp": 2})
     record = run_record(config, open_sources(config.data, run))
     assert check_run_dir(config, record, allow_data_change=False, allow_fresh_start=False) == []
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_set_aside(name: str, whole: Checkpoint, prepare
     (event,) = _set_aside(run)
     assert event["step"] == 6
     assert reason in event["details"]["reason"]
-    assert event["details"]["path"] == str(run / CHECKPOINTS / "damaged_step_6")
+    assert event["details"]["path"] == str(run / "checkpoints" / "damaged_step_6")
 
 
 def test_without_a_whole_checkpoint_a_run_begins_anew_only_if_told(
@@ -91,7 +91,7 @@ def test_without_a_whole_checkpoint_a_run_begins_anew_only_if_told(
     run = tmp_path / "run"
     _start(small_run(prepared, run, parallel={"dp": 2}, training={"stop_at_step": 6}))
     for step in ("step_3", "step_6"):
-        _flip(run / CHECKPOINTS / step / "rank_0.safetensors", -1)  # of rank 0's moments
+        _flip(run / "checkpoints" / step / "rank_0.safetensors", -1)  # of rank 0's moments
     config = small_run(prepared, run, parallel={"dp": 2})
     with pytest.raises(RanksFailedError, match=r"no checkpoint is whole; .* --allow-fresh-start"):
         _start(config)
@@ -100,7 +100,7 @@ def test_without_a_whole_checkpoint_a_run_begins_anew_only_if_told(
     (problem,) = check_run_dir(config, record, allow_data_change=False, allow_fresh_start=False)
     assert "damaged_step_3, damaged_step_6" in problem
     assert check_run_dir(config, record, allow_data_change=False, allow_fresh_start=True) == []
-    (run / CHECKPOINTS / "damaged_step_3").rename(run / CHECKPOINTS / "step_3")
+    (run / "checkpoints" / "damaged_step_3").rename(run / "checkpoints" / "step_3")
     _start(config, allow_fresh_start=True)  # what was read of the moments is forgotten
     _assert_same_end(run, whole)
     assert [event["step"] for event in _set_aside(run)] == [6, 3, 3]

@@ -14,11 +14,10 @@ from small_corpora import Prepared
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
-from triplane.checkpoint.manifest import latest
+from triplane.checkpoint.folder import latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.launcher.config import RunConfig
 from triplane.launcher.forked import RanksFailedError, run_ranks
-from triplane.launcher.preflight import CHECKPOINTS
 from triplane.launcher.run import train_on
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
@@ -62,7 +61,7 @@ def losses(config: RunConfig) -> dict[int, float]:
 
 
 def final(config: RunConfig) -> Checkpoint:
-    newest = latest(Path(config.run_dir) / CHECKPOINTS)
+    newest = latest(Path(config.run_dir) / "checkpoints")
     assert newest is not None
     return Checkpoint(newest)
 
@@ -246,7 +245,7 @@ def test_a_run_stops_before_it_saves_weights_that_differ(
     config = small_run(prepared, tmp_path / "run", faults=faults, parallel={"dp": 2, "zero": 0})
     with pytest.raises(RanksFailedError, match=r"step 3: the weights of ranks \[0, 1\] are not"):
         start(config)
-    assert latest(Path(config.run_dir) / CHECKPOINTS) is None
+    assert latest(Path(config.run_dir) / "checkpoints") is None
 
 
 REQUESTS = {

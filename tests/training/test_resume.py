@@ -10,11 +10,10 @@ from small_corpora import Prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
-from triplane.checkpoint.manifest import checkpoints, latest
+from triplane.checkpoint.folder import checkpoints, latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.launcher.config import RunConfig
 from triplane.launcher.forked import run_ranks
-from triplane.launcher.preflight import CHECKPOINTS
 from triplane.launcher.run import train_on
 from triplane.parallel.mesh import Mesh
 
@@ -36,7 +35,7 @@ def _train(mesh: Mesh, config: RunConfig) -> None:
 
 
 def final_state(config: RunConfig) -> Checkpoint:
-    newest = latest(Path(config.run_dir) / CHECKPOINTS)
+    newest = latest(Path(config.run_dir) / "checkpoints")
     assert newest is not None
     return Checkpoint(newest)
 
@@ -90,7 +89,7 @@ def test_a_bf16_run_goes_on_in_fp32_where_no_rank_has_masters(prepared: Prepared
 def test_checkpoints_come_when_due_and_old_ones_go(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(prepared, tmp_path / "run")
     start(config)
-    folder = Path(config.run_dir) / CHECKPOINTS
+    folder = Path(config.run_dir) / "checkpoints"
     assert [path.name for path in checkpoints(folder)] == ["step_6", "step_8"]
     assert sorted(path.name for path in folder.iterdir()) == ["step_6", "step_8"]
 

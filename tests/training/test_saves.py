@@ -9,13 +9,12 @@ from runs import small_run
 from small_corpora import Prepared
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
-from triplane.checkpoint.manifest import checkpoints
+from triplane.checkpoint.folder import checkpoints
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import Save
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig
 from triplane.launcher.forked import RanksFailedError, run_ranks
-from triplane.launcher.preflight import CHECKPOINTS
 from triplane.launcher.run import train_on
 from triplane.parallel import zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
@@ -63,7 +62,7 @@ def test_the_best_and_every_kth_stay(prepared: Prepared, tmp_path: Path) -> None
     lines = _lines(run / "metrics.jsonl")
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     best = min(losses, key=losses.__getitem__)
-    kept = checkpoints(run / CHECKPOINTS)
+    kept = checkpoints(run / "checkpoints")
     assert [path.name for path in kept] == [f"step_{step}" for step in sorted({best, 3, 6, 8})]
     assert Checkpoint(kept[0]).state["validation_loss"] == losses[int(kept[0].name[5:])]
     times = [line for line in lines if "checkpoint_time_s" in line]
@@ -90,8 +89,8 @@ def test_a_run_on_a_full_disk_trains_on_and_saves_when_there_is_room(
     rules = {"every_steps": 3, "keep_last": 1}
     config = small_run(prepared, run, model=MODEL, parallel={"dp": RANKS}, checkpoint=rules)
     run_ranks(config.parallel, RANKS, _train_until_the_disk_is_full, config, small_disk / "ballast")
-    assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["step_8"]
-    Checkpoint(run / CHECKPOINTS / "step_8").verify()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_8"]
+    Checkpoint(run / "checkpoints" / "step_8").verify()
     shown = capfd.readouterr().out
     assert f"step 3: NOT SAVED: cannot write {run}/checkpoints/step_3: " in shown
     assert "bytes needed, 0 free; earlier checkpoints are untouched" in shown
@@ -105,7 +104,7 @@ def test_a_run_that_could_not_save_its_last_state_fails(prepared: Prepared, tmp_
     (small_disk / "ballast").write_bytes(bytes(200 * 1024))
     run = tmp_path / "run"
     run.mkdir()
-    (run / CHECKPOINTS).symlink_to(small_disk)
+    (run / "checkpoints").symlink_to(small_disk)
     config = small_run(prepared, run, model=MODEL, parallel={"dp": RANKS})
     with pytest.raises(RanksFailedError, match=r"the run's last state is not saved: cannot write .*/step_8"):
         run_ranks(config.parallel, RANKS, _train, config)
