@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from time import perf_counter
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from triplane.checkpoint.agreement import on_rank_0
@@ -24,7 +25,7 @@ from triplane.checkpoint.folder import begin, checkpoint_of, checkpoints, commit
 from triplane.checkpoint.location import Location, remove
 from triplane.checkpoint.manifest import Box, Manifest, read_manifest
 from triplane.checkpoint.retention import Kept, expendable
-from triplane.checkpoint.snapshot import Snapshot
+from triplane.checkpoint.snapshot import Snapshot, last_change
 from triplane.checkpoint.tensors import write_tensors
 from triplane.parallel.placement import Fragment
 
@@ -67,26 +68,36 @@ class CheckpointStore:
         self._group = dist.new_group(backend="gloo", timeout=_SLOWEST_WRITE)
         self._snapshot = Snapshot()
         self._thread: Thread | None = None
+        self._copied = Event()
+        self._copied.set()
+        self._stall_s = 0.0
         self._ended: deque[Save | Exception] = deque()
         self._losses: dict[int, float | None] = {}
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
-        """Begins to write the checkpoint of `step` from the fragments of all ranks; when it returns, they may change.
+        """Begins to write the checkpoint of `step` from the fragments of all ranks.
 
-        Waits for the save before it, and for its own end if it is not to be asynchronous.
+        They may be read from then on, and change after `wait_until_copied`. Waits for the save before it, and for its
+        own end if it is not to be asynchronous.
         """
         start_s = perf_counter()
         self._wait()
         mine = [fragment for fragment in fragments if fragment.primary]
+        changed = last_change(mine)
         if self.config.asynchronous:
-            mine = self._snapshot.take(mine)
+            self._copied.clear()
+        self._stall_s = perf_counter() - start_s
         # A daemon, since at the end of a failed run the other ranks may never answer.
-        self._thread = Thread(
-            target=self._run, args=(step, mine, state, start_s, perf_counter() - start_s), daemon=True
-        )
+        self._thread = Thread(target=self._run, args=(step, mine, changed, state, start_s), daemon=True)
         self._thread.start()
         if not self.config.asynchronous:
             self._wait()
+
+    def wait_until_copied(self) -> None:
+        """Until the save in flight needs the fragments no more."""
+        start_s = perf_counter()
+        self._copied.wait()
+        self._stall_s += perf_counter() - start_s
 
     def ended(self, wait: bool = False) -> list[Save]:
         """The saves that have ended since the last call, with `wait` the one in flight too.
@@ -108,11 +119,20 @@ class CheckpointStore:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, step: int, fragments: list[Fragment], state: dict[str, Any], start_s: float, stall_s: float) -> None:
+    def _run(
+        self,
+        step: int,
+        fragments: list[Fragment],
+        changed: torch.cuda.Event | None,
+        state: dict[str, Any],
+        start_s: float,
+    ) -> None:
         final = checkpoint_of(self.folder, step)
-        error = None
+        stall_s, error = 0.0, None
         try:
-            stall_s = self._write(step, fragments, state, stall_s)
+            if self.config.asynchronous:
+                fragments = self._copy(fragments, changed)
+            stall_s = self._write(step, fragments, state)
             time_s = perf_counter() - start_s
             on_rank_0(self._delete_old, self._group)
         except OSError as caught:
@@ -122,15 +142,21 @@ class CheckpointStore:
             return
         self._ended.append(Save(step, final, stall_s if self.config.asynchronous else time_s, time_s, error))
 
-    def _write(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any], stall_s: float) -> float:
+    def _copy(self, fragments: Sequence[Fragment], changed: torch.cuda.Event | None) -> list[Fragment]:
+        try:
+            return self._snapshot.take(fragments, changed)
+        finally:
+            self._copied.set()
+
+    def _write(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> float:
         """Returns the longest stall, on all ranks; an OSError of one is raised on all."""
         sizes = self._on_rank_0_gathered(sum(fragment.data.nbytes for fragment in fragments))
         folder = on_rank_0(lambda: self._begin(step, sum(sizes)), self._group)
         path = folder / f"rank_{dist.get_rank()}.safetensors"
         try:
-            written = _Written(path.name, *write_tensors(path, fragments), stall_s, None)
+            written = _Written(path.name, *write_tensors(path, fragments), self._stall_s, None)
         except OSError as error:
-            written = _Written(path.name, [], 0, stall_s, error)
+            written = _Written(path.name, [], 0, self._stall_s, error)
         ranks = self._on_rank_0_gathered(written)
         return on_rank_0(lambda: self._commit(step, folder, ranks, state), self._group)
 

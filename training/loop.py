@@ -181,6 +181,7 @@ class Trainer:
             rate = learning_rate(
                 settings.schedule, settings.optimizer.lr, step, settings.training.steps, self.warmup_steps
             )
+            self.store.wait_until_copied()
             norm = self.engine.step(rate)
         return loss, norm, rate
 

@@ -183,6 +183,7 @@ def _save_twice_to_a_slow_disk(mesh: Mesh, folder: Path, asynchronous: bool) -> 
         fragment.data.fill_(step)
         start_s = perf_counter()
         store.save(step, [fragment], {})
+        store.wait_until_copied()
         took_s.append(perf_counter() - start_s)
         fragment.data.fill_(-1)
     return took_s, store.ended(wait=True)

@@ -3,14 +3,18 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from time import sleep
+from typing import Any
 
 import pytest
+import torch
 from runs import small_run
 from small_corpora import Prepared
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
 from triplane.checkpoint.folder import checkpoints
 from triplane.checkpoint.reader import Checkpoint
+from triplane.checkpoint.snapshot import Snapshot
 from triplane.checkpoint.store import Save
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig
@@ -68,6 +72,32 @@ def test_the_best_and_every_kth_stay(prepared: Prepared, tmp_path: Path) -> None
     times = [line for line in lines if "checkpoint_time_s" in line]
     assert [line["step"] for line in times] == list(range(1, 9))
     assert all(0 < line["checkpoint_stall_time_s"] < line["checkpoint_time_s"] for line in times)
+
+
+def _train_with_slow_copies(mesh: Mesh, config: RunConfig) -> None:
+    take = Snapshot.take
+
+    def take_slowly(*arguments: Any) -> Any:
+        sleep(0.3)  # many steps
+        return take(*arguments)
+
+    Snapshot.take = take_slowly
+    train_on(mesh, config)
+
+
+def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on(prepared: Prepared, tmp_path: Path) -> None:
+    saved = {}
+    for asynchronous, function in ((False, _train), (True, _train_with_slow_copies)):
+        run = tmp_path / str(asynchronous)
+        rules = {"every_steps": 3, "keep_last": 9, "asynchronous": asynchronous}
+        config = small_run(prepared, run, parallel={"dp": RANKS}, checkpoint=rules)
+        run_ranks(config.parallel, RANKS, function, config)
+        saved[asynchronous] = [Checkpoint(path) for path in checkpoints(run / "checkpoints")]
+    for expected, found in zip(saved[False], saved[True], strict=True):
+        for key in expected.shapes:
+            assert torch.equal(expected.tensor(key), found.tensor(key)), (found.folder, key)
+    stalls = [line["checkpoint_stall_time_s"] for line in _lines(run / "metrics.jsonl") if "checkpoint_time_s" in line]
+    assert stalls[0] > 0.1 > stalls[-1]  # the optimizer waited for the copy; after the last step there is none
 
 
 def test_a_rule_that_cannot_hold_is_refused(prepared: Prepared, tmp_path: Path) -> None:
