@@ -127,12 +127,21 @@ def prove(
         int | None, typer.Option(help="Processes at most; 8 on a CPU, else the GPUs.", min=1, show_default=False)
     ] = None,
     quick: Annotated[bool, typer.Option(help="A few layouts in which every pair of features occurs.")] = False,
+    reshard: Annotated[
+        bool, typer.Option(help="Save under each of some layouts, and train on under each other.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the table here too.", show_default=False)] = None,
 ) -> None:
     """Show that every layout trains the model that one process trains: loss, gradient norm and weights of 10 steps.
 
     A small model with every feature is trained under each layout that fits. Exits with 1 if one differs.
     """
+    if reshard:
+        if config is not None or quick:
+            raise ConfigError("--reshard has a model and layouts of its own; give neither a config nor --quick")
+        from triplane.launcher.prove_resharding import prove_resharding
+
+        leave(prove_resharding(ranks, json))
     from triplane.launcher.prove import prove
 
     leave(prove(config, ranks, quick, json))

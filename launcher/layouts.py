@@ -43,6 +43,25 @@ _LARGE: list[dict[str, Any]] = [
 """Three axes and more, and one axis over eight ranks."""
 
 
+_TIED: list[dict[str, Any]] = [
+    {"zero": 0},
+    {"tp": 2, "dp": 2, "zero": 3},
+    {"tp": 2, "sequence_parallel": True, "pp": 2, "dp": 2},
+    {"pp": 2, "virtual_stages": 2, "dp": 2, "zero": 2},
+    {"cp": 2, "pp": 2, "zero": 0},
+]
+_RESHARDED: list[dict[str, Any]] = [
+    *_TIED,
+    {"dp": 2},
+    {"dp": 4, "zero": 2},
+    {"tp": 4},
+    {"cp": 2, "cp_method": "ring", "dp": 2, "zero": 3},
+    {"tp": 2, "dp": 2, "precision": "bf16"},
+    {"dp": 2, "offload_optimizer": True},
+]
+"""Each saves for all others."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the proof."""
@@ -94,6 +113,13 @@ def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Cas
         cover.append(case)
         missing -= pairs
     return cover
+
+
+def resharding_proof(model: ModelConfig, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:
+    """Layouts that keep the state in different ways; for a tied head, those that treat it in different ways."""
+    settings = _TIED if tied else _RESHARDED
+    cases = (_case(model, setting | {"tied": tied}, ranks, runs_here) for setting in settings)
+    return [case for case in cases if case is not None]
 
 
 def own_case(

@@ -2,20 +2,16 @@
 
 import json
 import queue
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from triplane.launcher.config import load_config
-from triplane.launcher.errors import LaunchError
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.layouts import Case, full_proof, own_case, quick_proof
-from triplane.model.compiled import has_compiler
+from triplane.launcher.proving import TIMEOUT_S, Machine, tolerance, worst
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
-from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.training.hardware import DTYPES
 from triplane.training.proof import (
@@ -29,11 +25,7 @@ from triplane.training.proof import (
 )
 
 _STEPS = 10
-_TIMEOUT_S = 300.0
 _LINE = "{:<80} {:>5} {:>8} {:>8} {:>8} {:>9} {}"
-_TOLERANCE = 1e-5
-_BF16_ALLOWANCE = 2.0
-"""How many times as far from fp32 as one bf16 process a bf16 layout may be: they round differently, by chance."""
 
 
 @dataclass(frozen=True)
@@ -49,38 +41,24 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        if self.difference is None:
-            return False
-        found, allowed = asdict(self.difference), asdict(self.tolerance)
-        return all(value <= allowed[name] for name, value in found.items())
+        return self.difference is not None and self.difference.within(self.tolerance)
 
 
 def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path | None) -> int:
     """Prints a line for each layout as it ends; returns the exit code."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 8)
-    if device == "cuda" and ranks > torch.cuda.device_count():
-        raise LaunchError(f"--ranks {ranks}, but {torch.cuda.device_count()} GPUs are here")
-    compiler = device == "cuda" or has_compiler()
-    if not compiler:
-        print("no C++ compiler here: layouts with compile are left out")
-    if device == "cuda":
-        print("no fp32 kernel for a ring on a GPU: rings are proven in bf16")
-
-    def runs_here(case: Case) -> bool:
-        ring = case.layout.cp > 1 and case.layout.cp_method == "ring"
-        return (compiler or not case.layout.compile) and not (device == "cuda" and ring and case.precision == "fp32")
-
+    machine = Machine.here(ranks)
     model, cases = proof_model(), []
     if config is not None:
         run = load_config(config)
         model = _shrunken(run.model)
-        own = own_case(model, run.parallel, run.training.precision, ranks, runs_here)
+        own = own_case(model, run.parallel, run.training.precision, machine.ranks, machine.runs)
         if own is None:
-            print(f"{config}: its own layout needs more than {ranks} ranks, with two on each axis; it is left out")
+            print(
+                f"{config}: its own layout needs more than {machine.ranks} ranks, with two on each axis; it is left out"
+            )
         cases = [] if own is None else [own]
-    cases += (quick_proof if quick else full_proof)(model, ranks, runs_here)
-    results = _results(model, cases, device)
+    cases += (quick_proof if quick else full_proof)(model, machine.ranks, machine.runs)
+    results = _results(model, cases, machine)
     if json_path is not None:
         json_path.write_text(json.dumps([_record(result) for result in results], indent=1) + "\n")
     passed = sum(result.passed for result in results)
@@ -88,44 +66,31 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
     return 0 if passed == len(results) else 1
 
 
-def _results(model: ModelConfig, cases: list[Case], device: str) -> list[Result]:
+def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Result]:
     print(_LINE.format("layout", "ranks", "loss", "norm", "weights", "tokens/s", ""), flush=True)
-    references = {tied: train_plainly(_with_head(model, tied), _STEPS) for tied in {case.tied for case in cases}}
-    tolerances = {(tied, "fp32"): Difference(*[_TOLERANCE] * 4) for tied in references}
+    references: dict[bool, Trace] = {}
+    tolerances: dict[tuple[bool, str], Difference] = {}
     results = []
     for case in cases:
-        key = (case.tied, case.precision)
-        if key not in tolerances:
-            alone = Case(ParallelConfig(dp=1), *key)
-            found, _ = _train(model, alone, references[case.tied], device)
-            tolerances[key] = Difference(*(_BF16_ALLOWANCE * value for value in asdict(found).values()))
-        results.append(_result(model, case, references[case.tied], tolerances[key], device))
+        head = _with_head(model, case.tied)
+        if case.tied not in references:
+            references[case.tied] = train_plainly(head, _STEPS)
+        one, kind = references[case.tied], (case.tied, case.precision)
+        if kind not in tolerances:
+            tolerances[kind] = tolerance(head, case.precision, one, machine)
+        results.append(_result(head, case, one, tolerances[kind], machine))
         print(_line(results[-1]), flush=True)
     return results
 
 
-def _result(model: ModelConfig, case: Case, one: Trace, tolerance: Difference, device: str) -> Result:
+def _result(model: ModelConfig, case: Case, one: Trace, allowed: Difference, machine: Machine) -> Result:
     try:
-        found, tokens_per_s = _train(model, case, one, device)
+        answers = run_ranks(
+            case.layout, case.ranks, _rank, model, case, one, device=machine.device, timeout_s=TIMEOUT_S
+        )
     except (RanksFailedError, queue.Empty) as error:
-        return Result(case, None, tolerance, 0.0, str(error) or f"no answer in {_TIMEOUT_S} s")
-    return Result(case, found, tolerance, tokens_per_s)
-
-
-def _train(model: ModelConfig, case: Case, one: Trace, device: str) -> tuple[Difference, float]:
-    """The largest differences of any rank, and the slowest rank's tokens/s."""
-    answers = run_ranks(
-        case.layout,
-        case.ranks,
-        _rank,
-        _with_head(model, case.tied),
-        case,
-        one,
-        device=device,
-        timeout_s=_TIMEOUT_S,
-    )
-    worst = [max(values) for values in zip(*(astuple(found) for found, _ in answers))]
-    return Difference(*worst), min(rate for _, rate in answers)
+        return Result(case, None, allowed, 0.0, str(error) or f"no answer in {TIMEOUT_S} s")
+    return Result(case, worst(found for found, _ in answers), allowed, min(rate for _, rate in answers))
 
 
 def _rank(mesh: Mesh, model: ModelConfig, case: Case, one: Trace) -> tuple[Difference, float]:

@@ -5,7 +5,7 @@ apart by 1e-3 while the gradients agree.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from time import perf_counter
 
@@ -57,6 +57,10 @@ class Difference:
     @property
     def largest(self) -> float:
         return max(self.loss, self.norm, self.weight, self.moment)
+
+    def within(self, tolerance: "Difference") -> bool:
+        """Whether none is larger than that of `tolerance`; what is no number is not within."""
+        return all(found <= allowed for found, allowed in zip(astuple(self), astuple(tolerance)))
 
 
 def proof_model(tie_embeddings: bool = False) -> ModelConfig:
@@ -137,6 +141,7 @@ def proof_engine(mesh: Mesh, config: ModelConfig, layout: ParallelConfig, dtype:
 def train_on_mesh(engine: Engine, steps: range) -> Trace:
     """The same steps by an engine."""
     dp = engine.mesh.dp
+    assert SEQUENCES % dp.size == 0, dp.size
     share = SEQUENCES // dp.size
     first = dp.rank * share
     each = max(1, min(_MICRO_BATCH_SIZE, share // engine.mesh.pp.size))

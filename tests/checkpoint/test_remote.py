@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from resharding import LAYOUTS, train
+from resharding import LAYOUTS
 from runs import small_run
 from servers import s3_server
 from small_corpora import Prepared
@@ -34,6 +34,7 @@ from triplane.launcher.run import train_on
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
 from triplane.training.proof import proof_model
+from triplane.training.resharding import train_between
 
 LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 ELEMENTS = 10_000
@@ -78,7 +79,7 @@ def test_a_file_is_read_in_several_requests(remote: Location, monkeypatch: pytes
 
 
 def _train_and_save(mesh: Mesh, folder: str) -> None:
-    train(mesh, proof_model(), LAYOUT, range(2), save=location(folder))
+    train_between(mesh, proof_model(), LAYOUT, torch.float32, range(2), save=location(folder))
 
 
 def _train(mesh: Mesh, config: RunConfig) -> None:

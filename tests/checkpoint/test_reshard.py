@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
-from resharding import LAYOUTS, train
+import torch
+from resharding import LAYOUTS
 
 from triplane.launcher.forked import run_ranks
 from triplane.training.proof import Trace, difference, proof_model, train_plainly
+from triplane.training.resharding import train_between
 
 ORDER = [
     "zero3 tp2 dp2",
@@ -25,6 +27,7 @@ ORDER = [
     "dp2",
 ]
 """Neighbours differ in every axis; each layout saves for one and loads from another."""
+FP32 = torch.float32
 TOLERANCE = 1e-5
 
 
@@ -35,7 +38,7 @@ def test_a_run_through_all_layouts_is_the_run_of_one_process(tied: bool, tmp_pat
     load = None
     for step, name in enumerate(ORDER):
         layout, ranks = LAYOUTS[name]
-        traces = run_ranks(layout, ranks, train, config, layout, range(step, step + 1), load, tmp_path)
+        traces = run_ranks(layout, ranks, train_between, config, layout, FP32, range(step, step + 1), load, tmp_path)
         for trace in traces:
             assert trace.losses == pytest.approx(one.losses[step : step + 1], abs=TOLERANCE), name
         load = tmp_path / f"step_{step + 1}"
@@ -49,9 +52,9 @@ def test_resuming_in_the_same_layout_is_bitwise(name: str, tmp_path: Path) -> No
     layout, ranks = LAYOUTS[name]
     config = proof_model()
     steps, cut = 8, 5
-    whole = run_ranks(layout, ranks, train, config, layout, range(steps))
-    run_ranks(layout, ranks, train, config, layout, range(cut), None, tmp_path)
-    resumed = run_ranks(layout, ranks, train, config, layout, range(cut, steps), tmp_path / f"step_{cut}")
+    whole = run_ranks(layout, ranks, train_between, config, layout, FP32, range(steps))
+    run_ranks(layout, ranks, train_between, config, layout, FP32, range(cut), None, tmp_path)
+    resumed = run_ranks(layout, ranks, train_between, config, layout, FP32, range(cut, steps), tmp_path / f"step_{cut}")
     for a, b in zip(whole, resumed, strict=True):
         assert a.losses[cut:] == b.losses
         for x, y in zip(a.state, b.state, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from resharding import LAYOUTS, train
+from resharding import LAYOUTS
 
 from triplane.checkpoint import store as store_module
 from triplane.checkpoint.config import CheckpointConfig
@@ -24,6 +24,7 @@ from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
 from triplane.training.proof import proof_model
+from triplane.training.resharding import train_between
 
 LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 
@@ -31,7 +32,7 @@ LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
-    run_ranks(LAYOUT, RANKS, train, proof_model(), LAYOUT, range(2), None, folder)
+    run_ranks(LAYOUT, RANKS, train_between, proof_model(), LAYOUT, torch.float32, range(2), None, folder)
     return folder / "step_2"
 
 
