@@ -119,6 +119,35 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A run's TOML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.", show_default=False),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="How many.", min=1)] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="Their kind: a100, h100, h200, b200, l40s, mi300x, or a TOML file.")
+    ] = "h100",
+    search: Annotated[bool, typer.Option(help="Rank every layout that fits, and say why others do not.")] = False,
+    price: Annotated[
+        float | None, typer.Option(help="Of a GPU for an hour; a list price by default.", min=0, show_default=False)
+    ] = None,
+    time_limit_days: Annotated[
+        float | None, typer.Option(help="What the run may take; more is a problem.", min=0, show_default=False)
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the plan here too.", show_default=False)] = None,
+) -> None:
+    """Say what is wrong with a run before a GPU is taken, and what it takes: memory, time, money. Needs no GPU.
+
+    Exits with 1 if something is wrong.
+    """
+    from triplane.launcher.plan.command import plan
+
+    leave(plan(config, overrides or [], gpus, gpu, search, price, time_limit_days, json))
+
+
+@app.command()
 def prove(
     config: Annotated[
         Path | None, typer.Argument(help="A run's TOML file: prove its features and its layout.", show_default=False)

@@ -9,9 +9,10 @@ from triplane.model.config import ModelConfig
 from triplane.model.transformer import Transformer
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.pipeline import TIED_HEAD, cut_stage, stage_layers
+from triplane.parallel.pipeline import TIED_HEAD, cut_stage
 from triplane.parallel.placement import Placement, place
 from triplane.parallel.recompute import apply_recompute
+from triplane.parallel.stages import stage_layers
 
 
 @dataclass(frozen=True)

@@ -1,60 +1,9 @@
-"""Which layers stand on which pipeline stage."""
+"""Cuts the model to what one pipeline stage runs."""
 
-from bisect import bisect_left
-from collections.abc import Callable
-from functools import cache
-from math import inf
-
-from triplane.model.config import ModelConfig
-from triplane.model.count import block_flops, head_flops
 from triplane.model.transformer import Transformer
-from triplane.parallel.errors import LayoutError
 
 TIED_HEAD = {"head.weight": "embedding.weight"}
 """With tied embeddings the last stage holds a copy of the first stage's table."""
-
-_EMBEDDING = 0.1
-"""Cost of the embedding as a share of the head's: no product, but its gradient is as large a table."""
-
-
-def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> list[range]:
-    """Contiguous runs of layers for each stage: the costliest stage is as cheap as can be, the rest as even.
-
-    The first stage has the embedding besides; the last has the head, and may have no layer.
-    """
-    n = config.n_layers
-    if n < stages - 1:
-        raise LayoutError(f"{stages} pipeline stages need at least {stages - 1} layers, but n_layers is {n}")
-    head = head_flops(config) / block_flops(config, seq_len)
-
-    def cost(stage: int, layers: int) -> float:
-        """In layers."""
-        return layers + (stage == 0) * _EMBEDDING * head + (stage == stages - 1) * head
-
-    limits = sorted({cost(stage, layers) for stage in (0, 1, stages - 1) for layers in range(n + 1)})
-    limit = limits[bisect_left(limits, True, key=lambda limit: _divide(n, stages, cost, limit) is not None)]
-    numbers = _divide(n, stages, cost, limit)
-    assert numbers is not None
-    starts = [sum(numbers[:stage]) for stage in range(stages)]
-    return [range(start, start + number) for start, number in zip(starts, numbers)]
-
-
-def _divide(n: int, stages: int, cost: Callable[[int, int], float], limit: float) -> tuple[int, ...] | None:
-    """Layers of each stage with the least sum of squared costs, none over `limit`; None where that cannot be."""
-
-    @cache
-    def best(stage: int, left: int) -> tuple[float, tuple[int, ...]]:
-        last = stage == stages - 1
-        found: tuple[float, tuple[int, ...]] = (inf, ())
-        for layers in [left] if last else range(1, left + 1):
-            if cost(stage, layers) > limit:
-                break
-            rest, numbers = (0.0, ()) if last else best(stage + 1, left - layers)
-            found = min(found, (cost(stage, layers) ** 2 + rest, (layers, *numbers)))
-        return found
-
-    squares, numbers = best(0, n)
-    return numbers if squares < inf else None
 
 
 def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> None:

@@ -7,7 +7,7 @@ import pytest
 from triplane.model.config import ModelConfig
 from triplane.model.count import block_flops, head_flops
 from triplane.parallel.errors import LayoutError
-from triplane.parallel.pipeline import stage_layers
+from triplane.parallel.stages import stage_layers
 
 
 def config(n_layers: int, vocab_size: int) -> ModelConfig:

@@ -12,7 +12,7 @@ from triplane.launcher import prove as prove_module
 from triplane.launcher.layouts import Case
 from triplane.launcher.prove import Result, prove
 from triplane.model.batch import Batch
-from triplane.parallel import engine, megatron, pipeline, placement, ring, tensor, ulysses
+from triplane.parallel import engine, megatron, placement, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.zero import ZeroOptimizer
@@ -65,7 +65,7 @@ def _with_scores_for_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_layers_of_the_wrong_stage(patch: pytest.MonkeyPatch) -> None:
-    right = pipeline.stage_layers
+    right = stages.stage_layers
     patch.setattr("triplane.parallel.apply.stage_layers", lambda *args: [*right(*args)[1::-1], *right(*args)[2:]])
 
 

@@ -1,0 +1,70 @@
+"""What a run config comes to on a number of GPUs: memory of each kind of rank, time of a step, of the whole run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import cast
+
+from triplane.launcher.config import RunConfig
+from triplane.launcher.plan.gpus import RESERVED_GIB, Gpu
+from triplane.launcher.plan.memory import Memory, peak_memory
+from triplane.launcher.plan.shares import Work, rank_kinds
+from triplane.launcher.plan.speed import Speed, speed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one layout."""
+
+    work: Work
+    memory: dict[str, Memory]
+    """By kind of rank."""
+    speed: Speed
+    """Of a step of the first phase of the data."""
+    total_s: float
+    """Of all steps that are left."""
+
+    @property
+    def peak_gib(self) -> float:
+        """Of the fullest rank."""
+        return max(memory.total for memory in self.memory.values()) / 2**30
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.peak_gib + RESERVED_GIB <= gpu.memory_gib
+
+
+def work_of(config: RunConfig, gpus: int) -> Work:
+    """The config must have passed `checks.check` with as many ranks."""
+    layout, training = config.parallel, config.training
+    dp = gpus // layout.ranks_of_one
+    layout = layout.model_copy(update={"dp": dp})
+    micro_batches = training.global_batch_size // (dp * training.micro_batch_size)
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and layout.zero > 0)
+    return Work(config.model, layout, dp, bf16, training.micro_batch_size, micro_batches, config.data.seq_len)
+
+
+def estimate(config: RunConfig, gpus: int, gpu: Gpu, done_steps: int = 0) -> Estimate:
+    """Memory is that of the longest sequences that the data has."""
+    work = work_of(config, gpus)
+    longest = replace(work, seq_len=max(seq_len for _, seq_len in phases(config, done_steps)))
+    memory = {rank.name: peak_memory(longest, rank) for rank in rank_kinds(longest)}
+    total_s = sum(
+        steps * speed(replace(work, seq_len=seq_len), gpu).step_s for steps, seq_len in phases(config, done_steps)
+    )
+    return Estimate(work, memory, speed(work, gpu), total_s)
+
+
+def phases(config: RunConfig, done_steps: int = 0) -> Iterator[tuple[float, int]]:
+    """Steps after `done_steps` with one length of sequences, and that length."""
+    size, end = config.training.global_batch_size, config.training.steps
+    starts = [(start / size, seq_len) for start, _, seq_len in config.data.timeline()]
+    for (start, seq_len), (stop, _) in pairwise([*starts, (cast(float, end), 0)]):
+        steps = min(stop, end) - max(start, done_steps)
+        if steps > 0:
+            yield steps, seq_len
+
+
+def tokens_of(config: RunConfig, done_steps: int = 0) -> int:
+    """That are read after `done_steps`."""
+    size = config.training.global_batch_size
+    return round(sum(steps * size * seq_len for steps, seq_len in phases(config, done_steps)))

@@ -1,0 +1,132 @@
+"""What a rank holds of a model: stages, layers, parameters, micro-batches in flight."""
+
+from dataclasses import dataclass
+
+from triplane.model.config import ModelConfig
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.stages import stage_layers
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank of a layout is given to do in a step."""
+
+    model: ModelConfig
+    layout: ParallelConfig
+    dp: int
+    bf16: bool
+    micro_batch_size: int
+    micro_batches: int
+    """Of each dp rank, in a step."""
+    seq_len: int
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that share gradients and optimizer state."""
+        return self.dp * self.layout.cp
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on one cp rank."""
+        return self.micro_batch_size * self.seq_len // self.layout.cp
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads that a tp rank computes."""
+        return max(1, self.model.n_kv_heads // self.layout.tp)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of layers, with the tables at the ends of the model."""
+
+    layers: int
+    embedding: bool
+    head: bool
+
+
+@dataclass(frozen=True)
+class RankKind:
+    """Ranks that hold equal parts."""
+
+    name: str
+    pp_rank: int
+    stages: tuple[Stage, ...]
+    """As many as there are virtual stages."""
+
+    @property
+    def layers(self) -> int:
+        return sum(stage.layers for stage in self.stages)
+
+    @property
+    def has_head(self) -> bool:
+        return self.stages[-1].head
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.stages[0].embedding
+
+
+def pipeline(work: Work) -> list[RankKind]:
+    """The ranks of one pipeline, in order."""
+    layout = work.layout
+    count = layout.pp * layout.virtual_stages
+    layers = stage_layers(work.model, count, work.seq_len)
+    stages = [Stage(len(run), number == 0, number == count - 1) for number, run in enumerate(layers)]
+    names = ["first stage", *["middle stage"] * (layout.pp - 2), "last stage"] if layout.pp > 1 else ["every rank"]
+    return [RankKind(name, rank, tuple(stages[rank :: layout.pp])) for rank, name in enumerate(names)]
+
+
+def rank_kinds(work: Work) -> list[RankKind]:
+    """First, middle and last of a pipeline; of the middle the one that keeps the most micro-batches."""
+    ranks = pipeline(work)
+    return ranks if len(ranks) < 3 else [ranks[0], ranks[1], ranks[-1]]
+
+
+def layer_parameters(work: Work) -> int:
+    """Of one layer on one tp rank."""
+    model, tp = work.model, work.layout.tp
+    shared = model.n_kv_heads % tp != 0  # key and value projections are then held whole
+    kv_heads = model.n_kv_heads if shared else model.n_kv_heads // tp
+    attention = 2 * model.dim * (model.n_heads // tp + kv_heads) * model.head_dim
+    return attention + 3 * model.dim * model.hidden_dim // tp + 2 * model.dim
+
+
+def table_parameters(work: Work) -> int:
+    """Of the embedding or the head on one tp rank, padding rows among them."""
+    tp = work.layout.tp
+    rows = -(-work.model.vocab_size // (8 * tp)) * 8 if tp > 1 else work.model.vocab_size
+    return rows * work.model.dim
+
+
+def parameters(work: Work, rank: RankKind) -> int:
+    """Elements that a rank holds before ZeRO takes its part."""
+    shared = work.model.tie_embeddings and rank.has_embedding and rank.has_head
+    tables = rank.has_embedding + rank.has_head - shared
+    norm = work.model.dim * rank.has_head
+    return rank.layers * layer_parameters(work) + tables * table_parameters(work) + norm
+
+
+def in_flight(work: Work, rank: RankKind) -> list[int]:
+    """For each stage of the rank, the micro-batches that it keeps activations of at the most."""
+    layout, total = work.layout, work.micro_batches
+    if layout.virtual_stages == 1:
+        return [min(total, layout.pp - rank.pp_rank)]
+    # megatron-core's warm-up: each stage takes `group` micro-batches, then the rank turns to its next stage.
+    group = interleaved_group(total, layout.pp)
+    forwards = 2 * (layout.pp - rank.pp_rank - 1) + (layout.virtual_stages - 1) * group + 1
+    counts = [0] * layout.virtual_stages
+    for number in range(min(forwards, total * layout.virtual_stages)):
+        counts[number // group % layout.virtual_stages] += 1
+    return counts
+
+
+def interleaved_group(micro_batches: int, pp: int) -> int:
+    """Micro-batches that pass a stage before its rank turns to the next: as `parallel/megatron.py` takes them."""
+    sizes = range(pp, micro_batches + 1)
+    return next((n for n in sizes if micro_batches % n == 0 or micro_batches % n >= pp), pp)
