@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.cpu_shim import serve_cpu
 from triplane.parallel.mesh import Axis, Mesh
+from triplane.parallel.stages import group_size
 from triplane.parallel.uncompiled import importing_uncompiled
 
 # It warns of each accelerator library (apex, Transformer Engine) that is not there; none is used.
@@ -245,7 +246,7 @@ class Pipeline:
         schedule = schedules.forward_backward_pipelining_without_interleaving
         if self.interleaved:
             schedule = schedules.forward_backward_pipelining_with_interleaving
-            self.config.microbatch_group_size_per_vp_stage = _group_size(micro_batches, self.mesh.pp.size)
+            self.config.microbatch_group_size_per_vp_stage = group_size(micro_batches, self.mesh.pp.size)
         schedule(
             forward_step_func=forward_step,
             data_iterator=numbers if self.interleaved else numbers[0],
@@ -257,12 +258,3 @@ class Pipeline:
             p2p_communicator=p2p_communication.P2PCommunicator(self.mesh.pp.group, self.config),
             pg_collection=self.groups,
         )
-
-
-def _group_size(micro_batches: int, stages: int) -> int:
-    """Micro-batches that pass a stage before its rank turns to the next one: the fewest that the schedule takes.
-
-    The last group must be whole, or hold at least as many as there are ranks in the pipeline.
-    """
-    assert micro_batches >= stages, f"the interleaved schedule needs {stages} micro-batches, not {micro_batches}"
-    return next(n for n in range(stages, micro_batches + 1) if micro_batches % n == 0 or micro_batches % n >= stages)

@@ -1,4 +1,4 @@
-"""Which layers stand on which pipeline stage; imports no torch."""
+"""Which layers stand on which pipeline stage, and in which groups micro-batches pass; imports no torch."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -52,3 +52,12 @@ def _divide(n: int, stages: int, cost: Callable[[int, int], float], limit: float
 
     squares, numbers = best(0, n)
     return numbers if squares < inf else None
+
+
+def group_size(micro_batches: int, stages: int) -> int:
+    """Micro-batches that pass a stage before its rank turns to the next one: the fewest that the schedule takes.
+
+    The last group must be whole, or hold at least as many as there are ranks in the pipeline.
+    """
+    assert micro_batches >= stages, f"the interleaved schedule needs {stages} micro-batches, not {micro_batches}"
+    return next(n for n in range(stages, micro_batches + 1) if micro_batches % n == 0 or micro_batches % n >= stages)

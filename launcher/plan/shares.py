@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
-from triplane.parallel.stages import stage_layers
+from triplane.parallel.stages import group_size, stage_layers
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,9 @@ def in_flight(work: Work, rank: RankKind) -> list[int]:
     if layout.virtual_stages == 1:
         return [min(total, layout.pp - rank.pp_rank)]
     # megatron-core's warm-up: each stage takes `group` micro-batches, then the rank turns to its next stage.
-    group = interleaved_group(total, layout.pp)
+    group = group_size(total, layout.pp)
     forwards = 2 * (layout.pp - rank.pp_rank - 1) + (layout.virtual_stages - 1) * group + 1
     counts = [0] * layout.virtual_stages
     for number in range(min(forwards, total * layout.virtual_stages)):
         counts[number // group % layout.virtual_stages] += 1
     return counts
-
-
-def interleaved_group(micro_batches: int, pp: int) -> int:
-    """Micro-batches that pass a stage before its rank turns to the next: as `parallel/megatron.py` takes them."""
-    sizes = range(pp, micro_batches + 1)
-    return next((n for n in sizes if micro_batches % n == 0 or micro_batches % n >= pp), pp)

@@ -9,6 +9,7 @@ from triplane.launcher.forked import run_ranks
 from triplane.parallel import megatron
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
+from triplane.parallel.stages import group_size
 
 TP2 = ParallelConfig(tp=2)
 
@@ -45,12 +46,12 @@ def test_a_gradient_that_is_not_contiguous_is_summed() -> None:
 def test_any_number_of_micro_batches_passes_the_interleaved_schedule(
     micro_batches: int, stages: int, size: int
 ) -> None:
-    assert megatron._group_size(micro_batches, stages) == size
+    assert group_size(micro_batches, stages) == size
 
 
 def test_too_few_micro_batches_are_refused() -> None:
     with pytest.raises(AssertionError, match="needs 4 micro-batches, not 3"):
-        megatron._group_size(3, 4)
+        group_size(3, 4)
 
 
 def _module_torch(_: Mesh) -> Any:

@@ -1,0 +1,54 @@
+"""The plan's memory is what real ranks take, and its parameters are those that they hold."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from small_models import small_config
+
+from triplane.launcher.plan.shares import Work, in_flight, parameters, pipeline
+from triplane.model.count import count_parameters
+from triplane.parallel.config import ParallelConfig
+
+spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[2] / "benchmarks" / "memory.py")
+assert spec is not None and spec.loader is not None
+memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory)
+
+
+def work(micro_batches: int = 4, **layout) -> Work:
+    return Work(small_config(n_layers=9), ParallelConfig(dp=1, **layout), 1, True, 2, micro_batches, 32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batches", "bf16"),
+    [
+        ({"zero": 0}, 2, False),
+        ({"recompute": "selective"}, 1, True),
+        ({"dp": 2, "zero": 2}, 2, True),
+        ({"dp": 2, "zero": 3, "recompute": "full"}, 2, True),
+        ({"tp": 2, "sequence_parallel": True, "recompute": "selective"}, 2, True),
+        ({"cp": 2}, 2, False),
+        ({"pp": 2, "virtual_stages": 2}, 4, True),
+        ({"pp": 2, "dp": 2}, 4, True),
+    ],
+)
+def test_the_peak_of_real_ranks_is_as_predicted(layout, micro_batches, bf16):
+    for name, measured, predicted in memory.compare(layout, micro_batches, bf16):
+        assert predicted.total == pytest.approx(measured.peak, rel=0.1), name
+        if layout.get("zero") != 3:  # which makes its buffers before the step
+            assert predicted.weights + predicted.optimizer == pytest.approx(measured.state, rel=0.05), name
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
+def test_the_ranks_of_a_pipeline_hold_the_model(layout):
+    one = work(**layout)
+    assert sum(parameters(one, rank) for rank in pipeline(one)) == count_parameters(one.model)
+
+
+def test_micro_batches_in_flight_are_those_of_the_schedules():
+    assert [in_flight(work(8, pp=4), rank) for rank in pipeline(work(8, pp=4))] == [[4], [3], [2], [1]]
+    assert [in_flight(work(2, pp=4), rank) for rank in pipeline(work(2, pp=4))] == [[2], [2], [2], [1]]
+    # Warm-up of rank 0 of 2: two forwards before the last rank starts, two of the first stage, and one more.
+    interleaved = work(4, pp=2, virtual_stages=2)
+    assert [in_flight(interleaved, rank) for rank in pipeline(interleaved)] == [[3, 2], [2, 1]]
