@@ -4,14 +4,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from triplane.checkpoint.manifest import newest_manifest
+from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.folder import newest_manifest
 from triplane.data.config import DataConfig
 from triplane.data.errors import DataError
 from triplane.data.opening import Sources, open_sources
+from triplane.data.remote import is_url
 from triplane.data.sources import find_files
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig
-from triplane.launcher.preflight import CHECKPOINTS, check_data, check_run_dir, run_record
+from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
 from triplane.model.count import count_parameters
 
 _STATE_BYTES = 12
@@ -33,8 +35,11 @@ def problems(config: RunConfig, ranks: int) -> list[str]:
 
 
 def done_steps(config: RunConfig) -> int:
-    """Steps of the checkpoint that the run would go on from."""
-    newest = newest_manifest(Path(config.run_dir) / CHECKPOINTS)
+    """Steps of the checkpoint that the run would go on from; none if none can be read, which is a problem too."""
+    try:
+        newest = newest_manifest(checkpoints_folder(config))
+    except CheckpointError:
+        return 0
     return int(newest[1].state["step"]) if newest else 0
 
 
@@ -71,14 +76,16 @@ def _tars(data: DataConfig) -> Iterator[str]:
 
 
 def _disk(config: RunConfig) -> Iterator[str]:
-    folder = Path(config.run_dir) / CHECKPOINTS
-    here = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if is_url(config.checkpoint.folder):
+        return
+    folder = Path(str(checkpoints_folder(config)))
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     there = sum(file.stat().st_size for file in folder.glob("*/*"))
-    free = shutil.disk_usage(here).free + there
+    free = shutil.disk_usage(disk).free + there
     one, count = checkpoint_bytes(config), kept_checkpoints(config)
     if one * count > free:
         yield (
-            f"{folder}: {count} checkpoints of {one / 2**30:,.1f} GiB need {one * count / 2**30:,.1f} GiB (as "
-            f"checkpoint.keep_last, keep_every and keep_best say, and the one being written), but {free / 2**30:,.1f} "
-            f"GiB are free; keep fewer, or set run_dir on a larger disk"
+            f"{folder}: {count} checkpoints of {one / 2**30:,.1f} GiB (those that checkpoint.keep_last, keep_every and "
+            f"keep_best name, and one being written) need {one * count / 2**30:,.1f} GiB, but {free / 2**30:,.1f} GiB "
+            f"are free; keep fewer, or set checkpoint.folder to a larger disk"
         )
