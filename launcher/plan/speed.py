@@ -23,17 +23,17 @@ class Program:
     """
 
     products: float = 0.68
-    fp8_products: float = 0.55
-    attention: float = 0.25
+    fp8_products: float = 0.45
+    attention: float = 0.19
     """Of the peak of products, counting what a causal mask leaves."""
-    memory: float = 0.85
+    memory: float = 0.83
     node: float = 0.75
-    network: float = 0.90
-    hop_s: float = 4e-6
+    network: float = 0.87
+    hop_s: float = 3.4e-6
     """What a collective loses for each of its ranks, to latency and to waiting for the slowest."""
     launch_s: float = 6e-4
     """Of the host, to start the kernels of one block, forward and backward."""
-    fused: float = 0.5
+    fused: float = 0.25
     """Memory traffic of a compiled block, as a share of an uncompiled one's."""
     tp_hidden: float = 0.0
     """Share of the tensor-parallel traffic that goes on beside products."""
@@ -46,6 +46,8 @@ class Program:
     all_reduces: bool = True
     """Whether ZeRO 1 and 2 reduce all gradients on each rank, where a share would do."""
     gradient_bytes: int = 4
+    again: float = 0.0
+    """Share of the products that selective recomputation does again."""
 
 
 OURS = Program()
@@ -140,7 +142,7 @@ def _layer(work: Work, gpu: Gpu, program: Program) -> _Pass:
     model, layout, tokens = work.model, work.layout, work.tokens
     heads, kv_heads = model.n_heads // layout.tp, work.kv_heads
     weights = layer_parameters(work)
-    again = 1 if layout.recompute == "full" else 0
+    again = {"none": 0.0, "selective": program.again, "full": 1.0}[layout.recompute]
     peak = gpu.bf16_tflops * 1e12
     if layout.fp8 and gpu.fp8_tflops:
         rate = gpu.fp8_tflops * 1e12 * program.fp8_products
@@ -149,7 +151,9 @@ def _layer(work: Work, gpu: Gpu, program: Program) -> _Pass:
     products = (6 + 2 * again) * weights * tokens / rate
     # Forward two products, backward five, half of them spared by the mask.
     scores = 2 * heads * model.head_dim * work.seq_len * tokens / 2
-    attention = (2 + 5 + 2 * again) * scores / (peak * program.attention / (1 if work.bf16 else 8))
+    attention = (
+        (2 + 5 + 2 * (layout.recompute == "full")) * scores / (peak * program.attention / (1 if work.bf16 else 8))
+    )
     return _Pass(
         products + attention,
         _block_traffic(work, heads, kv_heads, weights, gpu, program, products + attention),
