@@ -204,11 +204,11 @@ def _collective(bytes_whole: float, ranks: int, stride: int, gpu: Gpu, program: 
 
 def _tensor(work: Work, gpu: Gpu, program: Program) -> float:
     """Two all-reduces forward and two backward, or as many pairs of all-gather and reduce-scatter."""
-    again = 1 if work.layout.recompute == "full" else 0
-    again += work.layout.recompute == "selective"  # the norms' outputs are gathered again
+    # Computed again are both gathers and the first reduce-scatter, or the first all-reduce.
+    again = 0 if work.layout.recompute == "none" else 3 if work.layout.sequence_parallel else 2
     bytes_whole = work.tokens * work.model.dim * work.element_bytes
     one = _collective(bytes_whole, work.layout.tp, 1, gpu, program)
-    return (8 + 2 * again) * one * (1 - program.tp_hidden)
+    return (8 + again) * one * (1 - program.tp_hidden)
 
 
 def _context(work: Work, heads: int, kv_heads: int, gpu: Gpu, program: Program, attention: float) -> float:

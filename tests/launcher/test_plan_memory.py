@@ -1,19 +1,14 @@
 """The plan's memory is what real ranks take, and its parameters are those that they hold."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from benchmark_scripts import benchmark
 from small_models import small_config
 
 from triplane.launcher.plan.shares import Work, in_flight, parameters, pipeline
 from triplane.model.count import count_parameters
 from triplane.parallel.config import ParallelConfig
 
-spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[2] / "benchmarks" / "memory.py")
-assert spec is not None and spec.loader is not None
-memory = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(memory)
+memory = benchmark("memory")
 
 
 def work(micro_batches: int = 4, **layout) -> Work:
