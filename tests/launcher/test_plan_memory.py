@@ -21,7 +21,7 @@ def work(micro_batches: int = 4, **layout) -> Work:
         ({"zero": 0}, 2, False),
         ({"recompute": "selective"}, 1, True),
         ({"dp": 2, "zero": 2}, 2, True),
-        ({"dp": 2, "zero": 3, "recompute": "full"}, 2, True),
+        ({"dp": 2, "zero": 3}, 2, True),
         ({"tp": 2, "sequence_parallel": True, "recompute": "selective"}, 2, True),
         ({"cp": 2}, 2, False),
         ({"pp": 2, "virtual_stages": 2}, 4, True),
