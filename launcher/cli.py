@@ -49,6 +49,11 @@ Inputs = Annotated[
     ),
 ]
 TextField = Annotated[str, typer.Option(help="JSON field or table column that holds the text.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.", show_default=False),
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 Run = Annotated[
     str, typer.Argument(help="A run folder or folder of checkpoints, of which the newest is taken, or one; or its URL.")
 ]
@@ -98,10 +103,7 @@ def prepare(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file such as configs/quickstart.toml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     allow_data_change: Annotated[
         bool, typer.Option(help="Go on with a corpus that is not what the run read; recorded in history.jsonl.")
     ] = False,
@@ -121,10 +123,7 @@ def train(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A run's TOML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="How many.", min=1)] = 8,
     gpu: Annotated[
         str, typer.Option(help="Their kind: a100, h100, h200, b200, l40s, mi300x, or a TOML file.")
@@ -145,6 +144,92 @@ def plan(
     from triplane.launcher.plan.command import plan
 
     leave(plan(config, overrides or [], gpus, gpu, search, price, time_limit_days, json))
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="A TOML file such as configs/8b.toml.")],
+    overrides: Overrides = None,
+    nodes: Annotated[str, typer.Option(help="A number, or a range such as 2-4: as many as are free.")] = "1",
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="By default a node's GPUs, or what the layout needs.", min=1, show_default=False)
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Limit of a job, as Slurm writes it: 1-12, 8:00:00.", show_default=False)
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="By default Slurm's.", show_default=False)] = None,
+    account: Annotated[str | None, typer.Option(help="Who pays.", show_default=False)] = None,
+    container: Annotated[
+        str | None, typer.Option(help="An image with triplane's dependencies; needs pyxis.", show_default=False)
+    ] = None,
+    chain: Annotated[
+        int | None,
+        typer.Option(help="Queue this many jobs, one after another, where jobs may not requeue themselves.", min=1),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check, and print the batch script.")] = False,
+) -> None:
+    """Check a run, copy code, config and environment into its folder, and queue it with Slurm.
+
+    Warned of its time limit or of a preemption, the job saves and goes back into the queue; so it does after a crash.
+    """
+    from triplane.launcher.submit import Request, submit
+
+    request = Request(nodes, ranks_per_node, time, partition, account, container, chain)
+    submit(config, overrides or [], request, dry_run)
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with some below it.")] = Path("runs"),
+) -> None:
+    """Show where runs stand: step, loss, checkpoint, restarts, job."""
+    from triplane.launcher.jobs import status
+
+    status(folder)
+
+
+@app.command()
+def logs(
+    run: RunFolder,
+    rank: Annotated[int | None, typer.Option(help="Of this rank; by default the job's.", min=0)] = None,
+    follow: Annotated[bool, typer.Option(help="Go on showing what is written, until Ctrl-C.")] = False,
+) -> None:
+    """Show the log of a run's job, or of one of its ranks."""
+    from triplane.launcher.jobs import logs
+
+    logs(run, rank, follow)
+
+
+@app.command()
+def cancel(run: RunFolder) -> None:
+    """End the job of a run for good; a run without a job is asked to save and leave."""
+    from triplane.launcher.jobs import cancel
+
+    cancel(run)
+
+
+@app.command()
+def resume(run: RunFolder) -> None:
+    """Queue the last job of a run again, with the code and config that it had."""
+    from triplane.launcher.jobs import resume
+
+    resume(run)
+
+
+@app.command("check-nodes")
+def check_nodes(
+    run: RunFolder,
+    bad_nodes: Annotated[
+        Path | None, typer.Option(help="Append the names of nodes out of line here.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare the nodes of a job: devices, bandwidth, disk, clock, code. One of several ranks, as `train` is.
+
+    Exits with 3 if a node is out of line.
+    """
+    from triplane.launcher.node_check import check_nodes
+
+    leave(check_nodes(run, bad_nodes))
 
 
 @app.command()
@@ -240,9 +325,7 @@ def inspect(
 @inspect_app.command("data")
 def inspect_data(
     config: Annotated[Path, typer.Argument(help="A run's TOML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.")
-    ] = None,
+    overrides: Overrides = None,
     at: Annotated[int, typer.Option(help="The step, counted from 1.", min=1)] = 1,
 ) -> None:
     """Show every document that the global batch of a step holds, decoded."""

@@ -15,6 +15,8 @@ from triplane.launcher.data_change import DataChange, data_change
 CONFIG = "config.toml"
 """In the run folder: every choice, as resolved."""
 _CHECKPOINTS = "checkpoints"
+DONE = "DONE"
+"""File of a run that has taken its last step; holds the number of steps."""
 _FIXED = (
     "seed",
     "model",

@@ -18,7 +18,7 @@ from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.preflight import CONFIG, change_since, checkpoints_folder, find_checkpoint, run_record
+from triplane.launcher.preflight import CONFIG, DONE, change_since, checkpoints_folder, find_checkpoint, run_record
 from triplane.launcher.ranks import Rank
 from triplane.launcher.toml import to_toml
 from triplane.model.fp8 import fp8_problem
@@ -95,6 +95,8 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     state = trainer.run(state)
     report.event(state.step, "end", steps=config.training.steps)
     report.close()
+    if state.step >= config.training.steps:
+        on_rank_0(lambda: _write_done(config))
 
 
 def _take_device(rank: Rank) -> torch.device:
@@ -123,7 +125,12 @@ def _resolve(config: RunConfig, folder: Location, mesh: Mesh) -> RunConfig:
 def _write_config(config: RunConfig) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / DONE).unlink(missing_ok=True)
     (run_dir / CONFIG).write_text(to_toml(config))
+
+
+def _write_done(config: RunConfig) -> None:
+    (Path(config.run_dir) / DONE).write_text(f"{config.training.steps}\n")
 
 
 def _saved_precision(folder: Location) -> Precision | None:

@@ -25,7 +25,8 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
                 print(
                     f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True
                 )
-    _check(config, ranks, allow_data_change, allow_fresh_start)
+    if found := problems(config, ranks, allow_data_change, allow_fresh_start):
+        raise ConfigError("\n".join(found))
     if rank is None or rank.rank == 0:
         _check_writing(config)
     if rank is None and ranks > 1:
@@ -44,19 +45,21 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
     return 0
 
 
-def _check(config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh_start: bool) -> None:
-    problems = check(config, ranks)
+def problems(config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh_start: bool) -> list[str]:
+    """All that is wrong with a run on so many ranks, a line each."""
+    found = check(config, ranks)
     try:
         sources = open_sources(config.data, Path(config.run_dir))
     except DataError as error:
-        problems += str(error).splitlines()
-    else:
-        # Whether the run folder holds this run means nothing until model and data fit each other.
-        problems += check_data(config, sources) or check_run_dir(
-            config, run_record(config, sources), allow_data_change, allow_fresh_start
-        )
-    if problems:
-        raise ConfigError("\n".join(problems))
+        return found + str(error).splitlines()
+    # Whether the run folder holds this run means nothing until model and data fit each other.
+    return [
+        *found,
+        *(
+            check_data(config, sources)
+            or check_run_dir(config, run_record(config, sources), allow_data_change, allow_fresh_start)
+        ),
+    ]
 
 
 def _check_writing(config: RunConfig) -> None:

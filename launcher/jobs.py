@@ -1,0 +1,116 @@
+"""`triplane status`, `logs`, `cancel` and `resume`: the runs in a folder, and their jobs if they have any."""
+
+import time
+from pathlib import Path
+
+from triplane.launcher import slurm
+from triplane.launcher.errors import LaunchError
+from triplane.launcher.preflight import DONE
+from triplane.launcher.run_status import RunStatus, find_runs, read_status
+from triplane.launcher.snapshot import JOB_ID, SCRIPT, last_submission
+from triplane.training.units import format_duration
+
+_POLL_S = 0.5
+_OBEY_S = 60.0
+"""How long a run on this machine may take to obey, at least; a step must end, and a save."""
+
+
+def job_of(run_dir: Path) -> slurm.Job | None:
+    """The last job of a run; None if it has none, or none that Slurm remembers."""
+    submission = last_submission(run_dir)
+    if submission is None or not slurm.is_here():
+        return None
+    return slurm.find_job((submission / JOB_ID).read_text().strip())
+
+
+def active_job(run_dir: Path) -> slurm.Job | None:
+    """The job of a run that is in the queue or runs."""
+    job = job_of(run_dir)
+    return job if job and job.state in slurm.ACTIVE else None
+
+
+def status(folder: Path) -> None:
+    """Prints a line on each run at or below `folder`."""
+    runs = find_runs(folder)
+    if not runs:
+        raise LaunchError(f"{folder}: no run in it or below it; give a run folder or one with some below")
+    rows = [("run", "state", "step", "loss", "checkpoint", "restarts", "last word")]
+    for run_dir in runs:
+        run = read_status(run_dir)
+        loss = f"{run.metrics['loss']:.4f}" if "loss" in run.metrics else "-"
+        checkpoint = "-" if run.checkpoint_step is None else str(run.checkpoint_step)
+        age = "-" if run.updated_s is None else f"{format_duration(time.time() - run.updated_s)} ago"
+        progress = f"{run.step}/{run.steps}"
+        rows.append((str(run_dir), _state(run), progress, loss, checkpoint, str(run.restarts), age))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
+
+
+def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
+    """Prints a log; with `follow`, what is added too, until interrupted."""
+    path = run_dir / "logs" / ("job.log" if rank is None else f"rank_{rank}.log")
+    if not path.exists():
+        there = ", ".join(sorted(file.name for file in path.parent.glob("*.log"))) or "no logs"
+        raise LaunchError(f"{path}: no such log; there are {there}" + (": give --rank" if rank is None else ""))
+    with path.open(errors="replace") as lines:
+        try:
+            while True:
+                print(lines.read(), end="", flush=True)
+                if not follow:
+                    return
+                time.sleep(_POLL_S)
+        except KeyboardInterrupt:
+            return
+
+
+def cancel(run_dir: Path) -> None:
+    """Ends the job of a run, or asks a run without one to leave and waits until it has."""
+    job = active_job(run_dir)
+    if job is not None:
+        slurm.cancel(job.id)
+        print(f"job {job.id} is cancelled; `triplane resume {run_dir}` goes on from the last checkpoint")
+        return
+    run = read_status(run_dir)
+    if run.last_event is None or run.last_event["event"] == "end":
+        raise LaunchError(f"{run_dir}: no job of this run is queued, and it does not run: {_state(run)}")
+    stop = run_dir / "stop"
+    stop.touch()
+    deadline_s = time.monotonic() + _OBEY_S + 3 * run.metrics.get("step_time_s", 0.0)
+    while stop.exists():
+        if time.monotonic() > deadline_s:
+            stop.unlink()
+            raise LaunchError(f"{run_dir}: nobody obeyed the file {stop}, which is removed again: it does not run")
+        time.sleep(_POLL_S)
+    print(f"{run_dir} has saved and left")
+
+
+def resume(run_dir: Path) -> None:
+    """Queues the last submission again."""
+    submission = last_submission(run_dir)
+    if submission is None:
+        raise LaunchError(f"{run_dir}: it was never submitted; go on with `triplane train CONFIG`")
+    if not slurm.is_here():
+        raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted")
+    if (run_dir / DONE).exists():
+        raise LaunchError(f"{run_dir}: the run is done; submit it with more training.steps to go on")
+    if job := active_job(run_dir):
+        raise LaunchError(f"{run_dir}: job {job.id} is {job.state} already")
+    for name in ("crashes", "bad_nodes"):  # that were mended since
+        (submission / name).unlink(missing_ok=True)
+    job_id = slurm.submit(submission / SCRIPT)
+    (submission / JOB_ID).write_text(f"{job_id}\n")
+    print(f"job {job_id}: {submission / SCRIPT}")
+
+
+def _state(run: RunStatus) -> str:
+    """Of its job, if Slurm knows it, or else by its own last word."""
+    if run.done:
+        return "done"
+    if job := job_of(run.run_dir):
+        if job.state == "PENDING":
+            return f"job {job.id} PENDING ({job.reason})"
+        return f"job {job.id} {job.state}" + (f" on {job.nodes}" if job.state == "RUNNING" else "")
+    if run.last_event is None:
+        return "not begun"
+    return {"end": "stopped", "failure": "failed"}.get(run.last_event["event"], "begun")
