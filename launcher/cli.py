@@ -110,11 +110,22 @@ def train(
     allow_fresh_start: Annotated[
         bool, typer.Option(help="Begin anew if all checkpoints of the run are damaged; else it refuses.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only run a step's shapes through one rank of each kind; takes no memory.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(help="Of the dry run; what the layout needs by default.", min=1, show_default=False)
+    ] = None,
 ) -> None:
     """Train, or go on with the run that the config's run folder holds.
 
     Starts its own ranks on this machine, or is one of the ranks that torchrun or srun started.
     """
+    if dry_run:
+        from triplane.launcher.dry_run import dry_run as run_dry
+
+        run_dry(config, overrides or [], ranks)
+        leave(0)
     from triplane.launcher.train import train
 
     raise typer.Exit(train(config, overrides or [], allow_data_change, allow_fresh_start))

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from triplane.model.batch import IGNORED_TARGET
 from triplane.model.config import ModelConfig
 
-_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Logits in a chunk: about what a CPU's caches hold; half a GiB in fp32 for a GPU, which wants large products."""
+_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
+"""Logits in a chunk: about what a CPU's caches hold; half a GiB in fp32 for a GPU, which wants large products. On
+meta a GPU is meant."""
 
 
 class Loss(NamedTuple):

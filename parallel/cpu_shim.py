@@ -1,4 +1,4 @@
-"""Lets modules that name the device "cuda" literally run without one: they see a torch in which it is the CPU."""
+"""Lets modules that name the device "cuda" literally run without one: they see a torch in which it is another."""
 
 import types
 from collections.abc import Iterable
@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CPU = torch.device("cpu")
 _FACTORIES = ("empty", "empty_like", "full", "ones", "tensor", "zeros")
 
 
-def serve_cpu(modules: Iterable[types.ModuleType]) -> None:
+def serve(device: torch.device, modules: Iterable[types.ModuleType]) -> None:
     """Replaces the name `torch` in each of `modules`; torch itself is not touched."""
     for module in modules:
-        module.torch = _TorchOnCpu()  # type: ignore[attr-defined]
+        module.torch = _TorchOn(device)  # type: ignore[attr-defined]
 
 
-class _TorchOnCpu(types.ModuleType):
-    """torch, except that the device "cuda" means the CPU."""
+class _TorchOn(types.ModuleType):
+    """torch, except that the device "cuda" means `device`."""
 
-    def __init__(self) -> None:
-        super().__init__("torch_on_cpu")
-        self.cuda = types.ModuleType("cuda_on_cpu")
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(f"torch_on_{device.type}")
+        self.device_served = device
+        self.cuda = types.ModuleType(f"cuda_on_{device.type}")
         self.cuda.__getattr__ = lambda name: getattr(torch.cuda, name)  # type: ignore[method-assign]
-        self.cuda.current_device = lambda: _CPU  # type: ignore[attr-defined]
+        self.cuda.current_device = lambda: device  # type: ignore[attr-defined]
         self.cuda.synchronize = lambda *_: None  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
@@ -32,9 +32,9 @@ class _TorchOnCpu(types.ModuleType):
         if name not in _FACTORIES:
             return value
 
-        def on_cpu(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        def on_device(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
             named_cuda = device is not None and torch.device(device).type == "cuda"
-            made: Tensor = value(*args, device=_CPU if named_cuda else device, **kwargs)
+            made: Tensor = value(*args, device=self.device_served if named_cuda else device, **kwargs)
             return made
 
-        return on_cpu
+        return on_device

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triplane.parallel.config import ParallelConfig
-from triplane.parallel.cpu_shim import serve_cpu
+from triplane.parallel.cpu_shim import serve
 from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.stages import group_size
 from triplane.parallel.uncompiled import importing_uncompiled
@@ -32,8 +32,8 @@ _MODULES_THAT_NAME_CUDA = (p2p_communication, schedules, layers, mappings, tenso
 
 def initialize_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     """Creates megatron-core's groups over all ranks, in its default order tp, cp, dp, pp."""
-    if device.type == "cpu":
-        serve_cpu(_MODULES_THAT_NAME_CUDA)
+    if device.type != "cuda":
+        serve(device, _MODULES_THAT_NAME_CUDA)
     # Its cross-entropy takes no group: the global state must be there too.
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,

@@ -16,6 +16,9 @@ from torch.distributed import HashStore, ProcessGroup, Store  # type: ignore[att
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.errors import LayoutError
 
+_BACKENDS = {"cuda": "nccl", "cpu": "gloo", "meta": "cpu:fake,meta:fake"}
+"""By device. On meta, where tensors have no content, collectives do nothing; `store` is then a FakeStore."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -65,7 +68,7 @@ def connected(
     if store is None and world_size == 1:
         store = HashStore()
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        _BACKENDS[device.type],
         store=store,
         rank=rank,
         world_size=world_size,
