@@ -11,6 +11,7 @@ import torch
 from triplane.launcher import prove as prove_module
 from triplane.launcher.layouts import Case
 from triplane.launcher.prove import Result, prove
+from triplane.launcher.proving import Machine
 from triplane.model.batch import Batch
 from triplane.parallel import engine, megatron, placement, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig
@@ -43,7 +44,8 @@ def _model(tied: bool = False) -> Any:
 
 def _proven(references: dict[bool, Trace], tied: bool = False, **layout: Any) -> Result:
     case = Case(ParallelConfig(**({"dp": 1, "timeout_s": 20.0} | layout)), tied, "fp32")
-    return prove_module._result(_model(), case, references[tied], Difference(*[1e-5] * 4), "cpu")
+    machine = Machine("cpu", 8, compiler=False)
+    return prove_module._result(_model(), case, references[tied], Difference(*[1e-5] * 4), machine)
 
 
 def _unsummed(x: torch.Tensor, mesh: Any) -> torch.Tensor:
