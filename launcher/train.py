@@ -1,10 +1,12 @@
 """`triplane train`: checks everything that can be known, then starts ranks or is one."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from triplane.checkpoint.folder import write_problem
 from triplane.data.errors import DataError
+from triplane.data.files import locked_folder
 from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
@@ -27,21 +29,23 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
                 )
     if found := problems(config, ranks, allow_data_change, allow_fresh_start):
         raise ConfigError("\n".join(found))
-    if rank is None or rank.rank == 0:
-        _check_writing(config)
+    run_dir, first = Path(config.run_dir), rank is None or rank.rank == 0
+    if first:
+        with locked_folder(run_dir, wait=False):  # two runs in it would write over each other
+            _check_writing(config)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
         arguments = ["train", str(path), *overrides, *flags]
-        run_dir, checkpoints = Path(config.run_dir), checkpoints_folder(config)
-        return run_local_ranks(ranks, arguments, run_dir, checkpoints, config.faults.max_restarts)
+        return run_local_ranks(ranks, arguments, run_dir, checkpoints_folder(config), config.faults.max_restarts)
     if rank is not None and "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
     from triplane.launcher.cli import leave
     from triplane.launcher.run import run_rank
 
-    run_rank(config, rank or Rank(0, 1, 0), allow_fresh_start)
-    leave(0)
+    with locked_folder(run_dir, wait=False) if first else nullcontext():
+        run_rank(config, rank or Rank(0, 1, 0), allow_fresh_start)
+        leave(0)
     return 0
 
 

@@ -118,7 +118,7 @@ def _in_the_start(scene: Scene) -> None:
 
 def _second_start(scene: Scene) -> None:
     scene.victim.struck()
-    _expect("is in use", scene.victim.refused(scene.layout), scene)
+    _expect("another process is at work", scene.victim.refused(scene.layout), scene)
 
 
 def _full_disk(scene: Scene) -> None:
@@ -212,12 +212,9 @@ FAULTS = {
     "bit flipped in the manifest": Fault(
         _damage(lambda path, draw: _flip(path / MANIFEST, draw)), leaves=_SET_ASIDE, running=False
     ),
-    "manifest gone": Fault(
-        _damage(lambda path, draw: (path / MANIFEST).unlink()), leaves=_SET_ASIDE, running=False
-    ),
+    "manifest gone": Fault(_damage(lambda path, draw: (path / MANIFEST).unlink()), leaves=_SET_ASIDE, running=False),
     "all checkpoints damaged": Fault(_all_damaged, running=False),
     **{
-        f"SIGKILL in a save: {phase}": Fault(_within(phase), leaves={"failure": "SIGKILL"}, ranks=2)
-        for phase in PHASES
+        f"SIGKILL in a save: {phase}": Fault(_within(phase), leaves={"failure": "SIGKILL"}, ranks=2) for phase in PHASES
     },
 }

@@ -1,6 +1,8 @@
 """What must hold of a run after faults, beside one that had none."""
 
 from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from chaos.victim import BrokenError, Victim
@@ -14,7 +16,10 @@ _BEGINS = ("start", "resume", "rollback")
 
 
 def check(victim: Victim, reference: Victim, every_steps: int, tolerance: float) -> None:
-    """Raises BrokenError if one does not. `tolerance` of losses and weights is relative; 0: they are equal."""
+    """Raises BrokenError if one does not. `tolerance` of the curves is relative; 0: they are equal.
+
+    Weights may differ ten times as much of the largest one: Adam divides by the root of small moments.
+    """
     _batches(victim, reference)
     _curve(victim, reference, tolerance)
     _weights(victim, reference, tolerance)
@@ -40,7 +45,9 @@ def _batches(victim: Victim, reference: Victim) -> None:
     ours, theirs = ({line["step"]: line["position"] for line in run.batches()} for run in (victim, reference))
     if ours != theirs:
         steps = [step for step in ours | theirs if ours.get(step) != theirs.get(step)]
-        raise BrokenError(f"steps {steps} read from {[ours.get(s) for s in steps]}, not {[theirs.get(s) for s in steps]}")
+        raise BrokenError(
+            f"steps {steps} read from {[ours.get(s) for s in steps]}, not {[theirs.get(s) for s in steps]}"
+        )
     if missing := expected.keys() - _sequences(victim).keys():
         raise BrokenError(f"sequences {sorted(missing)} were never read")
 
@@ -58,7 +65,9 @@ def _curve(victim: Victim, reference: Victim, tolerance: float) -> None:
     for name in ("loss", "gradient_norm", "tokens_seen", "learning_rate"):
         ours, theirs = ([(line["step"], line[name]) for line in run.metrics(name)] for run in (victim, reference))
         if [step for step, _ in ours] != [step for step, _ in theirs]:
-            raise BrokenError(f"{name}: steps {[step for step, _ in ours]} are logged, not 1 to {len(theirs)} once each")
+            raise BrokenError(
+                f"{name}: steps {[step for step, _ in ours]} are logged, not 1 to {len(theirs)} once each"
+            )
         for (step, a), (_, b) in zip(ours, theirs):
             if not abs(a - b) <= tolerance * abs(b):
                 raise BrokenError(f"{name} of step {step} is {a!r}, of the reference {b!r}")
@@ -69,7 +78,7 @@ def _weights(victim: Victim, reference: Victim, tolerance: float) -> None:
     for key in theirs.shapes:
         a, b = ours.tensor(key), theirs.tensor(key)
         difference, scale = (a - b).abs().max().item(), b.abs().max().item()
-        if not (torch.equal(a, b) or difference <= tolerance * scale):
+        if not (torch.equal(a, b) or difference <= 10 * tolerance * scale):
             raise BrokenError(f"{key} differs by {difference:.1e} of {scale:.1e}")
 
 
@@ -90,7 +99,7 @@ def _nothing_lost(victim: Victim, every_steps: int) -> None:
     begins = [line for line in victim.history() if line["event"] in _BEGINS]
     if not victim.history() or victim.history()[-1]["event"] != "end" or begins[0]["event"] != "start":
         raise BrokenError(f"the history is {victim.history()}")
-    for before, begin in zip(begins, begins[1:]):
+    for before, begin in pairwise(begins):
         trained = [line["step"] for line in batches if before["time"] < line["time"] < begin["time"]]
         events = [line["event"] for line in victim.history() if before["time"] <= line["time"] <= begin["time"]]
         unusable = events.count("checkpoint set aside") + events.count("save failed")
@@ -111,5 +120,5 @@ def _nothing_left(victim: Victim) -> None:
         raise BrokenError(f"tracebacks on the terminal: {tracebacks[0].read_text()[-3000:]}")
 
 
-def _is_temporary(path) -> bool:
-    return path.name.startswith(".") or path.suffix in (".partial", ".tmp", ".old") or path.name.endswith(".failure.json")
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.endswith((".partial", ".tmp", ".old", ".failure.json"))
