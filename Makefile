@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := install
-.PHONY: install quickstart test check fix wheel
+.PHONY: install quickstart test chaos check fix wheel
 
 install: .venv/installed-dev
 
@@ -24,6 +24,10 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/pytest $(ARGS)
+
+# Strikes runs with N faults, e.g. `make chaos N=100 SEED=7`, and tells how each kind was survived.
+chaos: .venv/installed-dev
+	PYTHONPATH=tests $(BIN)/python -m chaos $(or $(N),100) $(if $(SEED),--seed $(SEED))
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -55,7 +55,8 @@ def run_local_ranks(
 class LocalRanks:
     """The processes of one start after another.
 
-    SIGINT, SIGTERM and SIGUSR1 reach the ranks as SIGTERM: they save and leave. A second SIGINT kills them.
+    SIGTERM and SIGUSR1 reach the ranks, which save and leave; SIGINT does as SIGTERM, since a rank that has it from
+    elsewhere too would take it for the second. A second SIGINT kills them.
     """
 
     def __init__(self, count: int, arguments: Sequence[str], run_dir: Path):
@@ -80,7 +81,7 @@ class LocalRanks:
         killed = self._wait()
         codes = {rank: process.returncode for rank, process in enumerate(self._processes)}
         failures = [self._failure(rank, code) for rank, code in codes.items() if code and rank not in killed]
-        if self.stopped_by and -signal.SIGTERM in codes.values():
+        if self.stopped_by and -_passed_on(self.stopped_by) in codes.values():
             self.exit_code = 128 + self.stopped_by  # before a rank was ready to save anything
             return None
         if not failures:
@@ -141,7 +142,7 @@ class LocalRanks:
             os._exit(128 + number)
         self.stopped_by = number
         for process in self._processes:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(_passed_on(number))
 
     def _failure(self, rank: int, code: int) -> Failure:
         failure = take_failure(self.run_dir, rank)
@@ -155,6 +156,10 @@ class LocalRanks:
         # NCCL aborts a rank when another is gone.
         when = float("inf") if -code == signal.SIGABRT else 0.0
         return Failure(rank, socket.gethostname(), "at an unknown step", "killed", f"by {name}", when)
+
+
+def _passed_on(number: int) -> int:
+    return signal.SIGTERM if number == signal.SIGINT else number
 
 
 def _terminate_when_orphaned() -> None:

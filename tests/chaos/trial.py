@@ -166,6 +166,8 @@ class Trial:
         finally:
             reference.kill()
         promises.check(victim, reference, EVERY_STEPS, tolerance=0.0 if bitwise else 1e-5)
+        for one in (victim, reference):
+            shutil.rmtree(one.temporary)
 
     def _config(self, name: str) -> RunConfig:
         return small_run(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from triplane.checkpoint.folder import latest, step_of
@@ -34,7 +35,9 @@ class Victim:
         self.corpus = Path(config.data.sources[0].corpus)
         self.struck_s = 0.0
         """When the last fault struck."""
-        for name in ("armed", "batches", "output", "temporary"):
+        self.temporary = Path(mkdtemp(prefix="chaos-"))
+        """Of its processes; short, since sockets lie in there."""
+        for name in ("armed", "batches", "output"):
             (folder / name).mkdir(parents=True)
         self._config = folder / "config.toml"
         self._config.write_text(to_toml(config))
@@ -70,7 +73,7 @@ class Victim:
                     "OMP_NUM_THREADS": "1",
                     "TORCH_COMPILE_DISABLE": "1",
                     "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled"),
-                    "TMPDIR": str(self.folder / "temporary"),
+                    "TMPDIR": str(self.temporary),
                     "CHAOS_FOLDER": str(self.folder),
                     "CHAOS_SEQ_LEN": str(self._seq_len),
                     "CHAOS_SKIPPED": json.dumps(self._skipped),
