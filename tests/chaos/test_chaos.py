@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 from chaos.program import chaos
 from small_corpora import Prepared
 
@@ -10,6 +11,8 @@ FAULTS = 12
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_every_fault_leaves_no_trace(prepared: Prepared, tmp_path: Path) -> None:
     print(f"seed {SEED}")
     survived = [recovery for run in chaos(prepared, tmp_path, SEED, FAULTS) for recovery in run]
