@@ -14,7 +14,6 @@ from triplane.checkpoint.hf_weights import write_weights
 from triplane.checkpoint.verify import ExportReport, probe, probe_logits, verify
 from triplane.data.hf_tokenizer import write_hf_tokenizer
 from triplane.data.tokenizer import Tokenizer
-from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
 from triplane.model.count import count_parameters
 from triplane.model.hf import hf_config
@@ -34,8 +33,8 @@ def export(
     `weights` are whole tensors by our parameter names. The files are written beside `out`, then read back
     by our reader and, where it is installed, by transformers: both must give the logits of `weights`
     rounded to `dtype`. Only then does `out` appear. Raises CheckpointError, and leaves nothing, if `out`
-    exists, the tokenizer belongs to another model, or a logit differs. Holds, besides `weights`, the model
-    in fp32 and once more in `dtype`.
+    exists, the tokenizer belongs to another model, or a logit differs. Holds, besides `weights`, one file of
+    the folder at a time, and the whole model only for transformers, which is left out if memory is too small.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
@@ -43,7 +42,7 @@ def export(
     if (size := tokenizer.vocab_size) != config.vocab_size:
         raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")
     tokens_BS = probe(config, seq_len)
-    expected_TV = probe_logits(load_model(config, weights, dtype), tokens_BS)
+    expected_TV = probe_logits(config, weights, tokens_BS, rounded_to=dtype)
     if not expected_TV.isfinite().all():
         raise CheckpointError(f"As {_name(dtype)}, the logits are not finite; export an earlier step.")
     bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id

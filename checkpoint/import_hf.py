@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.hf_weights import FolderWeights
 from triplane.checkpoint.manifest import Manifest, write_manifest
@@ -16,7 +14,6 @@ from triplane.checkpoint.tensors import write_tensors
 from triplane.checkpoint.verify import ExportReport, probe, probe_logits, verify
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.files import sync
-from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
 from triplane.model.hf import from_hf_config
 from triplane.parallel.placement import Fragment
@@ -57,9 +54,7 @@ def import_hf(folder: Path, out: Path) -> Import:
         progress = {"step": 0, "consumed_sequences": 0, "tokens_seen": 0, "validation_loss": None}
         write_manifest(temporary, Manifest({**progress, "run": run}, boxes, sizes))
         tokens_BS = probe(config, hf["max_position_embeddings"])
-        ours = load_model(config, CheckpointWeights(Checkpoint(temporary)), torch.float32)
-        logits_TV = probe_logits(ours, tokens_BS)
-        del ours
+        logits_TV = probe_logits(config, CheckpointWeights(Checkpoint(temporary)), tokens_BS)
         report = verify(folder, tokens_BS, logits_TV, tokenizer=None)
         temporary.rename(out)
         sync(out.parent)

@@ -3,9 +3,11 @@
 import importlib.metadata
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -13,10 +15,10 @@ from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.hf_weights import FolderWeights
 from triplane.data.tokenizer import Tokenizer
 from triplane.model.batch import Batch
-from triplane.model.build import load_model
+from triplane.model.build import streamed_logits
 from triplane.model.config import ModelConfig
+from triplane.model.count import count_parameters
 from triplane.model.hf import from_hf_config
-from triplane.model.transformer import Transformer
 
 _TOLERANCE = 2e-5
 """Allowed difference of two logits, as a share of the largest; ten times what another order of fp32 sums gives."""
@@ -33,15 +35,15 @@ class ExportReport:
     largest_logit: float
     difference: float
     """As triplane reads the folder."""
-    transformers: str | None
-    """The version that read the folder too; None where it is not installed."""
-    transformers_difference: float | None
+    transformers: str
+    """Its version, or why it has not read the folder."""
+    transformers_difference: float | None = None
 
     def __str__(self) -> str:
         own = f"Logits reach {self.largest_logit:.3g}; read by triplane they differ by at most {self.difference:.1e}"
-        if self.transformers is None:
-            return f"{own}; transformers is not installed, so it has not read these files."
-        return f"{own}, by transformers {self.transformers} by {self.transformers_difference:.1e}."
+        if self.transformers_difference is None:
+            return f"{own}; {self.transformers}, so it has not read these files."
+        return f"{own}, by {self.transformers} by {self.transformers_difference:.1e}."
 
 
 def probe(config: ModelConfig, seq_len: int) -> Tensor:
@@ -50,12 +52,14 @@ def probe(config: ModelConfig, seq_len: int) -> Tensor:
     return torch.randint(config.vocab_size, (2, min(seq_len, _PROBE_TOKENS)), generator=generator)
 
 
-@torch.inference_mode()
-def probe_logits(model: Transformer, tokens_BS: Tensor) -> Tensor:
-    """Logits of each sequence alone, (T, V); turns `model` into fp32, which rounds no weight."""
+def probe_logits(
+    config: ModelConfig, weights: Mapping[str, Tensor], tokens_BS: Tensor, rounded_to: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits of each sequence alone, (T, V), in fp32; holds the weights of one layer at a time."""
     sequences, length = tokens_BS.shape
     tokens_T = tokens_BS.flatten()
-    return model.float().logits(Batch.build(tokens_T, tokens_T, range(0, sequences * length + 1, length)))
+    batch = Batch.build(tokens_T, tokens_T, range(0, sequences * length + 1, length))
+    return streamed_logits(config, weights, rounded_to, batch)
 
 
 def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer | None) -> ExportReport:
@@ -65,15 +69,17 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Toke
     tokens of `tokenizer`, if one is given.
     """
     config = from_hf_config(json.loads((folder / "config.json").read_text()))
-    exported = load_model(config, FolderWeights(folder), torch.float32)
-    difference = _difference("triplane", probe_logits(exported, tokens_BS), expected_TV)
-    version = their_difference = None
-    if importlib.util.find_spec("transformers"):
-        del exported
-        version = importlib.metadata.version("transformers")
-        logits_TV = _through_transformers(folder, tokens_BS, tokenizer)
-        their_difference = _difference(f"transformers {version}", logits_TV, expected_TV)
-    return ExportReport(expected_TV.abs().max().item(), difference, version, their_difference)
+    difference = _difference("triplane", probe_logits(config, FolderWeights(folder), tokens_BS), expected_TV)
+    largest = expected_TV.abs().max().item()
+    if not importlib.util.find_spec("transformers"):
+        return ExportReport(largest, difference, "transformers is not installed")
+    needed_gib, free_gib = 4 * count_parameters(config) / 2**30, psutil.virtual_memory().available / 2**30
+    if needed_gib > free_gib:  # it holds the whole model
+        why = f"transformers needs {needed_gib:.0f} GiB, {free_gib:.0f} are free"
+        return ExportReport(largest, difference, why)
+    reader = f"transformers {importlib.metadata.version('transformers')}"
+    their_difference = _difference(reader, _through_transformers(folder, tokens_BS, tokenizer), expected_TV)
+    return ExportReport(largest, difference, reader, their_difference)
 
 
 def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:

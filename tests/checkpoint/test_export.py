@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -202,8 +203,15 @@ def test_without_transformers_the_report_says_so(publish, monkeypatch):
     find_spec = verify.importlib.util.find_spec
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: name != "transformers" and find_spec(name))
     *_, report, folder = publish()
-    assert report.transformers is None
+    assert report.transformers_difference is None
     assert "transformers is not installed" in (folder / "README.md").read_text()
+
+
+def test_where_memory_is_too_small_for_transformers_the_report_says_so(publish, monkeypatch):
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    *_, report, folder = publish()
+    assert report.transformers_difference is None
+    assert "transformers needs 0 GiB, 0 are free, so it has not read" in (folder / "README.md").read_text()
 
 
 def test_an_existing_folder_is_refused(publish, tmp_path):

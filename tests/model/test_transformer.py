@@ -1,11 +1,13 @@
 """The network against transformers' Llama, and its segments against each other."""
 
+import weakref
+
 import pytest
 import torch
 from small_models import llama, packed, random_documents, random_weights, small_config, small_model
 
 from triplane.model.batch import Batch
-from triplane.model.build import load_model
+from triplane.model.build import load_model, streamed_logits
 from triplane.model.config import RopeScaling
 from triplane.model.errors import ModelError
 from triplane.model.rope import frequencies
@@ -113,6 +115,31 @@ def test_load_model_ties_the_head_to_the_table():
     model = small_model(small_config(tie_embeddings=True))
     assert model.head.weight is model.embedding.weight
     assert "head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_streamed_logits_hold_a_layer_at_a_time(tied):
+    config = small_config(tie_embeddings=tied)
+    batch, weights = packed(random_documents(config, [5, 9])), random_weights(config)
+    held, most = set(), 0
+
+    class Counted(dict):
+        def __getitem__(self, name):
+            nonlocal most
+            memory = super().__getitem__(name).numpy().copy()  # which tensors over it keep alive
+            held.add(name)
+            most = max(most, len(held))
+            weakref.finalize(memory, held.discard, name)
+            return torch.from_numpy(memory)
+
+    with torch.no_grad():
+        expected = load_model(config, weights, torch.float32).logits(batch)
+    assert torch.equal(streamed_logits(config, Counted(weights), torch.float32, batch), expected)
+    assert most <= 2 < len(weights)
+    rounded = {name: weight.bfloat16() for name, weight in weights.items()}
+    with torch.no_grad():
+        expected = load_model(config, rounded, torch.float32).logits(batch)
+    assert torch.equal(streamed_logits(config, weights, torch.bfloat16, batch), expected)
 
 
 def test_load_model_refuses_weights_of_another_model():
