@@ -17,6 +17,7 @@ from typing import Any
 
 from triplane.launcher.plan.gpus import GPUS, Gpu
 from triplane.launcher.plan.memory import peak_memory
+from triplane.launcher.plan.rates import Program
 from triplane.launcher.plan.shares import (
     RankKind,
     Stage,
@@ -26,7 +27,7 @@ from triplane.launcher.plan.shares import (
     pipeline,
     table_parameters,
 )
-from triplane.launcher.plan.speed import Program, speed
+from triplane.launcher.plan.speed import speed
 from triplane.model.config import ModelConfig
 from triplane.model.count import flops_per_token
 from triplane.parallel.config import ParallelConfig

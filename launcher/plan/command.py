@@ -47,7 +47,9 @@ def plan(
         show.facts(_outcome(answer, gpus, cost))
         record["estimate"] = _record(answer) | {"cost": cost}
         found += _limits(answer, gpu, time_limit_days)
-    fits = answer is not None and answer.fits(gpu)
+        if config.parallel.fp8 and gpu.fp8_tflops is None:
+            found.append(f"parallel.fp8: {gpu_name} has no fp8 products; set parallel.fp8=false")
+    fits, hint = answer is not None and answer.fits(gpu), None
     if searching or not fits:
         results = search(config, gpus, gpu)
         if searching:
@@ -56,10 +58,10 @@ def plan(
                 {"overrides": changes(config, one.config)} | _record(one.estimate) for one in results.found
             ]
         if not fits:
-            found.append(_advice(config, gpus, results.found))
-    show.problems(found)
+            hint = _advice(config, gpus, results.found)
+    show.problems(found, hint)
     if json_path is not None:
-        json_path.write_text(json.dumps(record | {"problems": found}, indent=1) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(record | {"problems": found, "hint": hint}, indent=1) + "\n", encoding="utf-8")
     return 1 if found else 0
 
 
@@ -115,9 +117,8 @@ def _limits(answer: Estimate, gpu: Gpu, time_limit_days: float | None) -> list[s
 
 def _advice(config: RunConfig, gpus: int, found: list[Found]) -> str:
     if not found:
-        return f"no layout of this model and batch fits {gpus} of these GPUs; --search says why; take more GPUs"
-    best = nearest(config, found)
-    return f"the nearest layout that fits: {' '.join(changes(config, best.config))}"
+        return f"no layout of this model and batch fits {gpus} of these GPUs: take more; --search says why"
+    return f"the nearest layout that fits: {' '.join(changes(config, nearest(config, found).config))}"
 
 
 def _record(answer: Estimate) -> dict[str, Any]:

@@ -73,14 +73,17 @@ class Show:
         for refusal in results.refused:
             self.text(f"{refusal.layouts:>6,}  {refusal.reason}")
 
-    def problems(self, problems: list[str]) -> None:
+    def problems(self, problems: list[str], hint: str | None) -> None:
         """All that is wrong, last, where it is seen."""
-        if not problems:
-            self.text("\nnothing is wrong")
-            return
-        self.text(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}:")
+        self.text(f"\n{_count(len(problems), 'problem')}{':' if problems else ''}")
         for problem in problems:
             self.text(f"- {problem}")
+        if hint is not None:
+            self.text(f"\n{hint}")
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number or 'no'} {name}{'' if number == 1 else 's'}"
 
 
 def _table(first: str, *others: str) -> Table:

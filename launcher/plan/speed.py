@@ -3,54 +3,15 @@
 from dataclasses import dataclass
 
 from triplane.launcher.plan.gpus import Gpu
-from triplane.launcher.plan.shares import (
-    RankKind,
-    Work,
-    layer_parameters,
-    parameters,
-    pipeline,
-    table_parameters,
-)
+from triplane.launcher.plan.rates import OURS, Program, Rates
+from triplane.launcher.plan.shares import Work, layer_parameters, parameters, pipeline, table_parameters
+from triplane.launcher.plan.traffic import context_s, data_s, sends_s, tensor_s
 from triplane.model.count import flops_per_token
 
-
-@dataclass(frozen=True)
-class Program:
-    """What share of a data sheet's rates a training program reaches, and what it hides behind what.
-
-    The defaults are ours. The shares were fitted to published measurements (docs/plan.md); what hides behind what is
-    read off the code (docs/parallelism.md).
-    """
-
-    products: float = 0.68
-    fp8_products: float = 0.45
-    attention: float = 0.19
-    """Of the peak of products, counting what a causal mask leaves."""
-    memory: float = 0.83
-    node: float = 0.75
-    network: float = 0.87
-    hop_s: float = 3.4e-6
-    """What a collective loses for each of its ranks, to latency and to waiting for the slowest."""
-    launch_s: float = 6e-4
-    """Of the host, to start the kernels of one block, forward and backward."""
-    fused: float = 0.25
-    """Memory traffic of a compiled block, as a share of an uncompiled one's."""
-    tp_hidden: float = 0.0
-    """Share of the tensor-parallel traffic that goes on beside products."""
-    gradients_hidden: bool = True
-    """Whether gradients are reduced while backward goes on, without a pipeline."""
-    pipeline_hides: bool = False
-    """The same under a pipeline."""
-    gather_hidden: bool = False
-    """Whether updated weights are gathered while the next step's forward goes on."""
-    all_reduces: bool = True
-    """Whether ZeRO 1 and 2 reduce all gradients on each rank, where a share would do."""
-    gradient_bytes: int = 4
-    again: float = 0.0
-    """Share of the products that selective recomputation does again."""
-
-
-OURS = Program()
+_HOST_BYTES_PER_S, _PCIE_BYTES_PER_S = 20e9, 25e9
+"""What a rank has of its machine, for an optimizer that is offloaded."""
+_UPDATE_BYTES = 34
+"""Read and written for each parameter: fp32 weight, moments and gradient, and the weight in bf16."""
 
 
 @dataclass(frozen=True)
@@ -106,162 +67,67 @@ class _Pass:
 
 def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     """Of a step on `work.replicas x tp x pp` GPUs."""
-    model, layout, micro = work.model, work.layout, work.micro_batches
+    layout, micro, rates = work.layout, work.micro_batches, Rates(gpu, program)
     ranks = pipeline(work)
-    layer, head = _layer(work, gpu, program), _head(work, gpu, program)
-    passes = [layer.times(rank.layers) + (head if rank.has_head else _Pass()) for rank in ranks]
+    block, head = _block(work, rates), _head(work, rates)
+    passes = [block.times(rank.layers) + (head if rank.has_head else _Pass()) for rank in ranks]
     costliest = max(passes, key=lambda one: one.total)
-    # The first micro-batch reaches the costliest stage through the others, once for each virtual stage less.
-    others = sum(one.total for one in passes) - costliest.total
-    bubble = others / layout.virtual_stages
-    sent = _sends(work, gpu, program) * (micro + layout.pp - 1)
     steady = costliest.times(micro)
+    # The first micro-batch reaches the costliest stage through the others, the sooner the more stages a rank has.
+    bubble = (sum(one.total for one in passes) - costliest.total) / layout.virtual_stages
+    waiting = bubble + sends_s(work, rates) * (micro + layout.pp - 1)
     owned = max(parameters(work, rank) for rank in ranks)
-    data = _data(work, gpu, program, owned, costliest.total)
-    update = 34 * owned / (work.replicas if layout.zero else 1) / (gpu.memory_gb_per_s * 1e9 * program.memory)
-    if layout.offload_optimizer:
-        update = 34 * owned / work.replicas / 20e9 + 6 * owned / work.replicas / 25e9  # a host's memory, PCIe
+    data, update = data_s(work, rates, owned, costliest.total), _update_s(work, rates, owned)
     tokens = work.dp * micro * work.micro_batch_size * work.seq_len
-    seconds = steady.total + bubble + sent + data + update
-    gpus = work.replicas * layout.tp * layout.pp
-    mfu = flops_per_token(model, work.seq_len) * tokens / seconds / gpus / (gpu.bf16_tflops * 1e12)
+    seconds = steady.total + waiting + data + update
+    peak = gpu.bf16_tflops * 1e12 * work.replicas * layout.tp * layout.pp
+    mfu = flops_per_token(work.model, work.seq_len) * tokens / seconds / peak
     return Speed(
-        steady.products,
-        steady.memory,
-        steady.tensor,
-        steady.context,
-        bubble + sent,
-        data,
-        update,
-        mfu,
-        tokens / seconds,
+        steady.products, steady.memory, steady.tensor, steady.context, waiting, data, update, mfu, tokens / seconds
     )
 
 
-def _layer(work: Work, gpu: Gpu, program: Program) -> _Pass:
+def _block(work: Work, rates: Rates) -> _Pass:
     model, layout, tokens = work.model, work.layout, work.tokens
-    heads, kv_heads = model.n_heads // layout.tp, work.kv_heads
-    weights = layer_parameters(work)
-    again = {"none": 0.0, "selective": program.again, "full": 1.0}[layout.recompute]
-    peak = gpu.bf16_tflops * 1e12
-    if layout.fp8 and gpu.fp8_tflops:
-        rate = gpu.fp8_tflops * 1e12 * program.fp8_products
-    else:
-        rate = peak * program.products / (1 if work.bf16 else 8)
-    products = (6 + 2 * again) * weights * tokens / rate
-    # Forward two products, backward five, half of them spared by the mask.
-    scores = 2 * heads * model.head_dim * work.seq_len * tokens / 2
-    attention = (
-        (2 + 5 + 2 * (layout.recompute == "full")) * scores / (peak * program.attention / (1 if work.bf16 else 8))
-    )
+    again = {"none": 0.0, "selective": rates.program.again, "full": 1.0}[layout.recompute]
+    products = (6 + 2 * again) * layer_parameters(work) * tokens
+    products_s = products / rates.products_flops_per_s(work.bf16, layout.fp8)
+    # Two products forward and five backward, half of each spared by the mask.
+    scores = model.n_heads // layout.tp * model.head_dim * work.seq_len * tokens
+    attention_s = (7 + 2 * (layout.recompute == "full")) * scores / rates.attention_flops_per_s(work.bf16)
+    computing_s = products_s + attention_s
     return _Pass(
-        products + attention,
-        _block_traffic(work, heads, kv_heads, weights, gpu, program, products + attention),
-        _tensor(work, gpu, program),
-        _context(work, heads, kv_heads, gpu, program, attention),
+        computing_s,
+        # At least what the host needs to start the kernels.
+        max(_block_bytes(work, rates.program) / rates.memory_bytes_per_s, rates.program.launch_s - computing_s),
+        tensor_s(work, rates),
+        context_s(work, rates, attention_s),
     )
 
 
-def _block_traffic(
-    work: Work, heads: int, kv_heads: int, weights: int, gpu: Gpu, program: Program, computing: float
-) -> float:
-    """What is no product, in bytes read and written; at least what the host needs to start the kernels."""
-    model, layout, tokens = work.model, work.layout, work.tokens
-    split = layout.tp if layout.sequence_parallel else 1
-    scale = work.element_bytes / 2
-    stream, rotary, hidden = model.dim / split, (heads + kv_heads) * model.head_dim, model.hidden_dim / layout.tp
-    forward = (20 * stream + 40 * rotary + 10 * hidden) * scale
-    passes = 3 + (layout.recompute != "none")
-    if layout.fp8:
-        forward += 6 * (2 * model.dim + heads * model.head_dim + hidden)
-    moved = tokens * forward * passes * (program.fused if layout.compile else 1)
-    moved += 12 * weights  # each micro-batch's gradient is added up in fp32
-    return max(moved / (gpu.memory_gb_per_s * 1e9 * program.memory), program.launch_s - computing)
+def _block_bytes(work: Work, program: Program) -> float:
+    """Read and written by what is no product: norms, rotations, SwiGLU, residuals, and the sum of gradients."""
+    model, layout = work.model, work.layout
+    heads = model.n_heads // layout.tp * model.head_dim
+    stream = model.dim / (layout.tp if layout.sequence_parallel else 1)
+    hidden = model.hidden_dim / layout.tp
+    forward = 20 * stream + 40 * (heads + work.kv_heads * model.head_dim) + 10 * hidden
+    if layout.fp8:  # find the largest, scale and round, for each product's input
+        forward += 6 * (2 * model.dim + heads + hidden)
+    passes = 3 + (layout.recompute != "none")  # backward moves twice as much
+    moved = work.tokens * forward * passes * work.element_bytes / 2
+    return moved * (program.fused if layout.compile else 1) + 12 * layer_parameters(work)
 
 
-def _head(work: Work, gpu: Gpu, program: Program) -> _Pass:
+def _head(work: Work, rates: Rates) -> _Pass:
     table = table_parameters(work)
-    rows = table / work.model.dim
-    rate = gpu.bf16_tflops * 1e12 * program.products / (1 if work.bf16 else 8)
-    moved = 40 * rows * work.tokens + 16 * table
-    return _Pass(6 * table * work.tokens / rate, moved / (gpu.memory_gb_per_s * 1e9 * program.memory))
+    moved = 40 * table / work.model.dim * work.tokens + 16 * table
+    products = 6 * table * work.tokens
+    return _Pass(products / rates.products_flops_per_s(work.bf16), moved / rates.memory_bytes_per_s)
 
 
-def _bandwidth(ranks: int, stride: int, gpu: Gpu, program: Program) -> float:
-    """Bytes/s of one rank in a group of `ranks` that are `stride` apart: a ring through all of a machine's links."""
-    inside = gpu.node_gb_per_s * 1e9 * program.node
-    here = max(1, gpu.gpus_per_node // stride)
-    return inside if ranks <= here else min(inside, here * gpu.network_gb_per_s * 1e9 * program.network)
-
-
-def _collective(bytes_whole: float, ranks: int, stride: int, gpu: Gpu, program: Program) -> float:
-    """An all-gather or reduce-scatter of `bytes_whole`; an all-reduce is two."""
-    if ranks == 1:
-        return 0.0
-    moved = bytes_whole * (ranks - 1) / ranks / _bandwidth(ranks, stride, gpu, program)
-    return moved + program.hop_s * (ranks - 1)
-
-
-def _tensor(work: Work, gpu: Gpu, program: Program) -> float:
-    """Two all-reduces forward and two backward, or as many pairs of all-gather and reduce-scatter."""
-    # Computed again are both gathers and the first reduce-scatter, or the first all-reduce.
-    again = 0 if work.layout.recompute == "none" else 3 if work.layout.sequence_parallel else 2
-    bytes_whole = work.tokens * work.model.dim * work.element_bytes
-    one = _collective(bytes_whole, work.layout.tp, 1, gpu, program)
-    return (8 + again) * one * (1 - program.tp_hidden)
-
-
-def _context(work: Work, heads: int, kv_heads: int, gpu: Gpu, program: Program, attention: float) -> float:
-    layout, model = work.layout, work.model
-    if layout.cp == 1:
-        return 0.0
-    bandwidth = _bandwidth(layout.cp, layout.tp, gpu, program)
-    unit = work.tokens * model.head_dim * work.element_bytes
-    if layout.cp_method == "ulysses":
-        exchanged = (2 * heads + 2 * max(kv_heads, layout.cp)) * unit * (layout.cp - 1) / layout.cp
-        return 2 * exchanged / bandwidth + 4 * program.hop_s * layout.cp
-    # Keys and values forward, these and their fp32 gradients backward, beside the attention over those at hand.
-    hop = 2 * kv_heads * unit / bandwidth
-    exposed = max(0.0, hop * (layout.cp - 1) * (2 + 4 / work.element_bytes) - attention)
-    return exposed + 2 * program.hop_s * layout.cp
-
-
-def _sends(work: Work, gpu: Gpu, program: Program) -> float:
-    """Of a micro-batch between plain stages, there and back; between virtual ones they hide."""
-    layout = work.layout
-    if layout.pp == 1 or layout.virtual_stages > 1:
-        return 0.0
-    split = layout.tp if layout.sequence_parallel else 1
-    stride = layout.tp * work.replicas
-    one = work.tokens // split * work.model.dim * work.element_bytes
-    return 2 * one / _bandwidth(layout.pp, stride, gpu, program)
-
-
-def _data(work: Work, gpu: Gpu, program: Program, owned: int, micro_batch_s: float) -> float:
-    """What stays of the traffic over dp x cp when backward, two thirds of a micro-batch, hides what it can."""
-    layout, zero = work.layout, work.layout.zero
-    stride = layout.tp
-
-    def collective(width: float) -> float:
-        return _collective(width * owned, work.replicas, stride, gpu, program)
-
-    whole = zero == 0 or (program.all_reduces and zero < 3)
-    gradients = collective(program.gradient_bytes) * (2 if whole else 1)
-    weights = collective(work.element_bytes)
-    hops = program.hop_s * (work.replicas - 1) * work.model.n_layers / layout.pp
-    if zero == 3:
-        # Each block's weights come twice and its gradients go once, in every micro-batch, beside its neighbours.
-        exposed = max(0.0, 2 * weights + gradients - micro_batch_s) + 3 * hops
-        return work.micro_batches * exposed
-    hidden = (program.gradients_hidden if layout.pp == 1 else program.pipeline_hides) and zero > 0
-    times = work.micro_batches if zero == 2 and layout.pp == 1 else 1
-    exposed = times * (max(0.0, gradients - micro_batch_s * 2 / 3) if hidden else gradients)
-    if zero:
-        exposed += max(0.0, weights - micro_batch_s / 3) if program.gather_hidden else weights
-    return exposed
-
-
-def stage_times(work: Work, gpu: Gpu, program: Program = OURS) -> list[tuple[RankKind, float]]:
-    """Seconds of a micro-batch on each rank of a pipeline."""
-    layer, head = _layer(work, gpu, program), _head(work, gpu, program)
-    return [(rank, (layer.times(rank.layers) + (head if rank.has_head else _Pass())).total) for rank in pipeline(work)]
+def _update_s(work: Work, rates: Rates, owned: int) -> float:
+    share = owned / (work.replicas if work.layout.zero else 1)
+    if work.layout.offload_optimizer:
+        return share * (_UPDATE_BYTES / _HOST_BYTES_PER_S + 6 / _PCIE_BYTES_PER_S)
+    return share * _UPDATE_BYTES / rates.memory_bytes_per_s

@@ -31,7 +31,7 @@ def test_a_run_without_a_fault(prepared: Prepared, tmp_path: Path):
     result = plan("run.toml", "--gpus", 1, "--json", "plan.json", cwd=tmp_path)
     assert time.monotonic() - started_s < 5
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "nothing is wrong" in result.stdout
+    assert "no problems" in result.stdout
     record = json.loads((tmp_path / "plan.json").read_text())
     assert record["problems"] == []
     assert record["tokens"] == 8 * 8 * 32
@@ -62,6 +62,16 @@ def test_what_cannot_be_planned_is_one_error(tmp_path: Path, arguments, message)
     result = plan(CONFIGS / "125m.toml", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_fp8_on_a_gpu_without_it_is_a_problem(tmp_path: Path):
+    result = plan(CONFIGS / "1b.toml", "parallel.fp8=true", "--gpu", "a100", cwd=tmp_path)
+    assert "parallel.fp8: a100 has no fp8 products" in result.stdout
+
+
+def test_a_time_limit_that_is_too_short_is_a_problem(tmp_path: Path):
+    result = plan(CONFIGS / "8b.toml", "--gpus", 64, "--time-limit-days", 10, cwd=tmp_path)
+    assert "days to the end, but --time-limit-days is 10, enough for" in result.stdout
 
 
 def test_a_gpu_that_a_file_describes(tmp_path: Path):
@@ -118,6 +128,18 @@ def test_what_does_not_fit_comes_with_the_nearest_that_does(tmp_path: Path):
 def test_what_no_layout_can_do_is_said(tmp_path: Path):
     result = plan(CONFIGS / "405b.toml", "--gpus", 8, cwd=tmp_path)
     assert "no layout of this model and batch fits 8 of these GPUs" in result.stdout
+
+
+def test_a_search_is_printed_and_written(tmp_path: Path):
+    result = plan(CONFIGS / "8b.toml", "--gpus", 16, "--search", "--json", "plan.json", cwd=tmp_path)
+    assert "layouts fit; the fastest:" in result.stdout
+    assert "GiB of 76.2" in result.stdout  # why others do not
+    first, *_ = json.loads((tmp_path / "plan.json").read_text())["search"]
+    best = plan(CONFIGS / "8b.toml", *first["overrides"], "--gpus", 16, "--json", "best.json", cwd=tmp_path)
+    assert best.returncode == 1  # the corpus is not there
+    found = json.loads((tmp_path / "best.json").read_text())["estimate"]
+    assert found["speed"] == first["speed"]
+    assert found["memory_bytes"] == first["memory_bytes"]
 
 
 def test_time_follows_the_lengths_of_phases():

@@ -10,8 +10,9 @@ from benchmark_scripts import benchmark
 from triplane.launcher.config import load_config
 from triplane.launcher.plan.estimate import work_of
 from triplane.launcher.plan.gpus import GPUS
+from triplane.launcher.plan.rates import OURS
 from triplane.launcher.plan.shares import Work
-from triplane.launcher.plan.speed import OURS, speed
+from triplane.launcher.plan.speed import speed
 
 published = benchmark("plan")
 ROOT = Path(__file__).parents[2]
