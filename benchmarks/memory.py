@@ -8,16 +8,18 @@ that layouts which communicate in forward and backward come out a few per cent t
 """
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from triplane.launcher.forked import run_ranks
-from triplane.launcher.plan.memory import Memory, peak_memory
-from triplane.launcher.plan.shares import Work, pipeline
+from triplane.launcher.plan.memory import kept_activations, peak_memory
+from triplane.launcher.plan.shares import RankKind, Stage, Work, parameters, pipeline
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
@@ -55,32 +57,46 @@ LAYOUTS: list[tuple[dict[str, Any], int, bool]] = [
 class Measured:
     """Bytes on one rank."""
 
-    weights: int
     state: int
     """Weights and the optimizer's, before the step; with ZeRO 3 also the buffers that it makes at the start."""
+    gradients: int
+    """Before the last micro-batch, with the bucket of reduction where it stays."""
+    activations: int
+    """What the blocks keep of the last micro-batch, and their output."""
     peak: int
 
 
-def measured(mesh: Mesh, layout: ParallelConfig, micro_batches: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def measured(mesh: Mesh, layout: ParallelConfig, micro_batches: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The fields of Measured, of this rank's first step."""
     options = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
     with profile(**options) as record:
         engine = Engine(MODEL, layout, mesh, dtype, SEQ_LEN, 1.0, lambda each: adamw(OptimizerConfig(), each))
         engine.initialize(seed=0)
+        for stage in engine.local.stages:
+            stage.hidden = _marked(stage.hidden)  # type: ignore[method-assign]
         batches = [_batch() for _ in range(micro_batches)]
         with record_function("step"):
             engine.forward_backward(batches)
             engine.step(1e-3)
     events = record.profiler.kineto_results.events()
+    memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    totals = list(accumulate(size for _, size in memory))
+
+    def allocated(when_ns: int) -> int:
+        return totals[bisect_right(memory, when_ns, key=lambda event: event[0]) - 1]
+
     (step,) = (event for event in events if event.name() == "step")
-    allocated = state = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        if event.start_ns() < step.start_ns():
-            state = allocated
-        peak = max(peak, allocated)
-    weights = sum(p.numel() * p.element_size() for p in engine.local.module.parameters())
-    return weights, state, peak
+    blocks = max((event for event in events if event.name() == "blocks"), key=lambda event: event.start_ns())
+    state, before = allocated(step.start_ns()), allocated(blocks.start_ns())
+    return state, before - state, allocated(blocks.start_ns() + blocks.duration_ns()) - before, max(totals)
+
+
+def _marked(hidden: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(*args: Any) -> Any:
+        with record_function("blocks"):
+            return hidden(*args)
+
+    return marked
 
 
 def _batch() -> Batch:
@@ -88,7 +104,7 @@ def _batch() -> Batch:
     return Batch.build(tokens_T, tokens_T.roll(-1), range(0, len(tokens_T) + 1, SEQ_LEN))
 
 
-def compare(keys: dict[str, Any], micro_batches: int, bf16: bool) -> Iterator[tuple[str, Measured, Memory]]:
+def compare(keys: dict[str, Any], micro_batches: int, bf16: bool) -> Iterator[tuple[str, Measured, Measured]]:
     """Each pipeline rank of a layout: its name, what it took and what was predicted."""
     layout = ParallelConfig(**({"dp": 1} | keys))
     assert isinstance(layout.dp, int)
@@ -100,19 +116,36 @@ def compare(keys: dict[str, Any], micro_batches: int, bf16: bool) -> Iterator[tu
         stage = f", stage {kind.pp_rank}" if layout.pp > 1 else ""
         precision = "bf16" if bf16 else "fp32"
         name = f"{layout.describe()}, {precision}, {micro_batches} micro-batches{stage}"
-        yield name, Measured(*found[rank]), peak_memory(work, kind, "cpu")
+        yield name, Measured(*found[rank]), _predicted(work, kind)
+
+
+def _predicted(work: Work, kind: RankKind) -> Measured:
+    memory, owned = peak_memory(work, kind, "cpu"), parameters(work, kind)
+    blocks = RankKind("", kind.pp_rank, (Stage(kind.layers, embedding=True, head=False),))
+    bucket = 4 * owned if work.layout.zero == 1 and work.micro_batches > 1 else 0
+    split = work.layout.tp if work.layout.sequence_parallel else 1
+    output = work.tokens // split * work.model.dim * work.element_bytes
+    activations = kept_activations(work, blocks, "cpu") + output
+    # ZeRO 3 makes its bucket, its gradients and the small weights' whole copies before the step: they are in the peak.
+    return Measured(memory.weights + memory.optimizer, memory.gradients + bucket, activations, memory.total)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("| layout | weights and optimizer | gradients, activations, temporary | peak |\n| --- | --- | --- | --- |")
+    print("| layout | weights and optimizer | gradients | activations of a micro-batch | peak |")
+    print("| --- | --- | --- | --- | --- |")
     for keys, micro_batches, bf16 in LAYOUTS:
         for name, found, predicted in compare(keys, micro_batches, bf16):
-            state = predicted.weights + predicted.optimizer
-            pairs = ((found.state, state), (found.peak - found.state, predicted.total - state))
-            pairs += ((found.peak, predicted.total),)
-            cells = (f"{a / 1e6:.1f}, {b / 1e6:.1f} ({100 * (b / a - 1):+.1f} %)" for a, b in pairs)
+            pairs = zip(astuple(found), astuple(predicted))
+            cells = (
+                _cell(a, b) if keys.get("pp", 1) == 1 or column in (0, 3) else "" for column, (a, b) in enumerate(pairs)
+            )
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def _cell(found: int, predicted: int) -> str:
+    text = f"{found / 1e6:.1f}, {predicted / 1e6:.1f}"
+    return f"{text} ({100 * (predicted / found - 1):+.1f} %)" if found > 1e6 else text
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from triplane.launcher.plan.gpus import GPUS, Gpu
-from triplane.launcher.plan.memory import peak_memory
+from triplane.launcher.plan.memory import kept_activations
 from triplane.launcher.plan.rates import Program
 from triplane.launcher.plan.shares import (
     RankKind,
@@ -216,13 +216,13 @@ def torchtitan_gib(row: Row) -> float:
     work, model, layout = row.work, row.work.model, row.work.layout
     compiled = layout.compile and layout.tp == 1
     alone = replace(work, layout=layout.model_copy(update={"pp": 1, "virtual_stages": 1, "recompute": "none"}))
-    again = peak_memory(alone, RankKind("one block", 0, (Stage(1, embedding=False, head=False),))).activations
+    again = kept_activations(alone, RankKind("one block", 0, (Stage(1, embedding=False, head=False),)))
     found = []
     for rank in pipeline(work):
         owned = parameters(work, rank)
         # Under a pipeline weights stay gathered and gradients whole until the step ends.
         state = 16 * owned / work.replicas + (6 * owned if layout.pp > 1 else 4 * layer_parameters(work))
-        activations: float = peak_memory(work, rank).activations
+        activations: float = kept_activations(work, rank)
         if layout.recompute == "selective":
             products = 3 * model.dim + (model.n_heads + 2 * model.n_kv_heads) * model.head_dim + 2 * model.hidden_dim
             kept = 2 * model.dim + products / 2

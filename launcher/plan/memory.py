@@ -52,7 +52,7 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
     gradients = 4 * (share if partitioned else owned)
     bucket = _bucket(work, owned, device)
     gathered = work.element_bytes * min(_LIVE_ELEMENTS, owned) if zero == 3 else 0
-    activations = _activations(work, rank, device)
+    activations = kept_activations(work, rank, device)
 
     def moment(gradients: int, activations: int, temporary: int) -> Memory:
         return Memory(weights, gradients, optimizer, activations, temporary)
@@ -77,7 +77,8 @@ def _bucket(work: Work, owned: int, device: Device) -> int:
     return _STATISTIC * min(_BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)
 
 
-def _activations(work: Work, rank: RankKind, device: Device) -> int:
+def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int:
+    """What forward keeps for backward, of all micro-batches that are in flight at once."""
     block, stream = _block_kept(work, device), _stream(work)
     kept = 0
     for stage, count in zip(rank.stages, in_flight(work, rank)):

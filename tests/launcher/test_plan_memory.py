@@ -18,7 +18,7 @@ def work(micro_batches: int = 4, **layout) -> Work:
 @pytest.mark.parametrize(
     ("layout", "micro_batches", "bf16"),
     [
-        ({"zero": 0}, 2, False),
+        ({"zero": 0, "recompute": "full"}, 2, False),
         ({"recompute": "selective"}, 1, True),
         ({"dp": 2, "zero": 2}, 2, True),
         ({"dp": 2, "zero": 3}, 2, True),
@@ -30,9 +30,12 @@ def work(micro_batches: int = 4, **layout) -> Work:
 )
 def test_the_peak_of_real_ranks_is_as_predicted(layout, micro_batches, bf16):
     for name, measured, predicted in memory.compare(layout, micro_batches, bf16):
-        assert predicted.total == pytest.approx(measured.peak, rel=0.1), name
-        if layout.get("zero") != 3:  # which makes its buffers before the step
-            assert predicted.weights + predicted.optimizer == pytest.approx(measured.state, rel=0.05), name
+        assert predicted.peak == pytest.approx(measured.peak, rel=0.1), name
+        if layout.get("zero") == 3:  # makes buffers before the step, and gathers weights while blocks run
+            continue
+        assert predicted.state == pytest.approx(measured.state, rel=0.05), name
+        if layout.get("pp", 1) == 1:  # else several micro-batches are in flight
+            assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
 
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
