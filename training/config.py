@@ -80,3 +80,6 @@ class FaultsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     compare_replicas_every_steps: PositiveInt | None = None
     """Steps between comparisons of the weights of ranks that should have the same, bit by bit, which find faulty memory
     and arithmetic. None: never."""
+    repeat_step_every_steps: PositiveInt | None = None
+    """Steps between those that are done twice from the same state and compared, bit by bit, which finds arithmetic that
+    errs at times; takes the time of one step more, and as much memory as the optimizer's state. None: never."""

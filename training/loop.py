@@ -26,6 +26,7 @@ from triplane.training.errors import TrainingError
 from triplane.training.evaluation import validation_loss
 from triplane.training.guard import problem
 from triplane.training.hardware import peak_memory_gib
+from triplane.training.repetition import twice
 from triplane.training.replicas import differing_ranks
 from triplane.training.report import Report
 from triplane.training.schedule import learning_rate, warmup_steps
@@ -172,17 +173,27 @@ class Trainer:
 
     def _update(self, step: int, read: Callable[[], list[Batch]], exact: bool) -> tuple[StepLoss, Tensor, float]:
         """One step; returns the loss, the gradient's norm and the learning rate."""
+        settings = self.settings
+        rate = learning_rate(settings.schedule, settings.optimizer.lr, step, settings.training.steps, self.warmup_steps)
         with self.watch.phase("data_time_s"):
             batches = read()
-        with self.watch.phase("forward_backward_time_s", exact):
-            loss = self.engine.forward_backward(batches)
-        with self.watch.phase("optimizer_time_s", exact):
-            settings = self.settings
-            rate = learning_rate(
-                settings.schedule, settings.optimizer.lr, step, settings.training.steps, self.warmup_steps
+
+        def update() -> tuple[StepLoss, Tensor]:
+            with self.watch.phase("forward_backward_time_s", exact):
+                loss = self.engine.forward_backward(batches)
+            with self.watch.phase("optimizer_time_s", exact):
+                self.store.wait_until_copied()
+                return loss, self.engine.step(rate)
+
+        every = settings.faults.repeat_step_every_steps
+        if every is None or step % every:
+            return *update(), rate
+        (loss, norm), ranks = twice(self.engine, step, update)
+        if ranks:
+            raise TrainingError(
+                f"step {step}: done twice, it gave two states on ranks {ranks}; take the machine that errs out, then "
+                f"start again from the last checkpoint"
             )
-            self.store.wait_until_copied()
-            norm = self.engine.step(rate)
         return loss, norm, rate
 
     def _batches_from(self, state: State, last: int) -> Iterator[list[Batch]]:

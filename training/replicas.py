@@ -1,12 +1,14 @@
 """Finds ranks whose memory or arithmetic errs: weights that should be the same bits and are not."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from triplane.parallel.engine import Engine
+from triplane.parallel.mesh import Mesh
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 """By size of an element."""
@@ -18,23 +20,27 @@ def differing_ranks(engine: Engine) -> list[int]:
     Of two that differ both are named. ZeRO 3 keeps no weight twice, so that none can differ.
     """
     mesh = engine.mesh
-    mine = _checksum(engine)
+    weights = [placement.parameter.detach() for placement in engine.local.placements]
+    mine = checksum(weights, mesh.device)
     theirs = [torch.empty_like(mine) for _ in range(mesh.replicas.size)]
     dist.all_gather(theirs, mine, group=mesh.replicas.group)
     sums = [int(one) for one in theirs]
     most, count = Counter(sums).most_common(1)[0]
-    alone = int(mine) != most or count * 2 <= len(sums)
+    return ranks_where(mesh, int(mine) != most or count * 2 <= len(sums))
+
+
+def ranks_where(mesh: Mesh, true: bool) -> list[int]:
+    """The ranks on which it is true, on all; collective."""
     flags = torch.zeros(mesh.world_size, dtype=torch.int32, device=mesh.device)
-    flags[mesh.rank] = alone
+    flags[mesh.rank] = true
     dist.all_reduce(flags)
     return flags.nonzero().flatten().tolist()
 
 
-def _checksum(engine: Engine) -> Tensor:
-    """Changes with any bit of this rank's weights; an int64."""
-    total = torch.zeros((), dtype=torch.int64, device=engine.mesh.device)
-    for number, placement in enumerate(engine.local.placements, start=1):
-        weight = placement.parameter.detach()
-        bits = weight.contiguous().view(_INTEGERS[weight.element_size()])
-        total += number * bits.sum(dtype=torch.int64)
+def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Changes with any one bit of fp32 or bf16 tensors; an int64."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for number, tensor in enumerate(tensors, start=1):
+        bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+        total += number * bits.sum(dtype=torch.int64).to(device)  # an offloaded state is on the host
     return total

@@ -28,6 +28,7 @@ from triplane.training.batches import Feed
 from triplane.training.config import FaultsConfig
 from triplane.training.guard import problem
 from triplane.training.proof import SEQUENCES, proof_batch, proof_engine, proof_model
+from triplane.training.repetition import twice
 from triplane.training.replicas import differing_ranks
 from triplane.training.state import State
 
@@ -246,6 +247,59 @@ def test_a_run_stops_before_it_saves_weights_that_differ(
     with pytest.raises(RanksFailedError, match=r"step 3: the weights of ranks \[0, 1\] are not"):
         start(config)
     assert latest(Path(config.run_dir) / "checkpoints") is None
+
+
+def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[list[int], bool]:
+    """The ranks that differ; whether the state then is that of one step."""
+    states, ranks = [], []
+    for repeat in (False, True):
+        engine = proof_engine(mesh, proof_model(), layout, torch.float32)
+        share = SEQUENCES // mesh.dp.size
+        batches = [proof_batch(engine.config, 0, [mesh.dp.rank * share + i]) for i in range(share)]
+        passes = [0]
+
+        def err(gradient: Tensor, passes: list[int] = passes, before: int = len(batches)) -> Tensor:
+            passes[0] += 1
+            return gradient * (1 + 1e-3 * (passes[0] == before + 1))  # in the first pass of the second time
+
+        def update(engine: Engine = engine, batches: list = batches) -> None:
+            engine.forward_backward(batches)
+            engine.step(1e-3)
+
+        if not repeat:
+            update()
+        else:
+            if mesh.rank == erring:
+                engine.local.placements[-1].parameter.register_hook(err)
+            _, ranks = twice(engine, 1, update)
+        states.append([fragment.data.clone() for fragment in engine.optimizer.fragments()])
+    return ranks, all(map(torch.equal, *states))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_done_twice_is_one_step(layout: str) -> None:
+    config = ParallelConfig(**LAYOUTS[layout])
+    assert isinstance(config.dp, int)
+    for ranks, same in run_ranks(config, config.dp * config.ranks_of_one, _step_twice, config, -1):
+        assert ranks == [] and same
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_arithmetic_that_errs_in_the_repeated_step_is_seen(stage: int) -> None:
+    config = ParallelConfig(dp=2, zero=stage)
+    for ranks, same in run_ranks(config, 2, _step_twice, config, 1):
+        assert ranks and not same
+
+
+def test_a_run_with_repeated_steps_is_the_same_run(prepared: Prepared, tmp_path: Path) -> None:
+    ends = []
+    for every in (None, 2):
+        faults = {"repeat_step_every_steps": every}
+        config = small_run(prepared, tmp_path / str(every), faults=faults, parallel={"dp": 2})
+        start(config)
+        ends.append(final(config))
+    for key in ends[0].shapes:
+        assert torch.equal(ends[0].tensor(key), ends[1].tensor(key)), key
 
 
 REQUESTS = {
