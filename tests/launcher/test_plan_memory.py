@@ -34,7 +34,8 @@ def test_the_peak_of_real_ranks_is_as_predicted(layout, micro_batches, bf16):
         if layout.get("zero") == 3:  # makes buffers before the step, and gathers weights while blocks run
             continue
         assert predicted.state == pytest.approx(measured.state, rel=0.05), name
-        if layout.get("pp", 1) == 1:  # else several micro-batches are in flight
+        # Of a pipeline several micro-batches are in flight; what gloo's threads free in tp is not seen.
+        if not layout.keys() & {"pp", "tp"}:
             assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
 
 
