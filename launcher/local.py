@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,7 @@ _USER_ERROR = 2
 _GRACE_S = 5.0
 """After the first failure: ranks that notice it by themselves say what befell them before they are killed."""
 _POLL_S = 0.05
+_NOWHERE = "at an unknown step"
 
 
 def run_local_ranks(
@@ -90,6 +92,8 @@ class LocalRanks:
         first = min(failures, key=lambda failure: failure.time)
         code = codes[first.rank]
         self.exit_code = code if code > 0 else 128 - code
+        if first.where == _NOWHERE:  # what was killed cannot say where it stood; those that waited for it can
+            first = replace(first, where=next((peer.where for peer in failures if peer.where != _NOWHERE), _NOWHERE))
         return first
 
     def _start(self, rank: int, port: int) -> "subprocess.Popen[bytes]":
@@ -155,7 +159,7 @@ class LocalRanks:
         name = signal.Signals(-code).name
         # NCCL aborts a rank when another is gone.
         when = float("inf") if -code == signal.SIGABRT else 0.0
-        return Failure(rank, socket.gethostname(), "at an unknown step", "killed", f"by {name}", when)
+        return Failure(rank, socket.gethostname(), _NOWHERE, "killed", f"by {name}", when)
 
 
 def _passed_on(number: int) -> int:

@@ -54,7 +54,8 @@ def test_a_killed_rank_is_named_before_those_that_noticed(tmp_path: Path) -> Non
         "fail('RuntimeError', 'connection closed')\n"
         "sys.exit(1)",
     )
-    assert "rank 1 on" in str(started.run())
+    failure = str(started.run())
+    assert "rank 1 on" in failure and failure.endswith("failed first, in step 7: killed: by SIGKILL")
     assert started.exit_code == 128 + signal.SIGKILL
 
 
