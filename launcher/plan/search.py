@@ -15,7 +15,7 @@ from triplane.launcher.plan.memory import peak_memory
 from triplane.launcher.plan.shares import rank_kinds
 from triplane.launcher.plan.speed import speed
 
-_POWERS = (1, 2, 4, 8, 16, 32)
+_STAGES, _MOST_RANKS = (1, 2, 4, 8), 32
 _MICRO_BATCHES = (1, 2, 4, 8)
 
 
@@ -47,7 +47,7 @@ class Search:
 
 
 def search(config: RunConfig, gpus: int, gpu: Gpu) -> Search:
-    """Tries the axes in powers of two, ZeRO, recomputation and micro-batches; other keys stay as they are."""
+    """Tries axes that divide the GPUs, ZeRO, recomputation and micro-batches; other keys stay as they are."""
     found: list[Found] = []
     refused: dict[str, Refusal] = defaultdict(lambda: Refusal(""))
     for candidate in _candidates(config, gpus, gpu):
@@ -81,18 +81,19 @@ def nearest(config: RunConfig, found: list[Found]) -> Found:
 
 
 def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
-    heads, layers = config.model.n_heads, config.model.n_layers
+    layers = config.model.n_layers
+    divisors = [size for size in range(1, _MOST_RANKS + 1) if gpus % size == 0]
     axes: list[tuple[Any, ...]] = [
-        tuple(tp for tp in _POWERS if tp <= min(gpu.gpus_per_node, gpus, heads)),
-        tuple(pp for pp in _POWERS if pp <= min(layers, gpus)),
-        tuple(cp for cp in _POWERS if cp <= gpu.gpus_per_node and (cp == 1 or config.data.seq_len // cp >= 4096)),
-        (1, 2, 4, 8),
+        tuple(tp for tp in divisors if tp <= gpu.gpus_per_node),
+        tuple(pp for pp in divisors if pp <= layers),
+        tuple(cp for cp in divisors if cp <= gpu.gpus_per_node and (cp == 1 or config.data.seq_len // cp >= 4096)),
+        _STAGES,
         (0, 1, 2, 3) if config.training.precision == "fp32" else (1, 2, 3),
         ("none", "selective", "full"),
         _MICRO_BATCHES,
     ]
     for tp, pp, cp, virtual, zero, recompute, micro in product(*axes):
-        if tp * pp * cp > gpus or (pp == 1 and virtual > 1) or pp * virtual > layers or (zero == 3 and pp > 1):
+        if gpus % (tp * pp * cp) or (pp == 1 and virtual > 1) or pp * virtual > layers or (zero == 3 and pp > 1):
             continue
         keys = {
             "tp": tp,
