@@ -3,3 +3,7 @@
 
 class DataError(ValueError):
     """Something is wrong with data or tokenizer; the message is one line: what, where, and what to do."""
+
+
+class NoLocksError(DataError):
+    """A file system that cannot keep two processes apart."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from triplane.data.errors import DataError
+from triplane.data.errors import DataError, NoLocksError
 
 _LOCK_NAME = "lock"
 
@@ -49,7 +49,8 @@ def disk_full_is_an_error(path: Path, size_bytes: int) -> Iterator[None]:
 def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
     """Makes `folder` if need be and holds it: no other process, on any machine, gets it meanwhile.
 
-    If another holds it, waits, or raises DataError. Within, the holder may remove the folder.
+    If another holds it, waits, or raises DataError. Within, the holder may remove the folder. Raises NoLocksError where
+    the file system has no locks, as Lustre mounted without them.
     """
     try:
         lock = None
@@ -60,6 +61,10 @@ def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
         raise DataError(f"{folder}: another process is at work in there: wait for it to end") from error
     except PermissionError as error:
         raise DataError(f"{error.filename}: cannot write there: {error.strerror}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise NoLocksError(f"{folder}: this file system has no locks") from error
     with lock:
         yield
 

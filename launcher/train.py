@@ -1,11 +1,13 @@
 """`triplane train`: checks everything that can be known, then starts ranks or is one."""
 
 import os
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from triplane.checkpoint.folder import write_problem
-from triplane.data.errors import DataError
+from triplane.data.errors import DataError, NoLocksError
 from triplane.data.files import locked_folder
 from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
@@ -31,7 +33,7 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
         raise ConfigError("\n".join(found))
     run_dir, first = Path(config.run_dir), rank is None or rank.rank == 0
     if first:
-        with locked_folder(run_dir, wait=False):  # two runs in it would write over each other
+        with alone_in(run_dir):
             _check_writing(config)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
@@ -43,7 +45,7 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
     from triplane.launcher.cli import leave
     from triplane.launcher.run import run_rank
 
-    with locked_folder(run_dir, wait=False) if first else nullcontext():
+    with alone_in(run_dir) if first else nullcontext():
         run_rank(config, rank or Rank(0, 1, 0), allow_fresh_start)
         leave(0)
     return 0
@@ -64,6 +66,17 @@ def problems(config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh
             or check_run_dir(config, run_record(config, sources), allow_data_change, allow_fresh_start)
         ),
     ]
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Two runs in one folder would write over each other."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked_folder(run_dir, wait=False))
+        except NoLocksError as error:
+            print(f"triplane: {error}: see that no second run is started in this folder", file=sys.stderr)
+        yield
 
 
 def _check_writing(config: RunConfig) -> None:
