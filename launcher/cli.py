@@ -200,6 +200,19 @@ def status(
 
 
 @app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write, by default RUN/report.html.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a page on a run that needs no network: curves, throughput, memory, faults, data, samples, config."""
+    from triplane.launcher.report import report
+
+    report(run, out)
+
+
+@app.command()
 def logs(
     run: RunFolder,
     rank: Annotated[int | None, typer.Option(help="Of this rank; by default the job's.", min=0)] = None,

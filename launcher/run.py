@@ -20,6 +20,7 @@ from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
 from triplane.launcher.preflight import CONFIG, DONE, change_since, checkpoints_folder, find_checkpoint, run_record
 from triplane.launcher.ranks import Rank
+from triplane.launcher.report import REPORT, write_report
 from triplane.launcher.toml import to_toml
 from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine
@@ -94,9 +95,10 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     )
     state = trainer.run(state)
     report.event(state.step, "end", steps=config.training.steps)
-    report.close()
     if state.step >= config.training.steps:
         on_rank_0(lambda: _write_done(config))
+    on_rank_0(lambda: _write_report(config, report))
+    report.close()
 
 
 def _take_device(rank: Rank) -> torch.device:
@@ -131,6 +133,14 @@ def _write_config(config: RunConfig) -> None:
 
 def _write_done(config: RunConfig) -> None:
     (Path(config.run_dir) / DONE).write_text(f"{config.training.steps}\n")
+
+
+def _write_report(config: RunConfig, report: Report) -> None:
+    run_dir = Path(config.run_dir)
+    try:
+        write_report(run_dir, run_dir / REPORT)
+    except OSError as error:  # all that matters is saved
+        report.message(f"no {REPORT}: {error}")
 
 
 def _saved_precision(folder: Location) -> Precision | None:

@@ -40,7 +40,7 @@ class RunStatus:
 def read_status(run_dir: Path) -> RunStatus:
     """Raises LaunchError if the folder is not that of a run."""
     lines = list(_last_lines(run_dir / "metrics.jsonl"))
-    events = list(_json_lines(run_dir / "history.jsonl"))
+    events = list(json_lines(run_dir / "history.jsonl"))
     saves = [event["step"] for event in events if event["event"] == "save"]
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     return RunStatus(
@@ -83,7 +83,8 @@ def _last_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield from _whole(file.read())
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Those of a file that need not be there, without one that is being written."""
     if path.exists():
         yield from _whole(path.read_bytes())
 

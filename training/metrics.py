@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from triplane.training.units import format_count
 
@@ -48,7 +49,7 @@ METRICS = {
 
 
 class MetricsWriter:
-    """Appends to `run_dir/metrics.jsonl` and to TensorBoard events in `run_dir/tensorboard`; for rank 0.
+    """Appends to metrics.jsonl, samples.jsonl and TensorBoard events in `run_dir/tensorboard`; for rank 0.
 
     A run that resumes after `resume_step` replaces what an earlier attempt wrote of later steps, so
     that each curve is one line. What was logged survives the process.
@@ -59,10 +60,9 @@ class MetricsWriter:
 
         # A start from nothing repeats the validation before the first step, if there is one.
         first_step = resume_step + 1 if resume_step else 0
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            _drop_from(path, first_step)
-        self._lines = path.open("a", buffering=1, encoding="utf-8")
+        self._lines, self._samples = (
+            _continued(run_dir / name, first_step) for name in ("metrics.jsonl", "samples.jsonl")
+        )
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         if resume_step == 0:
             self._tensorboard.add_text("metrics", _legend(), 0)
@@ -75,15 +75,22 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Shows `text` in TensorBoard as it stands."""
-        code_block = "".join(f"    {line}\n" for line in text.splitlines())
-        self._tensorboard.add_text(tag, code_block, step)
+    def sample(self, step: int, text: str) -> None:
+        """Records text that the model wrote, shown in TensorBoard as it stands."""
+        self._samples.write(json.dumps({"step": step, "sample": text}) + "\n")
+        self._tensorboard.add_text("sample", _code_block(text), step)
         self._tensorboard.flush()
 
     def close(self) -> None:
         self._lines.close()
+        self._samples.close()
         self._tensorboard.close()
+
+
+def _continued(path: Path, first_step: int) -> TextIO:
+    if path.exists():
+        _drop_from(path, first_step)
+    return path.open("a", buffering=1, encoding="utf-8")
 
 
 def _drop_from(path: Path, first_step: int) -> None:
@@ -94,6 +101,11 @@ def _drop_from(path: Path, first_step: int) -> None:
         output.flush()
         os.fsync(output.fileno())
     os.replace(kept, path)
+
+
+def _code_block(text: str) -> str:
+    """In Markdown."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _legend() -> str:

@@ -39,7 +39,7 @@ class Report:
         """Records text that the model wrote."""
         if self._first:
             with self._full_disk_told(step):
-                self._writer.text(step, "sample", text)
+                self._writer.sample(step, text)
 
     def saved(self, save: Save) -> None:
         """Records and shows how a save went."""

@@ -52,6 +52,15 @@ def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def test_a_run_leaves_a_report(folder: Path) -> None:
+    written = (folder / "run/report.html").read_text()
+    assert "<b>8 / 8</b>" in written
+    assert "; done; written" in written
+    assert triplane("report", "run", "--out", "again.html", cwd=folder).stdout == "again.html\n"
+    assert (folder / "again.html").exists()
+    assert "not the folder of a run" in refused(triplane("report", ".", cwd=folder))
+
+
 def test_a_finished_run_says_so(folder: Path) -> None:
     again = triplane("train", "small.toml", cwd=folder)
     assert again.returncode == 0

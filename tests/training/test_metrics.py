@@ -19,7 +19,7 @@ def log_and_die(run_dir: Path, resume_step: int, steps: range, loss: float) -> N
         writer = MetricsWriter(run_dir, resume_step)
         for step in steps:
             writer.log(step, {"loss": loss, "tokens_seen": step * 100})
-            writer.text(step, "sample", f"# {loss}\n<b>")
+            writer.sample(step, f"# {loss}\n<b>")
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
@@ -48,9 +48,11 @@ def test_a_killed_and_resumed_run_leaves_one_curve(tmp_path: Path):
     assert read_events(tmp_path, "loss") == expected
     texts = [(step, f"    # {loss}\n    <b>\n".encode()) for step, loss in expected]
     assert read_events(tmp_path, "sample/text_summary") == texts
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == [{"step": step, "sample": f"# {loss}\n<b>"} for step, loss in expected]
     ((_, legend),) = read_events(tmp_path, "metrics/text_summary")
     assert b"| mfu | fraction of peak | mean over ranks |" in legend
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl", "tensorboard"]
 
 
 def test_a_start_from_nothing_keeps_nothing(tmp_path: Path):

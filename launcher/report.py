@@ -1,0 +1,30 @@
+"""`triplane report`: what a run has written into its folder, gathered for a page of HTML."""
+
+import os
+from pathlib import Path
+
+from triplane.launcher.preflight import CONFIG
+from triplane.launcher.report_html import page
+from triplane.launcher.run_status import json_lines, read_status
+
+REPORT = "report.html"
+"""In the run folder."""
+
+
+def report(run_dir: Path, out: Path | None) -> None:
+    """Writes the report of a run and prints where it is."""
+    print(write_report(run_dir, out or run_dir / REPORT))
+
+
+def write_report(run_dir: Path, out: Path) -> Path:
+    """Raises LaunchError if `run_dir` is not the folder of a run."""
+    status = read_status(run_dir)
+    lines, events, samples = (
+        list(json_lines(run_dir / name)) for name in ("metrics.jsonl", "history.jsonl", "samples.jsonl")
+    )
+    config = run_dir / CONFIG
+    html = page(status, lines, events, samples, config.read_text() if config.exists() else "")
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, out)
+    return out
