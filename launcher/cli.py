@@ -192,8 +192,16 @@ def submit(
 @app.command()
 def status(
     folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with some below it.")] = Path("runs"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="A live table with speed and time left, until all are done or Ctrl-C.")
+    ] = False,
 ) -> None:
     """Show where runs stand: step, loss, checkpoint, restarts, job."""
+    if watch:
+        from triplane.launcher.watch import watch as watch_runs
+
+        watch_runs(folder)
+        return
     from triplane.launcher.jobs import status
 
     status(folder)

@@ -29,19 +29,23 @@ def active_job(run_dir: Path) -> slurm.Job | None:
     return job if job and job.state in slurm.ACTIVE else None
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders at or below `folder`; raises LaunchError if there are none."""
+    if runs := find_runs(folder):
+        return runs
+    raise LaunchError(f"{folder}: no run in it or below it; give a run folder or one with some below")
+
+
 def status(folder: Path) -> None:
     """Prints a line on each run at or below `folder`."""
-    runs = find_runs(folder)
-    if not runs:
-        raise LaunchError(f"{folder}: no run in it or below it; give a run folder or one with some below")
     rows = [("run", "state", "step", "loss", "checkpoint", "restarts", "last word")]
-    for run_dir in runs:
+    for run_dir in runs_in(folder):
         run = read_status(run_dir)
         loss = f"{run.metrics['loss']:.4f}" if "loss" in run.metrics else "-"
         checkpoint = "-" if run.checkpoint_step is None else str(run.checkpoint_step)
         age = "-" if run.updated_s is None else f"{format_duration(time.time() - run.updated_s)} ago"
         progress = f"{run.step}/{run.steps}"
-        rows.append((str(run_dir), _state(run), progress, loss, checkpoint, str(run.restarts), age))
+        rows.append((str(run_dir), state_of(run), progress, loss, checkpoint, str(run.restarts), age))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
@@ -73,7 +77,7 @@ def cancel(run_dir: Path) -> None:
         return
     run = read_status(run_dir)
     if run.last_event is None or run.last_event["event"] == "end":
-        raise LaunchError(f"{run_dir}: no job of this run is queued, and it does not run: {_state(run)}")
+        raise LaunchError(f"{run_dir}: no job of this run is queued, and it does not run: {state_of(run)}")
     stop = run_dir / "stop"
     stop.touch()
     deadline_s = time.monotonic() + _OBEY_S + 3 * run.metrics.get("step_time_s", 0.0)
@@ -103,7 +107,7 @@ def resume(run_dir: Path) -> None:
     print(f"job {job_id}: {submission / SCRIPT}")
 
 
-def _state(run: RunStatus) -> str:
+def state_of(run: RunStatus) -> str:
     """Of its job, if Slurm knows it, or else by its own last word."""
     if run.done:
         return "done"

@@ -31,6 +31,10 @@ class RunStatus:
     """When the last metrics or event were written, seconds since 1970."""
     checkpoint_step: int | None
     """Of the newest checkpoint."""
+    checkpoint_s: float | None
+    """When it was whole, seconds since 1970."""
+    ranks: int | None
+    """Since the last start."""
     restarts: int
     """How often it has gone on from a checkpoint."""
     last_event: dict[str, Any] | None
@@ -41,7 +45,8 @@ def read_status(run_dir: Path) -> RunStatus:
     """Raises LaunchError if the folder is not that of a run."""
     lines = list(_last_lines(run_dir / "metrics.jsonl"))
     events = list(json_lines(run_dir / "history.jsonl"))
-    saves = [event["step"] for event in events if event["event"] == "save"]
+    saves = [event for event in events if event["event"] == "save"]
+    starts = [event for event in events if event["event"] in ("start", "resume")]
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     return RunStatus(
         run_dir=run_dir,
@@ -50,7 +55,9 @@ def read_status(run_dir: Path) -> RunStatus:
         steps=_steps(run_dir),
         metrics=metrics,
         updated_s=max((line["time"] for line in [*lines[-1:], *events[-1:]]), default=None),
-        checkpoint_step=saves[-1] if saves else None,
+        checkpoint_step=saves[-1]["step"] if saves else None,
+        checkpoint_s=saves[-1]["time"] if saves else None,
+        ranks=starts[-1]["details"]["ranks"] if starts else None,
         restarts=sum(event["event"] == "resume" for event in events),
         last_event=events[-1] if events else None,
     )

@@ -1,0 +1,65 @@
+"""`triplane status --watch`: a live table of runs."""
+
+import time
+from pathlib import Path
+
+from rich.live import Live
+from rich.table import Table
+
+from triplane.launcher.jobs import runs_in, state_of
+from triplane.launcher.run_status import RunStatus, read_status
+from triplane.training.units import format_count, format_duration
+
+_REFRESH_S = 2.0
+"""Asks Slurm each time, if the runs have jobs."""
+_METRICS = (
+    ("loss", "loss", "{:.4f}".format),
+    ("validation loss", "validation_loss", "{:.4f}".format),
+    ("tokens/s", "tokens_per_s", format_count),
+    ("MFU", "mfu", "{:.1%}".format),
+)
+
+
+def watch(folder: Path) -> None:
+    """Shows the runs at or below `folder`, until all are done or Ctrl-C."""
+    with Live(auto_refresh=False) as live:
+        try:
+            while True:
+                runs = [read_status(run_dir) for run_dir in runs_in(folder)]
+                live.update(_table(runs), refresh=True)
+                if all(run.done for run in runs):
+                    return
+                time.sleep(_REFRESH_S)
+        except KeyboardInterrupt:
+            return
+
+
+def _table(runs: list[RunStatus]) -> Table:
+    """A column for each run."""
+    table = Table("", *(str(run.run_dir) for run in runs))
+    columns = [_facts(run, time.time()) for run in runs]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _facts(run: RunStatus, now_s: float) -> dict[str, str]:
+    values, unknown = run.metrics, "-"
+    left_s = values["step_time_s"] * (run.steps - run.step) if "step_time_s" in values else None
+    saved = unknown
+    if run.checkpoint_step is not None and run.checkpoint_s is not None:
+        saved = f"{run.checkpoint_step}, {_age(run.checkpoint_s, now_s)}"
+    return {
+        "state": state_of(run),
+        "step": f"{run.step}/{run.steps}",
+        **{label: form(values[name]) if name in values else unknown for label, name, form in _METRICS},
+        "time left": unknown if left_s is None else format_duration(left_s),
+        "checkpoint": saved,
+        "restarts": str(run.restarts),
+        "ranks": unknown if run.ranks is None else str(run.ranks),
+        "last word": unknown if run.updated_s is None else _age(run.updated_s, now_s),
+    }
+
+
+def _age(then_s: float, now_s: float) -> str:
+    return f"{format_duration(now_s - then_s)} ago"

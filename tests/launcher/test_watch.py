@@ -1,0 +1,52 @@
+"""The live table, on a terminal of its own."""
+
+import os
+import pty
+import re
+import sys
+import time
+from pathlib import Path
+
+from triplane.training.history import record_event
+from triplane.training.metrics import MetricsWriter
+
+
+def shown_by(master: int, text: str, seconds: float = 60) -> str:
+    """What the terminal shows until `text` is in it."""
+    shown, deadline_s = "", time.monotonic() + seconds
+    while text not in shown:
+        assert time.monotonic() < deadline_s, shown
+        shown += os.read(master, 1 << 16).decode()
+    return shown
+
+
+def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("training = { steps = 100 }\n")
+    record_event(tmp_path, "start", 0, layout="dp 2", ranks=2, precision="fp32")
+    record_event(tmp_path, "save", 20, checkpoint="step_20")
+    writer = MetricsWriter(tmp_path, 0)
+    writer.log(25, {"loss": 3.25, "tokens_per_s": 12_345, "mfu": 0.4123, "step_time_s": 2.0})
+    child, master = pty.fork()
+    if not child:
+        os.environ.update(COLUMNS="200", LINES="40", TERM="xterm")
+        os.execv(sys.executable, [sys.executable, "-m", "triplane", "status", str(tmp_path), "--watch"])
+    first = shown_by(master, "last word")
+    for name, value in (
+        ("state", "begun"),
+        ("step", "25/100"),
+        ("loss", "3.2500"),
+        ("tokens/s", "12.3 k"),
+        ("MFU", "41.2%"),
+        ("time left", "2 m 30 s"),
+        ("checkpoint", r"20, \d+ s ago"),
+        ("restarts", "0"),
+        ("ranks", "2"),
+    ):
+        assert re.search(rf"│ {name} +│ {value} +│", first), f"{name} {value}: {first}"
+    record_event(tmp_path, "resume", 20, layout="dp 4", ranks=4, precision="fp32")
+    writer.log(100, {"loss": 3.0})
+    writer.close()
+    (tmp_path / "DONE").touch()
+    last = shown_by(master, "100/100")
+    assert re.search(r"│ state +│ done +│", last)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
