@@ -7,7 +7,7 @@ from typing import Any
 
 from triplane.launcher.checks import check, tokens_per_step
 from triplane.launcher.config import RunConfig, load_config
-from triplane.launcher.plan.estimate import Estimate, estimate, tokens_of, work_of
+from triplane.launcher.plan.estimate import Estimate, beyond_layout, estimate, tokens_of, work_of
 from triplane.launcher.plan.gpus import RESERVED_GIB, Gpu, find_gpu
 from triplane.launcher.plan.problems import checkpoint_bytes, done_steps, kept_checkpoints, problems
 from triplane.launcher.plan.search import Found, changes, nearest, search
@@ -32,7 +32,7 @@ def plan(
     found = problems(config, gpus)
     show = Show()
     done = done_steps(config)
-    stands = not check(config, gpus)
+    stands = set(check(config, gpus)) <= beyond_layout(config)
     layout = work_of(config, gpus).layout if stands else config.parallel
     show.text(f"{path} on {gpus} x {gpu_name}: {layout.describe()}\n")
     show.facts(_facts(config, done))

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
+from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig
 from triplane.launcher.plan.gpus import RESERVED_GIB, Gpu
 from triplane.launcher.plan.memory import Memory, peak_memory
 from triplane.launcher.plan.shares import Work, rank_kinds
 from triplane.launcher.plan.speed import Speed, speed
+from triplane.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,17 @@ class Estimate:
         return self.peak_gib + RESERVED_GIB <= gpu.memory_gib
 
 
+def beyond_layout(config: RunConfig) -> set[str]:
+    """What is wrong with a config under every layout, and so keeps none from being reckoned."""
+    alone = {
+        "parallel": ParallelConfig(),
+        "training": config.training.model_copy(update={"micro_batch_size": 1, "precision": "auto"}),
+    }
+    return set(check(config.model_copy(update=alone), 1))
+
+
 def work_of(config: RunConfig, gpus: int) -> Work:
-    """The config must have passed `checks.check` with as many ranks."""
+    """The layout must fit as many ranks."""
     layout, training = config.parallel, config.training
     dp = gpus // layout.ranks_of_one
     layout = layout.model_copy(update={"dp": dp})

@@ -9,11 +9,8 @@ from typing import Any
 
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig
-from triplane.launcher.plan.estimate import Estimate, work_of
+from triplane.launcher.plan.estimate import Estimate, beyond_layout, estimate
 from triplane.launcher.plan.gpus import RESERVED_GIB, Gpu
-from triplane.launcher.plan.memory import peak_memory
-from triplane.launcher.plan.shares import rank_kinds
-from triplane.launcher.plan.speed import speed
 
 _STAGES, _MOST_RANKS = (1, 2, 4, 8), 32
 _MICRO_BATCHES = (1, 2, 4, 8)
@@ -50,8 +47,9 @@ def search(config: RunConfig, gpus: int, gpu: Gpu) -> Search:
     """Tries axes that divide the GPUs, ZeRO, recomputation and micro-batches; other keys stay as they are."""
     found: list[Found] = []
     refused: dict[str, Refusal] = defaultdict(lambda: Refusal(""))
+    unmendable = beyond_layout(config)
     for candidate in _candidates(config, gpus, gpu):
-        answer = _try(candidate, gpus, gpu)
+        answer = _try(candidate, gpus, gpu, unmendable)
         if isinstance(answer, Estimate):
             found.append(Found(candidate, answer))
             continue
@@ -113,14 +111,11 @@ def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
         )
 
 
-def _try(config: RunConfig, gpus: int, gpu: Gpu) -> Estimate | str:
+def _try(config: RunConfig, gpus: int, gpu: Gpu, unmendable: set[str]) -> Estimate | str:
     """What it comes to, or why it does not fit."""
-    if problems := check(config, gpus):
+    if problems := [problem for problem in check(config, gpus) if problem not in unmendable]:
         return problems[0]
-    work = work_of(config, gpus)
-    memory = {rank.name: peak_memory(work, rank) for rank in rank_kinds(work)}
-    rate = speed(work, gpu)
-    answer = Estimate(work, memory, rate, rate.step_s * config.training.steps)
+    answer = estimate(config, gpus, gpu)
     if not answer.fits(gpu):
         return f"needs {answer.peak_gib:,.1f} GiB of {gpu.memory_gib - RESERVED_GIB:,.1f}"
     return answer

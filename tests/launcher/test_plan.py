@@ -101,6 +101,15 @@ def test_all_problems_come_together(prepared: Prepared, tmp_path: Path):
     assert "3 checkpoints of" in text and "GiB are free" in text
 
 
+def test_what_has_nothing_to_do_with_the_layout_does_not_hide_the_rest(tmp_path: Path):
+    result = plan(
+        CONFIGS / "8b.toml", "schedule.warmup_steps=999_999", "model.head_dim=127", "--gpus", 64, cwd=tmp_path
+    )
+    assert "warm-up (999999 steps) is longer than the run" in result.stdout
+    assert "head_dim (127) is odd" in result.stdout
+    assert "to the end" in result.stdout and "layout" not in result.stdout.splitlines()[-1]
+
+
 def test_a_checkpoint_of_another_run_is_a_problem(prepared: Prepared, tmp_path: Path):
     (tmp_path / "checkpoints" / "damaged_step_3").mkdir(parents=True)
     assert "no checkpoint is whole" in "\n".join(problems(small_run(prepared, tmp_path), ranks=1))
