@@ -44,6 +44,7 @@ class Facts:
     """What a rank finds on its node."""
 
     node: str
+    local_rank: int
     code: str
     """Digest of triplane's sources, and versions."""
     clock_s: float
@@ -86,19 +87,26 @@ def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
 
 def out_of_line(facts: list[Facts]) -> dict[str, list[str]]:
     """The nodes that should not be trained on, with what is wrong with each."""
-    code = Counter(fact.code for fact in facts).most_common(1)[0][0]
+    code = _commonest(fact.code for fact in facts)
+    device = _commonest(fact.device for fact in facts)
     clock_s = median(fact.clock_s for fact in facts)
     bandwidth = median(fact.bandwidth_gib_s for fact in facts)
     found: dict[str, list[str]] = {}
     for fact in facts:
-        for problem in _problems(fact, code, clock_s, bandwidth):
+        for problem in _problems(fact, code, device, clock_s, bandwidth):
             problems = found.setdefault(fact.node, [])
             if problem not in problems:
                 problems.append(problem)
     return found
 
 
-def _problems(fact: Facts, code: str, clock_s: float, bandwidth_gib_s: float) -> Iterator[str]:
+def _commonest(values: Iterable[str]) -> str:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _problems(fact: Facts, code: str, device: str, clock_s: float, bandwidth_gib_s: float) -> Iterator[str]:
+    if fact.device != device:
+        yield f"has {fact.device}, others {device}"
     if fact.code != code:
         yield f"runs {fact.code}, others {code}"
     if abs(fact.clock_s - clock_s) > _MOST_SKEW_S:
@@ -111,7 +119,7 @@ def _problems(fact: Facts, code: str, clock_s: float, bandwidth_gib_s: float) ->
         if free < least:
             yield f"{what}: {free:.3f} GiB free, under {least}"
     if fact.device_free < _LEAST_FREE:
-        yield f"{fact.device} is in use: {fact.device_free:.0%} of its memory is free"
+        yield f"{fact.device} {fact.local_rank} is in use: {fact.device_free:.0%} of its memory is free"
     if fact.bandwidth_gib_s < _LEAST_BANDWIDTH * bandwidth_gib_s:
         yield f"all-reduce at {fact.bandwidth_gib_s:.3g} GiB/s, others at {bandwidth_gib_s:.3g}"
 
@@ -123,9 +131,10 @@ def _facts(run_dir: Path, rank: Rank, device: torch.device) -> Facts:
     name, free = "CPU", 1.0
     if device.type == "cuda":
         free_bytes, all_bytes = torch.cuda.mem_get_info(device)
-        name, free = f"{torch.cuda.get_device_name(device)} {device.index}", free_bytes / all_bytes
+        name, free = torch.cuda.get_device_name(device), free_bytes / all_bytes
     return Facts(
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        local_rank=rank.local_rank,
         code=_code(),
         clock_s=clock_s,
         disk_gib=shutil.disk_usage(run_dir).free / gib,

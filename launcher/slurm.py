@@ -32,6 +32,7 @@ class Job:
     """A job that Slurm remembers; it forgets those that have ended after some minutes."""
 
     id: str
+    """Of the whole array, if it is one of an array."""
     state: str
     reason: str
     """Why it waits."""
@@ -124,7 +125,11 @@ def _gpus(resources: str) -> int:
 def _job(line: str) -> Job:
     fields = _fields(line)
     return Job(
-        fields["JobId"], fields["JobState"], fields["Reason"], fields.get("NodeList", ""), int(fields["Restarts"])
+        fields.get("ArrayJobId", fields["JobId"]),
+        fields["JobState"],
+        fields["Reason"],
+        fields.get("NodeList", ""),
+        int(fields["Restarts"]),
     )
 
 

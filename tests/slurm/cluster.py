@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -90,6 +91,7 @@ NodeName=n[3-4] NodeAddr=10.77.0.[3-4] CPUs=8 RealMemory=4000 Gres=gpu:2 State=U
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 PartitionName=gpu Nodes=n[3-4] MaxTime=30
+PartitionName=closed Nodes=ALL DefaultTime=60 State=INACTIVE
 """
 
 
@@ -123,9 +125,7 @@ class Cluster:
         for process in self._processes:
             process.kill()
             process.wait()
-        for leftover in Path("/sys/fs/cgroup").glob("*/slurm*"):
-            for path in [*sorted(leftover.rglob("*/"), reverse=True), leftover]:
-                path.rmdir()
+        until(_no_cgroups, "no cgroup is left")
 
     def _start(self) -> None:
         head = self._popen([*_UNSHARE, "bash", "-c", _HEAD])
@@ -195,3 +195,12 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None
     while not condition():
         assert time.monotonic() < deadline_s, f"{what}: not within {seconds} s"
         time.sleep(0.1)
+
+
+def _no_cgroups() -> bool:
+    """Removes those that slurmd made, once they are empty."""
+    made = [path for top in Path("/sys/fs/cgroup").glob("*/slurm_n*") for path in (*top.rglob("*/"), top)]
+    for path in sorted(made, reverse=True):
+        with suppress(OSError):
+            path.rmdir()
+    return not made

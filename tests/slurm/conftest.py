@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import small_run
 from slurm.cluster import PROGRAMS, Cluster
+from slurm.submitted import with_config
 from small_corpora import Prepared
-
-from triplane.launcher.toml import to_toml
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +25,5 @@ def cluster(has_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def folder(prepared: Prepared, tmp_path: Path) -> Path:
-    """With a config `long.toml` of a run that does not end by itself, saved every 20 steps."""
-    config = small_run(
-        prepared,
-        Path("run"),
-        parallel={"tp": 2, "dp": "auto"},
-        schedule={"kind": "constant"},
-        training={"steps": 1_000_000, "eval_every_steps": 1_000_000},
-        checkpoint={"every_steps": 20},
-    )
-    (tmp_path / "long.toml").write_text(to_toml(config))
-    return tmp_path
+    """From where one submits, with a config `long.toml`."""
+    return with_config(tmp_path, prepared)

@@ -8,7 +8,25 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from runs import small_run
 from slurm.cluster import Cluster, until
+from small_corpora import Prepared
+
+from triplane.launcher.toml import to_toml
+
+
+def with_config(folder: Path, prepared: Prepared) -> Path:
+    """`folder` with a config `long.toml` of a run that does not end by itself, saved every 20 steps."""
+    config = small_run(
+        prepared,
+        Path("run"),
+        parallel={"tp": 2, "dp": "auto"},
+        schedule={"kind": "constant"},
+        training={"steps": 1_000_000, "eval_every_steps": 1_000_000},
+        checkpoint={"every_steps": 20},
+    )
+    (folder / "long.toml").write_text(to_toml(config))
+    return folder
 
 
 @dataclass
@@ -86,7 +104,10 @@ class Submitted:
 
     def warn(self) -> None:
         """As Slurm does before the time limit."""
-        self.cluster.output("scancel", "--batch", "--signal=USR1", self.job)
+        warnings = self.said.count("warned")
+        # Not `output`: for a task of an array it sends the signal and then says that it failed.
+        self.cluster.run("scancel", "--batch", "--signal=USR1", self.job)
+        until(lambda: self.said.count("warned") > warnings, "the warning")
 
     def stays(self, state: str) -> None:
         until(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"), "the job ends")

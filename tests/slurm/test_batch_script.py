@@ -1,0 +1,139 @@
+"""What the batch script does when its steps end one way or another; `srun` and `scontrol` are stubs with a record."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm.submitted import with_config
+from small_corpora import Prepared
+
+SAVE = """echo '{"event": "save"}' >> run/history.jsonl\n"""
+WARN = "kill -USR1 $PPID; sleep 0.2\n"
+ENDED = "kill -TERM $PPID; sleep 0.2\n"
+
+
+@pytest.fixture(scope="module")
+def shown(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script that would be submitted."""
+    folder = with_config(tmp_path_factory.mktemp("batch"), prepared)
+    where = [sys.executable, "-m", "triplane", "submit", "long.toml", "--dry-run"]
+    options = ["--nodes", "2", "--ranks-per-node", "2", "faults.max_restarts=2"]
+    shown = subprocess.run(
+        [*where, *options], cwd=folder, env={**os.environ, "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "no Slurm here" in shown.stderr
+    (folder / "train.sbatch").write_text(shown.stdout)
+    (folder / "bin").mkdir()
+    command(folder, "scontrol", 'case $1 in show) echo "  EndTime=$END" ;; *) echo "$@" >> requests ;; esac')
+    return folder / "train.sbatch"
+
+
+@pytest.fixture
+def script(shown: Path) -> Iterator[Path]:
+    """With the folder of a run that has not begun."""
+    run = shown.parent / "run"
+    (run / "jobs/1").mkdir(parents=True)
+    (run / "logs").mkdir()
+    yield shown
+    shutil.rmtree(run)
+
+
+def command(folder: Path, name: str, body: str) -> None:
+    path = folder / "bin" / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def run(script: Path, train: str, check: str = "", end: str = "tomorrow", **more: str) -> tuple[int, str, list[str]]:
+    """One segment, of which `train` and `check` are what the steps do: its exit code, its words, its requests."""
+    folder = script.parent
+    command(folder, "srun", f'case "$*" in *check-nodes*) :; {check}\n ;; *) :; {train}\n ;; esac')
+    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "END": end, **more}
+    done = subprocess.run(
+        ["bash", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    requests = folder / "requests"
+    lines = requests.read_text().splitlines() if requests.exists() else []
+    requests.unlink(missing_ok=True)
+    return done.returncode, done.stdout + done.stderr, lines
+
+
+def test_it_is_good_bash(script: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck here")
+    done = subprocess.run(["shellcheck", "--severity=warning", script], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+def test_a_crash_is_requeued_until_there_were_too_many_without_a_checkpoint(script: Path) -> None:
+    for crash in (1, 2):
+        code, said, requests = run(script, "exit 1")
+        assert (code, requests) == (0, ["requeue 7"])
+        assert f"exit code 1; crash {crash} of 2" in said
+    code, said, requests = run(script, SAVE + "exit 143")
+    assert "crash 1 of 2" in said and requests == ["requeue 7"]
+    run(script, "exit 1")
+    code, said, requests = run(script, "exit 1")
+    assert (code, requests) == (1, [])
+    assert "the run gives up" in said
+
+
+@pytest.mark.parametrize(
+    ("train", "end", "code", "requests", "said"),
+    [
+        ("touch run/DONE; exit 1", "tomorrow", 0, [], "the run is done"),
+        ("exit 2", "tomorrow", 2, [], "cannot go on as it is"),
+        ("exit 0", "tomorrow", 0, [], "left as the file"),
+        (WARN + SAVE, "tomorrow", 0, ["requeue 7"], "saved"),
+        (WARN + "exit 0", "tomorrow", 0, ["requeue 7"], "warned, but nothing was saved; crash 1 of 2"),
+        (ENDED + "exit 143", "tomorrow", 1, [], "ended by Slurm"),
+        (SAVE + ENDED + "exit 0", "tomorrow", 1, [], "ended by Slurm"),
+        (WARN + SAVE + ENDED, "yesterday", 0, ["requeue 7"], "saved"),
+        (WARN + ENDED + "exit 143", "yesterday", 0, ["requeue 7"], "nothing was saved; crash 1 of 2"),
+    ],
+)
+def test_what_follows_a_step(script: Path, train: str, end: str, code: int, requests: list[str], said: str) -> None:
+    ended = run(script, train, end=end)
+    assert ended[::2] == (code, requests)
+    assert said in ended[1]
+
+
+def test_a_warning_asks_the_ranks_and_an_old_one_is_forgotten(script: Path) -> None:
+    stop = script.parent / "run/stop"
+    run(script, WARN + "test -e run/stop && mv run/stop run/seen")
+    assert (script.parent / "run/seen").exists()
+    stop.touch()
+    run(script, "test ! -e run/stop || touch run/old")
+    assert not (script.parent / "run/old").exists()
+
+
+def test_a_run_that_was_warned_before_it_trained_does_not_begin(script: Path) -> None:
+    _, said, requests = run(script, "touch run/trained", check=WARN)
+    assert not (script.parent / "run/trained").exists()
+    assert requests == ["requeue 7"], said
+
+
+def test_a_job_goes_back_without_bad_nodes(script: Path) -> None:
+    bad = "printf 'n3\\nn5\\n' >> run/jobs/1/bad_nodes; exit 3"
+    code, said, requests = run(script, "touch run/trained", check=bad)
+    assert (code, requests) == (0, ["requeue 7", "update JobId=7 ExcNodeList=n3,n5"])
+    assert "failed the check: n3,n5" in said
+    assert not (script.parent / "run/trained").exists()
+    assert run(script, "touch run/DONE")[0] == 0  # the nodes stay excluded, the run goes on
+
+
+def test_the_jobs_of_a_chain_leave_the_run_to_the_next(script: Path) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
+    assert run(script, WARN + SAVE, **array)[::2] == (0, [])
+    bad = run(script, "", check="echo n3 >> run/jobs/1/bad_nodes; exit 3", **array)
+    assert bad[::2] == (0, ["update JobId=6 ExcNodeList=n3"])
+    for _ in range(3):
+        code, said, _ = run(script, "exit 1", **array)
+    assert code == 1 and "gives up" in said
+    assert run(script, "touch run/trained", **array)[0] == 1
+    assert not (script.parent / "run/trained").exists()

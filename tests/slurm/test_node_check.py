@@ -1,0 +1,53 @@
+"""The check of the nodes before a run: which are named, and why."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster
+
+from triplane.launcher.node_check import Facts, _rounds, out_of_line
+
+SOUND = Facts("n1", 0, "triplane 1 torch 2", 0.0, 9.0, 9.0, 9.0, "H100", 0.99, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"code": "triplane 1 torch 3"}, "runs triplane 1 torch 3, others triplane 1 torch 2"),
+        ({"clock_s": -2.0}, "its clock is -2.0 s off"),
+        ({"disk_gib": 0.5}, "run folder: 0.500 GiB free, under 1.0"),
+        ({"shared_memory_gib": 0.0625}, "/dev/shm: 0.062 GiB free, under 0.125"),
+        ({"device_free": 0.5}, "H100 0 is in use: 50% of its memory is free"),
+        ({"device": "CPU"}, "has CPU, others H100"),
+        ({"bandwidth_gib_s": 4.0}, "all-reduce at 4 GiB/s, others at 10"),
+    ],
+)
+def test_a_node_out_of_line_is_named(change: dict, problem: str) -> None:
+    sound = [replace(SOUND, node=f"n{number}") for number in (1, 2, 3)]
+    assert out_of_line(sound) == {}
+    odd = replace(SOUND, node="n4", **change)
+    assert out_of_line([*sound, odd, odd]) == {"n4": [problem]}
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 8])
+def test_every_node_meets_every_other_once(nodes: int) -> None:
+    rounds = list(_rounds(nodes))
+    for pairs in rounds:
+        met = [node for pair in pairs for node in pair]
+        assert len(met) == len(set(met)) >= nodes - 1 or nodes == 1
+    everything = sorted(pair for pairs in rounds for pair in pairs)
+    assert everything == [(a, b) for a in range(nodes) for b in range(a + 1, nodes)]
+
+
+def test_a_slow_link_is_found(cluster: Cluster, tmp_path: Path) -> None:
+    slow = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "80mbit", "burst", "64kb", "latency", "200ms"]
+    cluster.run_on("n3", *slow)
+    bad = tmp_path / "bad"
+    check = [sys.executable, "-m", "triplane", "check-nodes", tmp_path, "--bad-nodes", bad]
+    result = cluster.run("srun", "--nodes=4", "--ntasks-per-node=1", "--time=5", *check)
+    cluster.run_on("n3", "tc", "qdisc", "del", "dev", "eth0", "root")
+    assert bad.read_text() == "n3\n", result.stdout + result.stderr
+    assert result.returncode == 3
+    assert "out of line: n3" in result.stdout
