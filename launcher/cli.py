@@ -183,7 +183,8 @@ def submit(
 
     Warned of its time limit or of a preemption, the job saves and goes back into the queue; so it does after a crash.
     """
-    from triplane.launcher.submit import Request, submit
+    from triplane.launcher.batch_script import Request
+    from triplane.launcher.submit import submit
 
     request = Request(nodes, ranks_per_node, time, partition, account, container, chain)
     submit(config, overrides or [], request, dry_run)

@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 from triplane.launcher import slurm
+from triplane.launcher.config import load_config
 from triplane.launcher.errors import LaunchError
-from triplane.launcher.preflight import DONE
-from triplane.launcher.run_status import RunStatus, find_runs, read_status
+from triplane.launcher.preflight import CONFIG
+from triplane.launcher.run_status import RunStatus, find_runs, read_status, steps_done
 from triplane.launcher.snapshot import JOB_ID, SCRIPT, last_submission
 from triplane.training.units import format_duration
 
@@ -96,7 +97,7 @@ def resume(run_dir: Path) -> None:
         raise LaunchError(f"{run_dir}: it was never submitted; go on with `triplane train CONFIG`")
     if not slurm.is_here():
         raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted")
-    if (run_dir / DONE).exists():
+    if steps_done(run_dir) >= load_config(submission / CONFIG).training.steps:
         raise LaunchError(f"{run_dir}: the run is done; submit it with more training.steps to go on")
     if job := active_job(run_dir):
         raise LaunchError(f"{run_dir}: job {job.id} is {job.state} already")

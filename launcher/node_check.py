@@ -68,7 +68,10 @@ def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
     device = torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=_TIMEOUT)
     mine = _facts(run_dir, rank, device)
     facts: list[Facts | None] | None = [None] * rank.world_size if rank.rank == 0 else None
@@ -90,21 +93,33 @@ def out_of_line(facts: list[Facts]) -> dict[str, list[str]]:
     code = _commonest(fact.code for fact in facts)
     device = _commonest(fact.device for fact in facts)
     clock_s = median(fact.clock_s for fact in facts)
-    bandwidth = median(fact.bandwidth_gib_s for fact in facts)
-    found: dict[str, list[str]] = {}
+    speeds = _speeds(facts)
+    found: dict[str, dict[str, None]] = {}  # each problem once, in order
     for fact in facts:
-        for problem in _problems(fact, code, device, clock_s, bandwidth):
-            problems = found.setdefault(fact.node, [])
-            if problem not in problems:
-                problems.append(problem)
-    return found
+        problems = [*_problems(fact, code, device, clock_s), *_slow(fact.node, speeds)]
+        if problems:
+            found[fact.node] = found.get(fact.node, {}) | dict.fromkeys(problems)
+    return {node: list(problems) for node, problems in found.items()}
+
+
+def _speeds(facts: list[Facts]) -> dict[str, float]:
+    """GiB/s of each node: the median of its ranks."""
+    nodes = dict.fromkeys(fact.node for fact in facts)
+    return {node: median(fact.bandwidth_gib_s for fact in facts if fact.node == node) for node in nodes}
+
+
+def _slow(node: str, speeds: dict[str, float]) -> Iterator[str]:
+    typical = median(speeds.values())
+    # Of two nodes with a slow link between them, neither can be named.
+    if len(speeds) > 2 and speeds[node] < _LEAST_BANDWIDTH * typical:
+        yield f"all-reduce at {speeds[node]:.3g} GiB/s, others at {typical:.3g}"
 
 
 def _commonest(values: Iterable[str]) -> str:
     return Counter(values).most_common(1)[0][0]
 
 
-def _problems(fact: Facts, code: str, device: str, clock_s: float, bandwidth_gib_s: float) -> Iterator[str]:
+def _problems(fact: Facts, code: str, device: str, clock_s: float) -> Iterator[str]:
     if fact.device != device:
         yield f"has {fact.device}, others {device}"
     if fact.code != code:
@@ -120,8 +135,6 @@ def _problems(fact: Facts, code: str, device: str, clock_s: float, bandwidth_gib
             yield f"{what}: {free:.3f} GiB free, under {least}"
     if fact.device_free < _LEAST_FREE:
         yield f"{fact.device} {fact.local_rank} is in use: {fact.device_free:.0%} of its memory is free"
-    if fact.bandwidth_gib_s < _LEAST_BANDWIDTH * bandwidth_gib_s:
-        yield f"all-reduce at {fact.bandwidth_gib_s:.3g} GiB/s, others at {bandwidth_gib_s:.3g}"
 
 
 def _facts(run_dir: Path, rank: Rank, device: torch.device) -> Facts:
@@ -192,10 +205,10 @@ def _pair_gib_s(ranks: list[int], device: torch.device) -> float:
 def _table(facts: list[Facts], bad: dict[str, list[str]]) -> Iterator[str]:
     clock_s = median(fact.clock_s for fact in facts)
     yield f"{'node':12} {'ranks':>5} {'all-reduce':>12} {'clock':>9} {'/dev/shm':>10} {'run folder':>11}  device"
-    for node in dict.fromkeys(fact.node for fact in facts):
+    for node, speed in _speeds(facts).items():
         ranks = [fact for fact in facts if fact.node == node]
-        first, slowest = ranks[0], min(fact.bandwidth_gib_s for fact in ranks)
-        bandwidth = f"{slowest:.3g} GiB/s" if math.isfinite(slowest) else "one node"
+        first = ranks[0]
+        bandwidth = f"{speed:.3g} GiB/s" if math.isfinite(speed) else "one node"
         yield (
             f"{node:12} {len(ranks):5} {bandwidth:>12} {first.clock_s - clock_s:+7.3f} s "
             f"{first.shared_memory_gib:6.3g} GiB {first.disk_gib:7.4g} GiB  {first.device}"

@@ -50,7 +50,7 @@ def read_status(run_dir: Path) -> RunStatus:
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     return RunStatus(
         run_dir=run_dir,
-        done=(run_dir / DONE).exists(),
+        done=steps_done(run_dir) > 0,
         step=lines[-1]["step"] if lines else 0,
         steps=_steps(run_dir),
         metrics=metrics,
@@ -71,6 +71,12 @@ def _steps(run_dir: Path) -> int:
             steps: int = tomllib.loads((folder / CONFIG).read_text())["training"]["steps"]
             return steps
     raise LaunchError(f"{run_dir}: not the folder of a run: it has no {CONFIG}")
+
+
+def steps_done(run_dir: Path) -> int:
+    """The steps of a run that has taken its last one; 0 for others."""
+    done = run_dir / DONE
+    return int(done.read_text()) if done.exists() else 0
 
 
 def find_runs(folder: Path) -> list[Path]:

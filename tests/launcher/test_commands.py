@@ -217,7 +217,7 @@ def test_a_damaged_shard_is_named(damage: str, damaged: Path, folder: Path) -> N
 COMMANDS = [
     (),
     ("tokenizer",),
-    *((name,) for name in ("prepare", "train", "evaluate", "generate", "export", "inspect")),
+    *((name,) for name in ("prepare", "train", "submit", "status", "evaluate", "generate", "export", "inspect")),
 ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm.cluster import PROGRAMS, Cluster
+from slurm.cluster import PROGRAMS, Cluster, until
 from slurm.submitted import with_config
 from small_corpora import Prepared
 
@@ -18,9 +18,17 @@ def has_slurm() -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(has_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def started_cluster(has_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def cluster(started_cluster: Cluster) -> Iterator[Cluster]:
+    """With an empty queue."""
+    yield started_cluster
+    started_cluster.output("scancel", "--user=root")
+    until(lambda: started_cluster.output("squeue", "--noheader") == "", "the queue is empty")
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_a_crash_is_requeued_until_there_were_too_many_without_a_checkpoint(scri
 @pytest.mark.parametrize(
     ("train", "end", "code", "requests", "said"),
     [
-        ("touch run/DONE; exit 1", "tomorrow", 0, [], "the run is done"),
+        ("echo 1000000 > run/DONE; exit 1", "tomorrow", 0, [], "the run is done"),
         ("exit 2", "tomorrow", 2, [], "cannot go on as it is"),
         ("exit 0", "tomorrow", 0, [], "left as the file"),
         (WARN + SAVE, "tomorrow", 0, ["requeue 7"], "saved"),
@@ -101,6 +101,12 @@ def test_what_follows_a_step(script: Path, train: str, end: str, code: int, requ
     ended = run(script, train, end=end)
     assert ended[::2] == (code, requests)
     assert said in ended[1]
+
+
+def test_a_run_that_was_done_with_fewer_steps_goes_on(script: Path) -> None:
+    (script.parent / "run/DONE").write_text("999\n")
+    assert run(script, "touch run/trained; exit 2")[0] == 2
+    assert (script.parent / "run/trained").exists()
 
 
 def test_a_warning_asks_the_ranks_and_an_old_one_is_forgotten(script: Path) -> None:
@@ -124,7 +130,7 @@ def test_a_job_goes_back_without_bad_nodes(script: Path) -> None:
     assert (code, requests) == (0, ["requeue 7", "update JobId=7 ExcNodeList=n3,n5"])
     assert "failed the check: n3,n5" in said
     assert not (script.parent / "run/trained").exists()
-    assert run(script, "touch run/DONE")[0] == 0  # the nodes stay excluded, the run goes on
+    assert run(script, "echo 1000000 > run/DONE")[0] == 0  # the nodes stay excluded, the run goes on
 
 
 def test_the_jobs_of_a_chain_leave_the_run_to_the_next(script: Path) -> None:

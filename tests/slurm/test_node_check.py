@@ -31,6 +31,10 @@ def test_a_node_out_of_line_is_named(change: dict, problem: str) -> None:
     assert out_of_line([*sound, odd, odd]) == {"n4": [problem]}
 
 
+def test_of_two_nodes_with_a_slow_link_neither_is_named() -> None:
+    assert out_of_line([SOUND, replace(SOUND, node="n2", bandwidth_gib_s=0.1)]) == {}
+
+
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 8])
 def test_every_node_meets_every_other_once(nodes: int) -> None:
     rounds = list(_rounds(nodes))

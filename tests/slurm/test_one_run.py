@@ -14,7 +14,7 @@ from triplane.launcher.run import train_on
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_loss_is_that_of_a_run_without_a_break(cluster: Cluster, folder: Path, prepared: Prepared) -> None:
     run = Submitted(cluster, folder)
     cluster.run_on("n1", "mount", "-o", "remount,size=64m", "/dev/shm")

@@ -21,7 +21,7 @@ MISTAKES = {
         "the time limit, 1 min, is too short for one checkpoint: 60 s to start and 61 s for a step and a save at the "
         "end; give --time 3 or more",
     ),
-    "too long": ([*NODES, "--partition", "gpu", "--time", "1-0"], "--time: partition gpu gives 30 min at most"),
+    "too long": ([*NODES, "--partition", "gpu", "--time", "1-0"], "--time 1-0: partition gpu gives 30 min at most"),
     "layout": (["--nodes", "2", "--ranks-per-node", "1", "parallel.tp=4"], "= 4 does not divide 2 ranks"),
     "batch": (
         ["--nodes", "1-3", "--ranks-per-node", "2", "training.eval_sequences=24"],
@@ -47,7 +47,7 @@ def test_a_mistake_is_a_line_and_nothing_is_left(name: str, cluster: Cluster, fo
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (folder / "run").exists()
-    assert cluster.output("squeue", "--noheader") == ""
+    assert cluster.output("squeue", "--noheader", "--format=%i") == ""
 
 
 def test_without_slurm_a_job_can_only_be_shown(folder: Path) -> None:

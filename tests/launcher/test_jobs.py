@@ -1,0 +1,95 @@
+"""Runs on this machine as `triplane status`, `logs` and `cancel` see them."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import small_run
+from small_corpora import Prepared
+
+from triplane.launcher.errors import LaunchError
+from triplane.launcher.jobs import cancel, logs, resume, status
+from triplane.launcher.run_status import read_status
+from triplane.launcher.toml import to_toml
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Of a run of 40 steps that has gone on once and has taken 12."""
+    run_dir = tmp_path / "runs/small"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.toml").write_text("[training]\nsteps = 40\n")
+    now = time.time()
+    lines = [{"step": step, "time": now, "loss": 5.0 - step / 10, "step_time_s": 0.1} for step in range(1, 13)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run_dir / "metrics.jsonl").write_text(text + '{"step": 13, "time"')  # being written
+    events = [("start", 0), ("save", 5), ("resume", 5), ("save", 10)]
+    lines = [{"time": now, "event": event, "step": step, "details": {}} for event, step in events]
+    (run_dir / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs/rank_1.log").write_text("a warning\n")
+    return run_dir
+
+
+def test_a_run_that_is_being_written_is_read(run_dir: Path) -> None:
+    run = read_status(run_dir)
+    assert (run.step, run.steps, run.checkpoint_step, run.restarts, run.done) == (12, 40, 10, 1, False)
+    assert run.metrics["loss"] == pytest.approx(3.8)
+    assert run.last_event and run.last_event["event"] == "save"
+
+
+def test_a_long_run_is_read_from_its_end(run_dir: Path) -> None:
+    lines = (json.dumps({"step": step, "time": 1.0, "loss": 1 / step}) + "\n" for step in range(1, 20_001))
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    assert read_status(run_dir).step == 20_000
+
+
+def test_runs_below_a_folder_have_a_line_each(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    status(run_dir.parent)
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "state", "step", "loss"]
+    assert line.split()[1:6] == ["begun", "12/40", "3.8000", "10", "1"]
+    (run_dir / "DONE").write_text("40\n")
+    status(run_dir)
+    assert "done" in capsys.readouterr().out
+
+
+def test_a_log_is_shown(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    logs(run_dir, rank=1, follow=False)
+    assert capsys.readouterr().out == "a warning\n"
+
+
+def test_what_is_not_there_is_said(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"rank_7.log: no such log; there are rank_1.log"):
+        logs(run_dir, rank=7, follow=False)
+    with pytest.raises(LaunchError, match="give --rank"):
+        logs(run_dir, rank=None, follow=False)
+    with pytest.raises(LaunchError, match="no run in it or below it"):
+        status(tmp_path / "elsewhere")
+    with pytest.raises(LaunchError, match="never submitted"):
+        resume(run_dir)
+
+
+def test_nobody_obeys_for_a_run_that_is_dead(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triplane.launcher.jobs._OBEY_S", 0.1)
+    with pytest.raises(LaunchError, match="nobody obeyed"):
+        cancel(run_dir)
+    assert not (run_dir / "stop").exists()
+
+
+def test_a_run_on_this_machine_saves_and_leaves(prepared: Prepared, tmp_path: Path) -> None:
+    config = small_run(prepared, tmp_path / "run", training={"steps": 100_000}, parallel={"zero": 0})
+    (tmp_path / "long.toml").write_text(to_toml(config))
+    command = [sys.executable, "-m", "triplane", "train", "long.toml"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "run/metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        cancel(tmp_path / "run")
+        assert process.wait(10) == 0
+    assert read_status(tmp_path / "run").last_event["event"] == "end"
+    with pytest.raises(LaunchError, match="it does not run: stopped"):
+        cancel(tmp_path / "run")
