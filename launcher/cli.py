@@ -209,6 +209,18 @@ def status(
 
 
 @app.command()
+def board(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with some below it.")] = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0 for other machines.")] = "localhost",
+    port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 6006,
+) -> None:
+    """Start TensorBoard on runs: Custom Scalars groups what one looks at first, Text has the config."""
+    from triplane.launcher.board import board
+
+    board(folder, host, port)
+
+
+@app.command()
 def report(
     run: RunFolder,
     out: Annotated[

@@ -54,7 +54,7 @@ def check_run_dir(
         problem = None if allow_fresh_start else fresh_start_problem(folder)
         return [problem] if problem else list(_check_initial(config))
     newest, state = found[0], found[1].state
-    theirs, ours = _flatten(state["run"]), _flatten(record)
+    theirs, ours = flatten(state["run"]), flatten(record)
     keys = sorted(theirs.keys() | ours.keys())
     differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]
     problems = [
@@ -125,11 +125,12 @@ def config_of(record: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate({key: value for key, value in record.items() if key != "corpus_digests"})
 
 
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One table, with the keys of nested ones as `outer.inner`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

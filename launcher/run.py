@@ -18,7 +18,15 @@ from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.preflight import CONFIG, DONE, change_since, checkpoints_folder, find_checkpoint, run_record
+from triplane.launcher.preflight import (
+    CONFIG,
+    DONE,
+    change_since,
+    checkpoints_folder,
+    find_checkpoint,
+    flatten,
+    run_record,
+)
 from triplane.launcher.ranks import Rank
 from triplane.launcher.report import REPORT, write_report
 from triplane.launcher.toml import to_toml
@@ -72,6 +80,12 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     if resumed is not None:
         on_rank_0(lambda: _record_change(config, resumed, record))
     report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
+    choices = flatten(config.model_dump(exclude_none=True))
+    report.choices(
+        state.step,
+        to_toml(config),
+        {key: str(choice) if isinstance(choice, list) else choice for key, choice in choices.items()},
+    )
     for line in set_aside:
         report.message(line)
     _announce(report, state.step, config, resumed, mesh)

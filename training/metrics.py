@@ -47,6 +47,17 @@ METRICS = {
     "memory_gib": Metric("GiB", "peak so far, max over ranks", "{:.1f} GiB".format),
 }
 
+_GROUPS = {
+    "learning": (("loss", "validation_loss"), ("gradient_norm",), ("learning_rate",)),
+    "speed": (
+        ("tokens_per_s",),
+        ("mfu",),
+        ("step_time_s", "data_time_s", "forward_backward_time_s", "optimizer_time_s"),
+    ),
+    "machine": (("memory_gib",), ("checkpoint_time_s", "checkpoint_stall_time_s")),
+}
+"""What one looks at first: the metrics of each chart."""
+
 
 class MetricsWriter:
     """Appends to metrics.jsonl, samples.jsonl and TensorBoard events in `run_dir/tensorboard`; for rank 0.
@@ -66,6 +77,19 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         if resume_step == 0:
             self._tensorboard.add_text("metrics", _legend(), 0)
+            self._tensorboard.add_custom_scalars(_layout())
+
+    def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
+        """Shows the config, TOML, and its values as hyperparameters, each a number or text.
+
+        Of the latter TensorBoard shows the first that a run had.
+        """
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        self._tensorboard.add_text("config", _code_block(config), step)
+        # Not `add_hparams`, which would make a run of its own for them.
+        self._tensorboard._get_file_writer().add_summary(hparams_pb(choices))  # type: ignore[no-untyped-call]
+        self._tensorboard.flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values`, reduced over ranks, under their names in `METRICS`."""
@@ -101,6 +125,14 @@ def _drop_from(path: Path, first_step: int) -> None:
         output.flush()
         os.fsync(output.fileno())
     os.replace(kept, path)
+
+
+def _layout() -> dict[str, dict[str, list[object]]]:
+    """Of TensorBoard's Custom Scalars, which takes tags as regular expressions."""
+    return {
+        group: {", ".join(names): ["Multiline", [f"^{name}$" for name in names]] for names in charts}
+        for group, charts in _GROUPS.items()
+    }
 
 
 def _code_block(text: str) -> str:

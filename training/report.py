@@ -21,6 +21,12 @@ class Report:
             self._writer = MetricsWriter(run_dir, resume_step)
             self._progress = Progress(steps)
 
+    def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
+        """Records the choices from `step` on: the config as TOML, and its values by key."""
+        if self._first:
+            with self._full_disk_told(step):
+                self._writer.choices(step, config, choices)
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records and shows the metrics of a step."""
         if self._first:
