@@ -41,6 +41,8 @@ def _check_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
             yield f"{axes} = {one} does not divide {ranks} ranks"
     elif layout.dp * one != ranks:
         yield f"dp ({layout.dp}) x {axes} = {layout.dp * one}, but {ranks} ranks"
+    if config.profile.start_step is not None and max(config.profile.ranks) >= ranks:
+        yield f"profile.ranks has {max(config.profile.ranks)}, but the last of {ranks} ranks is {ranks - 1}"
 
 
 def _check_model(config: RunConfig) -> Iterator[str]:

@@ -14,7 +14,7 @@ from triplane.launcher.explain import explain
 from triplane.launcher.overrides import Override
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
-from triplane.training.config import FaultsConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from triplane.training.config import FaultsConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainingConfig
 
 
 class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -40,6 +40,8 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings
     """When state is saved, what is kept."""
     faults: FaultsConfig = FaultsConfig()
     """What happens when something goes wrong."""
+    profile: ProfileConfig = ProfileConfig()
+    """Which steps are traced."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -99,6 +99,7 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
             config.optimizer,
             config.schedule,
             config.faults,
+            config.profile,
             config.checkpoint.every_steps,
             peak,
         ),

@@ -34,6 +34,7 @@ def small_run(prepared: Prepared, run_dir: Path, **changes: dict) -> RunConfig:
         },
         "checkpoint": {"every_steps": 3, "keep_last": 2},
         "faults": {},
+        "profile": {},
     }
     merged = {name: table | changes.pop(name, {}) for name, table in tables.items()}
     assert not changes, f"unknown tables {changes.keys()}"

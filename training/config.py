@@ -83,3 +83,14 @@ class FaultsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     repeat_step_every_steps: PositiveInt | None = None
     """Steps between those that are done twice from the same state and compared, bit by bit, which finds arithmetic that
     errs at times; takes the time of one step more, and as much memory as the optimizer's state. None: never."""
+
+
+class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """Steps of which torch's profiler writes traces, into the folder `profile` of the run."""
+
+    start_step: PositiveInt | None = None
+    """The first of them, better not the run's first; None: no traces."""
+    steps: PositiveInt = 3
+    """How many; a trace of a step takes megabytes."""
+    ranks: list[NonNegativeInt] = Field(default=[0], min_length=1)
+    """Those that write one each."""

@@ -21,11 +21,12 @@ from triplane.model.generate import generate
 from triplane.parallel.engine import Engine, StepLoss
 from triplane.training.agreement import Agreement, Verdict
 from triplane.training.batches import Feed
-from triplane.training.config import FaultsConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from triplane.training.config import FaultsConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainingConfig
 from triplane.training.errors import TrainingError
 from triplane.training.evaluation import validation_loss
 from triplane.training.guard import problem
 from triplane.training.hardware import peak_memory_gib
+from triplane.training.profiling import Profiler
 from triplane.training.repetition import twice
 from triplane.training.replicas import differing_ranks
 from triplane.training.report import Report
@@ -58,6 +59,7 @@ class Settings:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     faults: FaultsConfig
+    profile: ProfileConfig
     checkpoint_every_steps: int
     peak_flops_per_s: float
     """Of one rank, for MFU."""
@@ -101,10 +103,13 @@ class Trainer:
             self.report.message(f"step {state.step} of {settings.training.steps} is done already")
             return state
         stopping = Stopping(settings.run_dir, rank)
-        with Watchdog(settings.faults.hang_timeout_s, settings.run_dir, rank, self.watch) as watchdog:
-            return self._run(state, last, stopping, watchdog)
+        with (
+            Watchdog(settings.faults.hang_timeout_s, settings.run_dir, rank, self.watch) as watchdog,
+            Profiler(settings.profile, settings.run_dir, rank) as profiler,
+        ):
+            return self._run(state, last, stopping, watchdog, profiler)
 
-    def _run(self, state: State, last: int, stopping: Stopping, watchdog: Watchdog) -> State:
+    def _run(self, state: State, last: int, stopping: Stopping, watchdog: Watchdog, profiler: Profiler) -> State:
         size = self.settings.training.global_batch_size
         batches = self._batches_from(state, last)
         logged = state
@@ -112,7 +117,7 @@ class Trainer:
         while state.step < last and not stop:
             step, start = state.step + 1, state.consumed_sequences
             due = self._due(step, last)
-            with watchdog.work("step", step):
+            with profiler.step(step), watchdog.work("step", step):
                 loss, norm, rate = self._update(step, partial(next, batches), exact="log" in due)
                 state = state.after(size, size * self.corpora.seq_len_at(start))
                 with self.watch.phase("forward_backward_time_s"):  # which is what is waited for

@@ -1,0 +1,52 @@
+"""Where the time within some steps goes: traces for Perfetto or chrome://tracing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from torch.profiler import profile, record_function
+
+from triplane.training.config import ProfileConfig
+
+
+class Profiler:
+    """Writes `run_dir/profile/rank_N.json` after the last step of the window, or on leaving within it."""
+
+    def __init__(self, config: ProfileConfig, run_dir: Path, rank: int):
+        start = config.start_step if rank in config.ranks else None
+        self._window = range(0) if start is None else range(start, start + config.steps)
+        self._path = run_dir / "profile" / f"rank_{rank}.json"
+        self._profile: profile | None = None
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profile is not None:
+            self._write(self._profile)
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around a step, which is recorded if it lies in the window."""
+        if step not in self._window:
+            yield
+            return
+        if self._profile is None:
+            self._profile = profile()
+            self._profile.start()
+        with record_function(f"step {step}"):
+            yield
+        if step == self._window[-1]:
+            self._write(self._profile)
+
+    def _write(self, recorded: profile) -> None:
+        self._profile = None
+        recorded.stop()
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            recorded.export_chrome_trace(str(self._path))
+        except (OSError, RuntimeError) as error:  # training is worth more than its record
+            print(f"no {self._path}: {error}", flush=True)
