@@ -105,7 +105,7 @@ def _with_head(model: ModelConfig, tied: bool) -> ModelConfig:
 def _shrunken(model: ModelConfig) -> ModelConfig:
     """A model with the features of `model` and the size of the proof's."""
     small = proof_model()
-    kept = ("rope_base", "rope_scaling", "norm_eps", "tie_embeddings", "z_loss_weight")
+    kept = ("qkv_bias", "rope_base", "rope_scaling", "norm_eps", "tie_embeddings", "z_loss_weight")
     groups = min(small.n_heads, model.n_heads // model.n_kv_heads)
     n_kv_heads = small.n_heads // groups if small.n_heads % groups == 0 else small.n_kv_heads
     return small.model_copy(update={name: getattr(model, name) for name in kept} | {"n_kv_heads": n_kv_heads})

@@ -37,6 +37,8 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Width of one head; usually `dim / n_heads`. Even, since RoPE turns pairs."""
     hidden_dim: PositiveInt
     """Width inside the feed-forward block."""
+    qkv_bias: bool = False
+    """True: queries, keys and values have a bias, as in Qwen2."""
     rope_base: PositiveFloat = 10_000.0
     """Wavelength base of the rotary position embedding (theta)."""
     rope_scaling: RopeScaling | None = None

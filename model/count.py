@@ -7,7 +7,8 @@ def count_parameters(config: ModelConfig) -> int:
     """All weights; a tied table counts once."""
     tables = 1 if config.tie_embeddings else 2
     norms = (2 * config.n_layers + 1) * config.dim
-    return config.n_layers * _block_matrices(config) + norms + tables * config.vocab_size * config.dim
+    biases = config.n_layers * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim if config.qkv_bias else 0
+    return config.n_layers * _block_matrices(config) + norms + biases + tables * config.vocab_size * config.dim
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:

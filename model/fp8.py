@@ -36,17 +36,16 @@ def use_fp8(model: Transformer) -> None:
 
 
 class Float8Linear(nn.Linear):
-    """`linear` without bias, forward and backward in fp8; a backward needs a multiple of 16 tokens on a GPU."""
+    """`linear`, its product forward and backward in fp8; a backward needs a multiple of 16 tokens on a GPU."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
-        assert linear.bias is None
         self.out_features, self.in_features = linear.weight.shape
-        self.weight, self.bias = linear.weight, None
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x_TD: Tensor) -> Tensor:
         out: Tensor = _Float8Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
-        return out
+        return out if self.bias is None else out + self.bias
 
 
 class _Float8Product(torch.autograd.Function):

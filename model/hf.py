@@ -1,6 +1,7 @@
 """Our names and config in Hugging Face's terms, and back; the only place that knows them.
 
-A model is a `LlamaForCausalLM`: same pairs in RoPE, same weights, nothing permuted.
+A model is a `LlamaForCausalLM`, with biases a `Qwen2ForCausalLM`: same pairs in RoPE, same weights, nothing permuted.
+A Mistral without a sliding window is a Llama.
 """
 
 from typing import Any
@@ -18,12 +19,22 @@ _TO_HF = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
     "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wq.bias": "self_attn.q_proj.bias",
+    "attention.wk.bias": "self_attn.k_proj.bias",
+    "attention.wv.bias": "self_attn.v_proj.bias",
     "attention.wo.weight": "self_attn.o_proj.weight",
     "feed_forward_norm.weight": "post_attention_layernorm.weight",
     "feed_forward.w_gate.weight": "mlp.gate_proj.weight",
     "feed_forward.w_up.weight": "mlp.up_proj.weight",
     "feed_forward.w_down.weight": "mlp.down_proj.weight",
 }
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
 _FROM_HF = {hf: ours for ours, hf in _TO_HF.items()}
 
 
@@ -42,7 +53,7 @@ def from_hf_name(name: str) -> str:
         number, rest = name.removeprefix("model.layers.").split(".", 1)
         prefix = f"blocks.{number}."
     if rest not in _FROM_HF:
-        raise ModelError(f"The weight {name} has no place in this model; only Llama's weights without biases have.")
+        raise ModelError(f"The weight {name} has no place in this model; only those of Llama, Mistral and Qwen2 have.")
     return prefix + _FROM_HF[rest]
 
 
@@ -58,9 +69,9 @@ def hf_config(
         raise ModelError(f"For a Llama export, dim ({config.dim}) must be a multiple of n_heads ({config.n_heads}).")
     scaling = _hf_rope_scaling(config.rope_scaling)
     dtype_name = str(dtype).removeprefix("torch.")
+    kind = _QWEN2 if config.qkv_bias else _LLAMA
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
@@ -69,8 +80,6 @@ def hf_config(
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "max_position_embeddings": seq_len,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base, **(scaling or {})},
         "rope_theta": config.rope_base,
@@ -90,7 +99,12 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
 
     Raises ModelError for anything that this model cannot compute.
     """
-    fixed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    model_type = hf.get("model_type", "llama")
+    if model_type not in ("llama", "mistral", "qwen2"):
+        raise ModelError(f"config.json: model_type is {model_type!r}; this model reads llama, mistral and qwen2.")
+    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    if hf.get("use_sliding_window", True):
+        fixed["sliding_window"] = None
     for key, ours in fixed.items():
         if hf.get(key, ours) != ours:
             raise ModelError(f"config.json: {key} is {hf[key]!r}; this model only has {ours!r}.")
@@ -104,6 +118,7 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
         n_kv_heads=hf.get("num_key_value_heads") or n_heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // n_heads,
         hidden_dim=hf["intermediate_size"],
+        qkv_bias=model_type == "qwen2",
         rope_base=rope["rope_theta"],
         rope_scaling=_rope_scaling(rope),
         norm_eps=hf["rms_norm_eps"],

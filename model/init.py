@@ -24,9 +24,11 @@ def initial_weight(
 ) -> Tensor:
     """The part of parameter `name` that starts at `offsets` and spans `sizes`; fp32 on the host.
 
-    Norms are ones. Matrices are normal with `init_std`, scaled by 1 / sqrt(2 n_layers) where they
+    Norms are ones, biases zeros. Matrices are normal with `init_std`, scaled by 1 / sqrt(2 n_layers) where they
     write to the residual stream (GPT-2).
     """
+    if name.endswith(".bias"):
+        return torch.zeros(sizes)
     if len(shape) == 1:
         return torch.ones(sizes)
     std = config.init_std / (math.sqrt(2 * config.n_layers) if name.endswith(_RESIDUAL_WRITERS) else 1)

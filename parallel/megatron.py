@@ -86,7 +86,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignor
             linear.out_features,
             config=_layer_config(linear.weight.dtype, sequence_parallel=False),
             init_method=None,
-            bias=False,
+            bias=linear.bias is not None,
             gather_output=False,
             disable_grad_reduce=True,
             tp_group=mesh.tp.group,

@@ -85,13 +85,16 @@ class SharedKeyValueLinear(nn.Module):
     def __init__(self, linear: nn.Linear, config: ModelConfig, mesh: Mesh):
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(linear.weight))
+        self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias))
         self.mesh = mesh
         start = mesh.tp.rank * config.n_kv_heads // mesh.tp.size * config.head_dim
         self.head = slice(start, start + config.head_dim)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         # Ranks that share a head each see a part of its gradient, and none of the others'.
-        return F.linear(x_TD, megatron.copy_to_tp(self.weight, self.mesh)[self.head])
+        weight = megatron.copy_to_tp(self.weight, self.mesh)[self.head]
+        bias = None if self.bias is None else megatron.copy_to_tp(self.bias, self.mesh)[self.head]
+        return F.linear(x_TD, weight, bias)
 
 
 class VocabParallelHead(Head):

@@ -29,10 +29,11 @@ def small_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64):
-    """transformers' own model with our weights, fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**hf_config(config, seq_len, None, None, torch.float32))).eval()
+    of, kind = (Qwen2Config, Qwen2ForCausalLM) if config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    model = kind(of(**hf_config(config, seq_len, None, None, torch.float32))).eval()
     state = {to_hf_name(name): weight for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert unexpected == []

@@ -64,7 +64,7 @@ class Difference:
 
 
 def proof_model(tie_embeddings: bool = False) -> ModelConfig:
-    """Every feature in little: grouped queries, an odd vocabulary, z-loss, layers that no stage count divides."""
+    """Every feature in little: grouped queries, biases, an odd vocabulary, z-loss, layers that stages cannot share."""
     return ModelConfig(
         vocab_size=61,
         dim=32,
@@ -74,6 +74,7 @@ def proof_model(tie_embeddings: bool = False) -> ModelConfig:
         head_dim=8,
         hidden_dim=48,
         init_std=0.1,
+        qkv_bias=True,
         z_loss_weight=1e-3,
         tie_embeddings=tie_embeddings,
     )

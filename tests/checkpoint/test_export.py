@@ -59,6 +59,7 @@ def publish(tokenizer_model, tmp_path):
 VARIANTS = {
     "plain": {},
     "tied": {"tie_embeddings": True},
+    "biases": {"qkv_bias": True},
     "llama3": {"rope_scaling": LLAMA3},
     "linear, wide heads": {"rope_scaling": RopeScaling(kind="linear", factor=3), "head_dim": 16},
 }

@@ -9,6 +9,7 @@ from runs import small_run
 from small_corpora import Prepared
 from small_models import llama, random_weights, small_config
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
+from transformers import MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 from triplane.checkpoint import hf_weights
@@ -23,14 +24,17 @@ from triplane.launcher.forked import run_ranks
 from triplane.launcher.preflight import check_run_dir, run_record
 from triplane.launcher.run import train_on
 from triplane.model.errors import ModelError
+from triplane.model.hf import hf_config
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"qkv_bias": True}], ids=["untied", "tied", "biases"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_transformers_saved_is_imported(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    config = small_config(tie_embeddings=tied)
+def test_what_transformers_saved_is_imported(changes: dict, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = small_config(**changes)
     weights = random_weights(config)
     llama(config, weights).to(dtype).save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     assert (tmp_path / "hf/model.safetensors.index.json").exists()
@@ -44,6 +48,17 @@ def test_what_transformers_saved_is_imported(tied: bool, dtype: torch.dtype, tmp
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["start"]
     with pytest.raises(CheckpointError, match="start exists; remove it"):
         import_hf(tmp_path / "hf", tmp_path / "out/start")
+
+
+def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
+    config = small_config()
+    theirs = llama(config, random_weights(config))
+    content = hf_config(config, 64, None, None, torch.float32)
+    mistral = MistralForCausalLM(MistralConfig(**content | {"model_type": "mistral", "sliding_window": None}))
+    mistral.load_state_dict(theirs.state_dict())
+    mistral.save_pretrained(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "mistral"
+    assert import_hf(tmp_path / "hf", tmp_path / "start").model == config
 
 
 def test_weights_read_otherwise_than_transformers_does_are_not_imported(

@@ -48,7 +48,7 @@ def test_each_byte_is_written_once(written: Path) -> None:
     sizes = [path.stat().st_size for path in sorted(written.glob("*.safetensors"))]
     shapes = Checkpoint(written).shapes
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
-    assert len(shapes) == 3 * (config.n_layers * 9 + 3)
+    assert len(shapes) == 3 * (config.n_layers * 12 + 3)
     assert 0 <= sum(sizes) - 4 * elements < 30_000  # headers
     assert max(sizes) < 0.6 * sum(sizes)
 

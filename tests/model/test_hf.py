@@ -26,7 +26,7 @@ def test_names_are_llamas_and_come_back():
     assert [from_hf_name(to_hf_name(name)) for name in ours] == ours
 
 
-@pytest.mark.parametrize("name", ["lm_head.bias", "model.layers.0.self_attn.q_proj.bias", "h.0.attn.weight"])
+@pytest.mark.parametrize("name", ["lm_head.bias", "model.layers.0.self_attn.o_proj.bias", "h.0.attn.weight"])
 def test_weights_without_a_place_are_refused(name):
     with pytest.raises(ModelError, match=name):
         from_hf_name(name)
@@ -69,7 +69,8 @@ def test_a_llama_config_with_defaults_left_out():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "gemma"),
+        ("sliding_window", 4096),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),

@@ -20,6 +20,7 @@ VARIANTS = {
     "all key heads": {"n_kv_heads": 6},
     "wide heads": {"head_dim": 16},
     "tied": {"tie_embeddings": True},
+    "biases": {"qkv_bias": True},
     "rope base": {"rope_base": 500_000.0},
     "linear scaling": {"rope_scaling": RopeScaling(kind="linear", factor=3)},
     "llama3 scaling": {"rope_scaling": LLAMA3},
