@@ -92,7 +92,7 @@ def test_every_problem_is_named_at_once(write):
         "log_every_steps, eval_every_steps, eval_sequences, sample_every_steps, stop_at_step",
         "a.toml: training.lr: unknown key; did you mean optimizer.lr?",
         "a.toml: rope: unknown key; known here: run_dir, seed, model, data, parallel, optimizer, schedule, training, "
-        "checkpoint, faults",
+        "checkpoint, faults, profile",
     ]
 
 
