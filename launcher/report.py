@@ -1,8 +1,9 @@
 """`triplane report`: what a run has written into its folder, gathered for a page of HTML."""
 
-import os
 from pathlib import Path
 
+from triplane.data.files import write_whole
+from triplane.launcher.errors import LaunchError
 from triplane.launcher.preflight import CONFIG
 from triplane.launcher.report_html import page
 from triplane.launcher.run_status import json_lines, read_status
@@ -13,10 +14,15 @@ REPORT = "report.html"
 
 def report(run_dir: Path, out: Path | None) -> None:
     """Writes the report of a run and prints where it is."""
-    print(write_report(run_dir, out or run_dir / REPORT))
+    out = out or run_dir / REPORT
+    try:
+        write_report(run_dir, out)
+    except OSError as error:
+        raise LaunchError(f"{out}: cannot be written: {error.strerror}; give another file by --out") from None
+    print(out)
 
 
-def write_report(run_dir: Path, out: Path) -> Path:
+def write_report(run_dir: Path, out: Path) -> None:
     """Raises LaunchError if `run_dir` is not the folder of a run."""
     status = read_status(run_dir)
     lines, events, samples = (
@@ -24,7 +30,4 @@ def write_report(run_dir: Path, out: Path) -> Path:
     )
     config = run_dir / CONFIG
     html = page(status, lines, events, samples, config.read_text() if config.exists() else "")
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, out)
-    return out
+    write_whole(out, html.encode())

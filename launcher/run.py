@@ -14,6 +14,8 @@ from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import Damage, Resumed, fill_from_newest
 from triplane.checkpoint.store import CheckpointStore
+from triplane.data.errors import DataError
+from triplane.data.files import write_whole
 from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
@@ -143,18 +145,18 @@ def _write_config(config: RunConfig) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / DONE).unlink(missing_ok=True)
-    (run_dir / CONFIG).write_text(to_toml(config))
+    write_whole(run_dir / CONFIG, to_toml(config).encode())
 
 
 def _write_done(config: RunConfig) -> None:
-    (Path(config.run_dir) / DONE).write_text(f"{config.training.steps}\n")
+    write_whole(Path(config.run_dir) / DONE, f"{config.training.steps}\n".encode())
 
 
 def _write_report(config: RunConfig, report: Report) -> None:
     run_dir = Path(config.run_dir)
     try:
         write_report(run_dir, run_dir / REPORT)
-    except OSError as error:  # all that matters is saved
+    except (OSError, DataError) as error:  # all that matters is saved
         report.message(f"no {REPORT}: {error}")
 
 

@@ -59,6 +59,7 @@ def test_a_run_leaves_a_report(folder: Path) -> None:
     assert triplane("report", "run", "--out", "again.html", cwd=folder).stdout == "again.html\n"
     assert (folder / "again.html").exists()
     assert "not the folder of a run" in refused(triplane("report", ".", cwd=folder))
+    assert "give another file by --out" in refused(triplane("report", "run", "--out", "no/a.html", cwd=folder))
 
 
 def test_a_finished_run_says_so(folder: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from triplane.data.files import write_whole
 from triplane.training.history import record_event
 from triplane.training.metrics import MetricsWriter
 
@@ -46,7 +47,7 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
     record_event(tmp_path, "resume", 20, layout="dp 4", ranks=4, precision="fp32")
     writer.log(100, {"loss": 3.0})
     writer.close()
-    (tmp_path / "DONE").touch()
+    write_whole(tmp_path / "DONE", b"100\n")
     last = shown_by(master, "100/100")
     assert re.search(r"│ state +│ done +│", last)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
