@@ -1,6 +1,6 @@
 """A Slurm cluster on this machine. Head and nodes are namespaces with a name, an address and processes of their own.
 
-All of it lives below one process: when the head's is killed, everything is gone, and the machine is as it was.
+All of it lives below one process: when the head's dies, which it does with the tests, everything is gone.
 """
 
 import os
@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "setpriv", "ip", "tc")
 NODES = ("n1", "n2", "n3", "n4")
 _NAMESPACES = ("--net", "--uts", "--pid", "--mount")
 _UNSHARE = ("unshare", *_NAMESPACES, "--mount-proc", "--fork", "--kill-child")
@@ -128,7 +128,7 @@ class Cluster:
         until(_no_cgroups, "no cgroup is left")
 
     def _start(self) -> None:
-        head = self._popen([*_UNSHARE, "bash", "-c", _HEAD])
+        head = self._popen(["setpriv", "--pdeathsig=KILL", *_UNSHARE, "bash", "-c", _HEAD])
         until((self.folder / "head.up").exists, "head")
         self.head_pid = int(Path(f"/proc/{head.pid}/task/{head.pid}/children").read_text())
         for node in NODES:
