@@ -27,7 +27,7 @@ def run_dir(tmp_path: Path) -> Path:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run_dir / "metrics.jsonl").write_text(text + '{"step": 13, "time"')  # being written
     events = [("start", 0), ("save", 5), ("resume", 5), ("save", 10)]
-    lines = [{"time": now, "event": event, "step": step, "details": {}} for event, step in events]
+    lines = [{"time": now, "event": event, "step": step, "details": {"ranks": 2}} for event, step in events]
     (run_dir / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run_dir / "logs").mkdir()
     (run_dir / "logs/rank_1.log").write_text("a warning\n")
