@@ -115,7 +115,7 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     if state.step >= config.training.steps:
         on_rank_0(lambda: _write_done(config))
     on_rank_0(lambda: _write_report(config, report))
-    report.close()
+    report.close(state.step)
 
 
 def _take_device(rank: Rank) -> torch.device:

@@ -79,11 +79,12 @@ class Report:
         if self._first:
             self._progress.message(text)
 
-    def close(self) -> None:
-        """Ends the progress line and flushes what was recorded."""
+    def close(self, step: int) -> None:
+        """Ends the progress line and flushes what was recorded until `step`."""
         if self._first:
             self._progress.close()
-            self._writer.close()
+            with self._full_disk_told(step):
+                self._writer.close()
 
     @contextmanager
     def _full_disk_told(self, step: int) -> Iterator[None]:
