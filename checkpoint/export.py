@@ -33,11 +33,15 @@ def export(
     `weights` are whole tensors by our parameter names. The files are written beside `out`, then read back
     by our reader and, where it is installed, by transformers: both must give the logits of `weights`
     rounded to `dtype`. Only then does `out` appear. Raises CheckpointError, and leaves nothing, if `out`
-    exists, the tokenizer belongs to another model, or a logit differs. Holds, besides `weights`, one file of
+    exists, the tokenizer belongs to another model, the model has biases, or a logit differs. Holds, besides `weights`, one file of
     the folder at a time, and the whole model only for transformers, which is left out if memory is too small.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
+    if config.qkv_bias:
+        raise CheckpointError(
+            "A model with model.qkv_bias is a Qwen2, to which transformers gives Qwen2's own tokenizer."
+        )
     tokenizer = Tokenizer(tokenizer_model)
     if (size := tokenizer.vocab_size) != config.vocab_size:
         raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")

@@ -59,7 +59,6 @@ def publish(tokenizer_model, tmp_path):
 VARIANTS = {
     "plain": {},
     "tied": {"tie_embeddings": True},
-    "biases": {"qkv_bias": True},
     "llama3": {"rope_scaling": LLAMA3},
     "linear, wide heads": {"rope_scaling": RopeScaling(kind="linear", factor=3), "head_dim": 16},
 }
@@ -213,6 +212,12 @@ def test_where_memory_is_too_small_for_transformers_the_report_says_so(publish, 
     *_, report, folder = publish()
     assert report.transformers_difference is None
     assert "transformers needs 0 GiB, 0 are free, so it has not read" in (folder / "README.md").read_text()
+
+
+def test_a_model_with_biases_is_refused(publish, tmp_path):
+    with pytest.raises(CheckpointError, match="Qwen2's own tokenizer"):
+        publish(qkv_bias=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_refused(publish, tmp_path):

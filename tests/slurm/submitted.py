@@ -37,6 +37,8 @@ class Submitted:
     folder: Path
     job: str = ""
     _asked_s: float = 0.0
+    _begun: int = 0
+    """Segments that had begun when it last was seen to train."""
 
     def triplane(self, *arguments: object) -> subprocess.CompletedProcess:
         return self.cluster.run(sys.executable, "-m", "triplane", *arguments, cwd=self.folder)
@@ -81,9 +83,9 @@ class Submitted:
 
     def trains(self) -> None:
         """Waits until this segment has taken some steps."""
-        begun = len(self.events("start", "resume"))
         until(lambda: self.state == "RUNNING", "the job runs")
-        until(lambda: len(self.events("start", "resume")) > begun, "the run begins")
+        until(lambda: len(self.events("start", "resume")) > self._begun, "the run begins")
+        self._begun = len(self.events("start", "resume"))
         least = self.step + 5
         until(lambda: self.step > least, f"step {least}")
 
