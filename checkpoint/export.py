@@ -33,8 +33,9 @@ def export(
     `weights` are whole tensors by our parameter names. The files are written beside `out`, then read back
     by our reader and, where it is installed, by transformers: both must give the logits of `weights`
     rounded to `dtype`. Only then does `out` appear. Raises CheckpointError, and leaves nothing, if `out`
-    exists, the tokenizer belongs to another model, the model has biases, or a logit differs. Holds, besides `weights`, one file of
-    the folder at a time, and the whole model only for transformers, which is left out if memory is too small.
+    exists, the tokenizer belongs to another model, the model has biases, or a logit differs. Holds, besides
+    `weights`, one file of the folder at a time, and the whole model only for transformers, which is left out if
+    memory is too small.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
