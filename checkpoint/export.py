@@ -33,31 +33,28 @@ def export(
     `weights` are whole tensors by our parameter names. The files are written beside `out`, then read back
     by our reader and, where it is installed, by transformers: both must give the logits of `weights`
     rounded to `dtype`. Only then does `out` appear. Raises CheckpointError, and leaves nothing, if `out`
-    exists, the tokenizer belongs to another model, the model has biases, or a logit differs. Holds, besides
-    `weights`, one file of the folder at a time, and the whole model only for transformers, which is left out if
-    memory is too small.
+    exists, the tokenizer belongs to another model, or a logit differs; ModelError if Hugging Face has no such model.
+    Holds, besides `weights`, one file of the folder at a time, and the whole model only for transformers, which is
+    left out if memory is too small.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
-    if config.qkv_bias:
-        raise CheckpointError(
-            "A model with model.qkv_bias is a Qwen2, to which transformers gives Qwen2's own tokenizer."
-        )
     tokenizer = Tokenizer(tokenizer_model)
     if (size := tokenizer.vocab_size) != config.vocab_size:
         raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")
+    content = hf_config(config, seq_len, tokenizer.bos_id, tokenizer.eos_id, dtype)
     tokens_BS = probe(config, seq_len)
     expected_TV = probe_logits(config, weights, tokens_BS, rounded_to=dtype)
     if not expected_TV.isfinite().all():
         raise CheckpointError(f"As {_name(dtype)}, the logits are not finite; export an earlier step.")
-    bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         folder = Path(beside, out.name)
         folder.mkdir()
-        _write_json(folder / "config.json", hf_config(config, seq_len, bos_id, eos_id, dtype))
-        _write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        _write_json(folder / "config.json", content)
+        ids = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
+        _write_json(folder / "generation_config.json", ids)
         write_weights(weights, config, dtype, folder)
         write_hf_tokenizer(tokenizer_model, folder)
         report = verify(folder, tokens_BS, expected_TV, tokenizer)

@@ -6,15 +6,14 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
 from triplane.launcher.config import RunConfig
+from triplane.launcher.plan.problems import checkpoint_bytes
 from triplane.launcher.slurm import Partition
-from triplane.model.count import count_parameters
 
-_BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: fp32 weight and two moments."""
 _WRITE_BYTES_PER_S = 200e6
 """Of one node, if the run has not shown yet how long a save takes."""
 _LIMIT_PERIOD_S = 60
@@ -54,15 +53,14 @@ class Order:
     def run_dir(self) -> Path:
         return Path(self.config.run_dir).absolute()
 
-    @property
+    @cached_property
     def warning_s(self) -> int:
         """How long before its limit a job begins to save: twice what a step and a save took at most so far."""
         metrics = self.run_dir / "metrics.jsonl"
         lines = [json.loads(line) for line in metrics.read_text().splitlines()[-1000:]] if metrics.exists() else []
         step_s = max((line.get("step_time_s", 0) for line in lines), default=0)
         saves_s = [line["checkpoint_time_s"] for line in lines if "checkpoint_time_s" in line]
-        checkpoint_bytes = count_parameters(self.config.model) * _BYTES_PER_PARAMETER
-        estimate_s = checkpoint_bytes / _WRITE_BYTES_PER_S / self.fewest_nodes
+        estimate_s = checkpoint_bytes(self.config) / _WRITE_BYTES_PER_S / self.fewest_nodes
         return _LIMIT_PERIOD_S + math.ceil(2 * (step_s + max(saves_s, default=estimate_s)))
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from triplane.data.prepare import Progress as Progressed
 from triplane.data.report import Report
+from triplane.launcher.tables import plain_table
 
 _BAR_CELLS = 16
 
@@ -50,7 +51,7 @@ class PreparationBar:
 def show_report(console: Console, report: Report) -> None:
     """Prints what is in the corpus and what is not."""
     splits = {"train": report.train, "validation": report.validation}
-    sizes = _table("split", "documents", "tokens", "text MB", "bytes/token")
+    sizes = plain_table("split", "documents", "tokens", "text MB", "bytes/token")
     for name, counts in splits.items():
         sizes.add_row(
             name,
@@ -60,7 +61,7 @@ def show_report(console: Console, report: Report) -> None:
             f"{counts.bytes_per_token:.2f}",
         )
     console.print(sizes)
-    lengths = _table("tokens in a document", *splits, "share of all")
+    lengths = plain_table("tokens in a document", *splits, "share of all")
     documents = report.train.documents + report.validation.documents
     for power in range(max(len(counts.lengths) for counts in splits.values())):
         row = [counts.lengths[power] if power < len(counts.lengths) else 0 for counts in splits.values()]
@@ -76,14 +77,6 @@ def show_report(console: Console, report: Report) -> None:
             rejected.add_row(Text(reason), f"{what.count:,}", Text(what.first))
         console.print()
         console.print(rejected)
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(first)
-    for other in others:
-        table.add_column(other, justify="right")
-    return table
 
 
 def _short(number: float) -> str:

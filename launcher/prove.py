@@ -9,18 +9,13 @@ from typing import Any
 from triplane.launcher.config import load_config
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.layouts import Case, full_proof, own_case, quick_proof
-from triplane.launcher.proving import TIMEOUT_S, Machine, tolerance, worst
+from triplane.launcher.proving import TIMEOUT_S, Machine, tolerance, train_case, worst
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
-from triplane.parallel.mesh import Mesh
-from triplane.training.hardware import DTYPES
 from triplane.training.proof import (
     Difference,
     Trace,
-    difference,
-    proof_engine,
     proof_model,
-    train_on_mesh,
     train_plainly,
 )
 
@@ -86,16 +81,11 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Re
 def _result(model: ModelConfig, case: Case, one: Trace, allowed: Difference, machine: Machine) -> Result:
     try:
         answers = run_ranks(
-            case.layout, case.ranks, _rank, model, case, one, device=machine.device, timeout_s=TIMEOUT_S
+            case.layout, case.ranks, train_case, model, case, one, device=machine.device, timeout_s=TIMEOUT_S
         )
     except (RanksFailedError, queue.Empty) as error:
         return Result(case, None, allowed, 0.0, str(error) or f"no answer in {TIMEOUT_S} s")
     return Result(case, worst(found for found, _ in answers), allowed, min(rate for _, rate in answers))
-
-
-def _rank(mesh: Mesh, model: ModelConfig, case: Case, one: Trace) -> tuple[Difference, float]:
-    trace = train_on_mesh(proof_engine(mesh, model, case.layout, DTYPES[case.precision]), range(_STEPS))
-    return difference(trace, one), trace.tokens_per_s
 
 
 def _with_head(model: ModelConfig, tied: bool) -> ModelConfig:

@@ -55,9 +55,9 @@ def tolerance(model: ModelConfig, precision: str, one: Trace, machine: Machine) 
     """How far a layout may be from `one`."""
     if precision == "fp32":
         return Difference(*[_TOLERANCE] * 4)
-    alone = ParallelConfig(dp=1)
-    answers = run_ranks(alone, 1, _alone, model, alone, precision, one, device=machine.device, timeout_s=TIMEOUT_S)
-    return Difference(*(_BF16_ALLOWANCE * value for value in astuple(answers[0])))
+    alone = Case(ParallelConfig(dp=1), model.tie_embeddings, precision)
+    answers = run_ranks(alone.layout, 1, train_case, model, alone, one, device=machine.device, timeout_s=TIMEOUT_S)
+    return Difference(*(_BF16_ALLOWANCE * value for value in astuple(answers[0][0])))
 
 
 def worst(found: Iterable[Difference]) -> Difference:
@@ -65,6 +65,8 @@ def worst(found: Iterable[Difference]) -> Difference:
     return Difference(*(max(values) for values in zip(*map(astuple, found))))
 
 
-def _alone(mesh: Mesh, model: ModelConfig, layout: ParallelConfig, precision: str, one: Trace) -> Difference:
-    engine = proof_engine(mesh, model, layout, DTYPES[precision])
-    return difference(train_on_mesh(engine, range(len(one.losses))), one)
+def train_case(mesh: Mesh, model: ModelConfig, case: Case, one: Trace) -> tuple[Difference, float]:
+    """This rank's part of the steps that `one` has taken: how far it is from that, and its tokens/s."""
+    engine = proof_engine(mesh, model, case.layout, DTYPES[case.precision])
+    trace = train_on_mesh(engine, range(len(one.losses)))
+    return difference(trace, one), trace.tokens_per_s

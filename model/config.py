@@ -4,6 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
+"""Logits in a chunk of the head's: about what a CPU's caches hold; half a GiB in fp32 for a GPU, which wants large
+products. On meta a GPU is meant."""
+
 
 class RopeScaling(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Stretches the rotary frequencies so that a model reads further than it was trained to."""

@@ -13,11 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from triplane.model.batch import IGNORED_TARGET
-from triplane.model.config import ModelConfig
-
-_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
-"""Logits in a chunk: about what a CPU's caches hold; half a GiB in fp32 for a GPU, which wants large products. On
-meta a GPU is meant."""
+from triplane.model.config import CHUNK_LOGITS, ModelConfig
 
 
 class Loss(NamedTuple):
@@ -44,7 +40,7 @@ class Head(nn.Module):
         """The loss, or the logits (T, V) where no targets are given."""
         if targets_T is None:
             return F.linear(x_TD, self.weight)
-        chunk = max(1, _CHUNK_LOGITS[x_TD.device.type] // len(self.weight))
+        chunk = max(1, CHUNK_LOGITS[x_TD.device.type] // len(self.weight))
         return Loss(*_Chunked.apply(x_TD, self.weight, targets_T, chunk, self.losses))  # type: ignore[no-untyped-call]
 
     def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Our names and config in Hugging Face's terms, and back; the only place that knows them.
 
-A model is a `LlamaForCausalLM`, with biases a `Qwen2ForCausalLM`: same pairs in RoPE, same weights, nothing permuted.
-A Mistral without a sliding window is a Llama.
+A model is a `LlamaForCausalLM`: same pairs in RoPE, same weights, nothing permuted. So is a Mistral without a sliding
+window; a Qwen2 has biases besides, and is read alone.
 """
 
 from typing import Any
@@ -28,13 +28,6 @@ _TO_HF = {
     "feed_forward.w_up.weight": "mlp.up_proj.weight",
     "feed_forward.w_down.weight": "mlp.down_proj.weight",
 }
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-_QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
 _FROM_HF = {hf: ours for ours, hf in _TO_HF.items()}
 
 
@@ -65,13 +58,17 @@ def hf_config(
     RoPE and dtype stand there twice: as transformers 5 names them, and as 4 and most other readers do.
     Raises ModelError if transformers would refuse it.
     """
+    if config.qkv_bias:
+        raise ModelError("A model with model.qkv_bias is a Qwen2, to which transformers gives Qwen2's own tokenizer.")
     if config.dim % config.n_heads:
         raise ModelError(f"For a Llama export, dim ({config.dim}) must be a multiple of n_heads ({config.n_heads}).")
     scaling = _hf_rope_scaling(config.rope_scaling)
     dtype_name = str(dtype).removeprefix("torch.")
-    kind = _QWEN2 if config.qkv_bias else _LLAMA
     return {
-        **kind,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,

@@ -4,6 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
+BUCKET_ELEMENTS = 500_000_000
+"""Gradients that ZeRO reduces at once: DeepSpeed's default. It allocates the bucket whole in every step, so a small
+model takes a smaller one."""
+
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """The axes: tp x cp x pp x dp ranks."""

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 
+_ROW_MULTIPLE = 8
+
 
 def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) -> Iterator[str]:
     """All that cannot work, a line each with its operands; `precision` as in the training config."""
@@ -53,6 +55,12 @@ def token_multiple(layout: ParallelConfig) -> int:
     """What the tokens of a micro-batch must be a multiple of, for each rank to have a whole share."""
     chunks = 2 * layout.cp if layout.cp_method == "ring" and layout.cp > 1 else layout.cp
     return chunks * (layout.tp if layout.sequence_parallel else 1)
+
+
+def vocabulary_rows(vocab_size: int, tp: int) -> int:
+    """Rows of the vocabulary's tables on a rank: of a share a multiple of eight, which GPUs multiply fast; what is too
+    many is padding."""
+    return vocab_size if tp == 1 else -(-vocab_size // (tp * _ROW_MULTIPLE)) * _ROW_MULTIPLE
 
 
 def multiple(name: str, value: int, operands: str, factor: int) -> Iterator[str]:

@@ -17,15 +17,13 @@ from triplane.model.head import Head
 from triplane.model.transformer import Transformer
 from triplane.parallel import megatron
 from triplane.parallel.mesh import Mesh
-
-_ROW_MULTIPLE = 8
-"""Rows of the vocabulary on a rank come in eights, which GPUs multiply fast; what is too many is padding."""
+from triplane.parallel.rules import vocabulary_rows
 
 
 def apply_tensor_parallel(model: Transformer, mesh: Mesh, sequence_parallel: bool) -> None:
     """Replaces the modules of `model` (on meta) by those that hold this rank's share."""
     config, tp = model.config, mesh.tp.size
-    rows = -(-config.vocab_size // (tp * _ROW_MULTIPLE)) * _ROW_MULTIPLE
+    rows = vocabulary_rows(config.vocab_size, tp)
 
     def column(linear: nn.Linear) -> nn.Module:
         return megatron.ColumnParallelLinear(linear, mesh)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from triplane.model.transformer import Transformer
 from triplane.parallel.apply import LocalModel
-from triplane.parallel.config import ParallelConfig
+from triplane.parallel.config import BUCKET_ELEMENTS, ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, Placement, fragments
 from triplane.parallel.uncompiled import importing_uncompiled
@@ -40,9 +40,6 @@ logger.setLevel(logging.WARNING)
 __compatible_ops__["deepspeed_shm_comm"] = False
 # Else bf16 with fp32 gradients takes another optimizer at stage 1, which fails when the schedule calls backward.
 DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: ZERO_OPTIMIZATION
-
-_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default. It allocates the bucket whole in every step, so a small model takes a smaller one."""
 
 
 def materialise_shares(model: Transformer, mesh: Mesh) -> None:
@@ -101,7 +98,7 @@ class ZeroOptimizer:
                 "communication_data_type": "fp32",
                 "zero_optimization": {
                     "stage": self.stage,
-                    "reduce_bucket_size": min(_BUCKET_ELEMENTS, sum(p.local.numel() for p in local.placements)),
+                    "reduce_bucket_size": min(BUCKET_ELEMENTS, sum(p.local.numel() for p in local.placements)),
                     "overlap_comm": mesh.device.type == "cuda" and not self.pipelined,
                     **({"offload_optimizer": {"device": "cpu"}} if layout.offload_optimizer else {}),
                 },

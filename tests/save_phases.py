@@ -71,9 +71,17 @@ PHASES: dict[str, tuple[int, Any, str, Any]] = {
     "in the deletion of an old one": (0, shutil, "rmtree", _half_a_folder),
 }
 """The rank of two that dies, and what is replaced by what."""
+REMOTE_PHASES: dict[str, tuple[int, Any, str, Any]] = {
+    "before the first file": (0, store, "begin", _before),
+    "before a file": (1, store, "write_tensors", _before),
+    "before the manifest": (0, folder, "write_manifest", _before),
+    "after the manifest": (0, store, "commit", _after),
+    "in the deletion of an old one": (0, folder, "remove", _before),
+}
+"""The same, of a save at a URL."""
 
 
-def plant(phase: str, armed: Armed) -> None:
+def plant(phase: str, armed: Armed, phases: dict[str, tuple[int, Any, str, Any]] = PHASES) -> None:
     """From now on this process is killed in `phase` of a save if `armed` says so then."""
-    _, owner, name, how = PHASES[phase]
+    _, owner, name, how = phases[phase]
     setattr(owner, name, how(getattr(owner, name), armed))

@@ -32,8 +32,11 @@ def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64):
     """transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+    content = hf_config(config.model_copy(update={"qkv_bias": False}), seq_len, None, None, torch.float32)
+    if config.qkv_bias:
+        content |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
     of, kind = (Qwen2Config, Qwen2ForCausalLM) if config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
-    model = kind(of(**hf_config(config, seq_len, None, None, torch.float32))).eval()
+    model = kind(of(**content)).eval()
     state = {to_hf_name(name): weight for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert unexpected == []

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from triplane.launcher.plan.shares import RankKind, Work, in_flight, layer_parameters, parameters, table_parameters
+from triplane.model.config import CHUNK_LOGITS
+from triplane.parallel.config import BUCKET_ELEMENTS
 
 Device = Literal["cuda", "cpu"]
 
-_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's, in which gradients are reduced, fp32."""
 _LIVE_ELEMENTS = 1_000_000_000
 """Weights that DeepSpeed's ZeRO 3 leaves gathered for their next use."""
-_CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**22}
-"""The head's, see model/head.py."""
 _STATISTIC = 4
 """Bytes of what is kept in fp32 for each token or head."""
 
@@ -74,7 +72,7 @@ def _bucket(work: Work, owned: int, device: Device) -> int:
     if work.layout.zero == 0 or (pipelined and work.layout.zero == 2):  # the latter takes it when activations are gone
         return 0
     overlapped = device == "cuda" and not pipelined  # one fills while the other is sent
-    return _STATISTIC * min(_BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)
+    return _STATISTIC * min(BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)
 
 
 def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int:
@@ -145,7 +143,7 @@ def _loss(work: Work, device: Device) -> int:
     """The largest of what the head has besides what it keeps: a chunk's logits, and its weight's gradient in fp32."""
     table, tokens, width = table_parameters(work), work.tokens, work.element_bytes
     rows = table // work.model.dim
-    chunk = min(tokens * rows, max(_CHUNK_LOGITS[device], rows))
+    chunk = min(tokens * rows, max(CHUNK_LOGITS[device], rows))
     copied = 4 if work.layout.tp > 1 and not work.bf16 else 0
     logits = chunk * ((8 if work.bf16 else 4) + copied)
     # Its weight's gradient is counted as kept in its own width already.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
+from triplane.parallel.rules import vocabulary_rows
 from triplane.parallel.stages import group_size, stage_layers
 
 
@@ -99,9 +100,7 @@ def layer_parameters(work: Work) -> int:
 
 def table_parameters(work: Work) -> int:
     """Of the embedding or the head on one tp rank, padding rows among them."""
-    tp = work.layout.tp
-    rows = -(-work.model.vocab_size // (8 * tp)) * 8 if tp > 1 else work.model.vocab_size
-    return rows * work.model.dim
+    return vocabulary_rows(work.model.vocab_size, work.layout.tp) * work.model.dim
 
 
 def parameters(work: Work, rank: RankKind) -> int:

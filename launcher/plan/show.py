@@ -1,11 +1,11 @@
 """How a plan looks on a console."""
 
 from rich.console import Console
-from rich.table import Table
 
 from triplane.launcher.plan.estimate import Estimate
 from triplane.launcher.plan.gpus import RESERVED_GIB, Gpu
 from triplane.launcher.plan.search import Search
+from triplane.launcher.tables import plain_table
 
 _GIB = 2**30
 _BEST = 10
@@ -32,7 +32,7 @@ class Show:
         room = gpu.memory_gib - RESERVED_GIB
         self.text(f"\nGiB at the peak of a step, of {room:,.1f} that a GPU has for it")
         parts = ("weights", "gradients", "optimizer", "activations", "temporary")
-        table = _table("", *parts, "in all")
+        table = plain_table("", *parts, "in all")
         for name, memory in answer.memory.items():
             gib = [getattr(memory, part) / _GIB for part in (*parts, "total")]
             table.add_row(name, *(f"{value:,.1f}" for value in gib))
@@ -51,7 +51,7 @@ class Show:
             "update": speed.update_s,
         }
         self.text()
-        table = _table("a step", "s", "%")
+        table = plain_table("a step", "s", "%")
         for name, seconds in spent.items():
             if seconds:
                 table.add_row(name, f"{seconds:,.3f}", f"{100 * seconds / speed.step_s:.1f}")
@@ -61,7 +61,7 @@ class Show:
     def search(self, results: Search, changed: list[list[str]]) -> None:
         """The fastest layouts, each with the overrides that make it, and why others do not fit."""
         self.text(f"\n{len(results.found):,} layouts fit; the fastest:")
-        table = _table("MFU", "tokens/s", "GiB")
+        table = plain_table("MFU", "tokens/s", "GiB")
         table.add_column("overrides")
         for one, keys in list(zip(results.found, changed))[:_BEST]:
             speed = one.estimate.speed
@@ -84,11 +84,3 @@ class Show:
 
 def _count(number: int, name: str) -> str:
     return f"{number or 'no'} {name}{'' if number == 1 else 's'}"
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(first)
-    for other in others:
-        table.add_column(other, justify="right")
-    return table

@@ -215,7 +215,7 @@ def test_where_memory_is_too_small_for_transformers_the_report_says_so(publish, 
 
 
 def test_a_model_with_biases_is_refused(publish, tmp_path):
-    with pytest.raises(CheckpointError, match="Qwen2's own tokenizer"):
+    with pytest.raises(ModelError, match="Qwen2's own tokenizer"):
         publish(qkv_bias=True)
     assert list(tmp_path.iterdir()) == []
 

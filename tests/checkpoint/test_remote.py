@@ -1,28 +1,25 @@
 """Checkpoints at a URL: an S3 on loopback takes what a run writes, and a run goes on from there."""
 
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from resharding import LAYOUTS
 from runs import small_run
+from save_phases import REMOTE_PHASES, plant
 from servers import s3_server
 from small_corpora import Prepared
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 from typer.testing import CliRunner
 
-from triplane.checkpoint import folder as folder_module
 from triplane.checkpoint import location as location_module
 from triplane.checkpoint import store as store_module
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import CheckpointError, OutOfReachError
 from triplane.checkpoint.folder import checkpoints, latest, set_aside, write_problem
 from triplane.checkpoint.location import Location, entries, location, writing
-from triplane.checkpoint.manifest import Manifest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import fill_from_newest
 from triplane.checkpoint.store import CheckpointStore, Save
@@ -152,30 +149,14 @@ def test_a_bucket_that_is_not_there_is_told_before_training() -> None:
     )
 
 
-def _die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _commit_and_die(written: Location, manifest: Manifest) -> None:
-    folder_module.commit(written, manifest)
-    _die()
-
-
-PHASES: dict[str, tuple[int, Any, str, Any]] = {
-    "before the first file": (0, store_module, "begin", _die),
-    "before a file": (1, store_module, "write_tensors", _die),
-    "before the manifest": (0, folder_module, "write_manifest", _die),
-    "after the manifest": (0, store_module, "commit", _commit_and_die),
-    "in the deletion of an old one": (0, folder_module, "remove", _die),
-}
 STANDS = ("after the manifest", "in the deletion of an old one")
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", REMOTE_PHASES)
 def test_a_killed_save_leaves_the_one_before(phase: str, remote: Location) -> None:
     run_ranks(LAYOUT, RANKS, _save, str(remote), 1)
     with pytest.raises(RanksFailedError, match=r"exit code -9"):
-        run_ranks(LAYOUT, RANKS, _save, str(remote), 2, *PHASES[phase])
+        run_ranks(LAYOUT, RANKS, _save, str(remote), 2, phase)
     newest = latest(remote)
     assert newest == remote / ("step_2" if phase in STANDS else "step_1")
     checkpoint = Checkpoint(newest)
@@ -187,7 +168,7 @@ def test_a_killed_save_leaves_the_one_before(phase: str, remote: Location) -> No
 
 def test_a_store_that_fails_leaves_the_run_alive(remote: Location) -> None:
     run_ranks(LAYOUT, RANKS, _save, str(remote), 1)
-    for save in run_ranks(LAYOUT, RANKS, _save, str(remote), 2, 1, store_module, "write_tensors", _refuse):
+    for save in run_ranks(LAYOUT, RANKS, _save_to_one_that_is_tired, str(remote), 2):
         assert save.error.startswith(f"cannot write {remote}/step_2: {remote}/step_2: out of reach: it is tired")
         assert save.error.endswith("earlier checkpoints are untouched; see that it can be written to")
     assert list(entries(remote)) == ["step_1"]
@@ -197,9 +178,15 @@ def _refuse(path: Location, fragments: list[Fragment]) -> None:
     raise OutOfReachError(f"{path.parent}: out of reach: it is tired")
 
 
-def _save(mesh: Mesh, folder: str, step: int, victim: int = -1, *planted: Any) -> Save:
-    if mesh.rank == victim:
-        setattr(*planted)
+def _save_to_one_that_is_tired(mesh: Mesh, folder: str, step: int) -> Save:
+    if mesh.rank == 1:
+        store_module.write_tensors = _refuse
+    return _save(mesh, folder, step)
+
+
+def _save(mesh: Mesh, folder: str, step: int, phase: str | None = None) -> Save:
+    if phase and mesh.rank == REMOTE_PHASES[phase][0]:
+        plant(phase, lambda: True, REMOTE_PHASES)
     data = torch.full((ELEMENTS,), float(step))
     fragment = Fragment("weight", "w", torch.Size((ELEMENTS * RANKS,)), (ELEMENTS * mesh.rank,), data, primary=True)
     store = CheckpointStore(location(folder), CheckpointConfig(keep_last=1))

@@ -35,7 +35,7 @@ def plain(x_TD: Tensor, weight_VD: Tensor, z_loss_weight: float) -> tuple[Tensor
 @pytest.mark.parametrize("weight", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
 def test_sums_and_gradients_are_the_formulas(x_TD, weight, chunk_tokens, monkeypatch):
-    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", {"cpu": chunk_tokens * 11})
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", {"cpu": chunk_tokens * 11})
     head = small_head(weight)
     ours, theirs = (x_TD.clone().requires_grad_() for _ in range(2))
     table = head.weight.detach().clone().requires_grad_()
@@ -50,7 +50,7 @@ def test_sums_and_gradients_are_the_formulas(x_TD, weight, chunk_tokens, monkeyp
 
 
 def test_whole_logits_are_never_made(x_TD, monkeypatch):
-    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", {"cpu": 2 * 11})
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", {"cpu": 2 * 11})
     seen = []
     head = small_head(0.0)
     inner = head.losses

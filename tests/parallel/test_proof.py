@@ -17,6 +17,7 @@ from triplane.parallel import engine, megatron, placement, ring, stages, tensor,
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.zero import ZeroOptimizer
+from triplane.training.optimizer import adamw
 from triplane.training.proof import Difference, Trace, proof_model, train_plainly
 
 
@@ -118,9 +119,8 @@ def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_decay_by_the_shape_that_is_left(patch: pytest.MonkeyPatch) -> None:
-    right = prove_module.proof_engine.__globals__["adamw"]
     patch.setattr(
-        "triplane.training.proof.adamw", lambda config, placed: right(config, ((p, p.shape) for p, _ in placed))
+        "triplane.training.proof.adamw", lambda config, placed: adamw(config, ((p, p.shape) for p, _ in placed))
     )
 
 
