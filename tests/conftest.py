@@ -10,9 +10,12 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"  # megatron-core compiles small functi
 
 import pytest
 import torch
+from hypothesis import settings
 from small_corpora import Prepared, build_corpus
 
 torch.set_num_threads(1)
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")

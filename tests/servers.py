@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 Fault = str | int
 """An HTTP status to refuse with, or `cut`, `delay` (until the client leaves), `corrupt`, `longer`, `drop`."""
@@ -98,7 +99,10 @@ def s3_server() -> Iterator[str]:
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
     try:
-        yield "http://{}:{}".format(*server.get_host_and_port())
+        # moto keeps what an earlier server of this process was sent.
+        urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()
+        yield endpoint
     finally:
         server.stop()

@@ -68,7 +68,7 @@ def test_the_corpus_has_shards_and_blocks_to_cross(prepared: Prepared) -> None:
     assert len(blocks) >= 2 and max(blocks) >= 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_read_equals_one_by_hand(prepared: Prepared, documents: list[list[int]], data: st.DataObject) -> None:
     corpus = prepared.train

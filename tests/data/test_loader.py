@@ -189,7 +189,7 @@ def test_ranks_workers_and_resumption_change_nothing(prepared: Prepared, tmp_pat
     assert len({step.tokens_T.numpy().tobytes() for step in whole}) == steps
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_interruptions_and_layouts_change_nothing(prepared: Prepared, data: st.DataObject) -> None:
     steps, done = 16, 0

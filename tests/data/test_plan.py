@@ -28,7 +28,7 @@ def _read(mixture: Mixture, stop: int) -> tuple[list[int], list[int]]:
     return sources[:stop], numbers[:stop]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), lanes=st.sampled_from([1, 4, 64]), seed=st.integers(0, 2**32))
 def test_sources_are_read_without_gap_or_repeat_through_phases(data: st.DataObject, lanes: int, seed: int) -> None:
     weights = data.draw(_WEIGHTS)
@@ -50,7 +50,7 @@ def test_sources_are_read_without_gap_or_repeat_through_phases(data: st.DataObje
     assert _read(more, stop) == (sources, numbers)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights=_WEIGHTS, block=st.integers(0, 10**9))
 def test_counts_are_exact_and_never_drift(weights: list[float], block: int) -> None:
     mixture = Mixture([(0, weights)], 0, 1)
@@ -94,7 +94,7 @@ def _sequences(plan: TrainingPlan, stop: int) -> list[tuple[int, int, Pieces]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_every_epoch_has_each_target_once_through_changes_of_length(data: st.DataObject, seed: int) -> None:
     tokens = data.draw(st.lists(st.integers(2, 1500), min_size=1, max_size=3))

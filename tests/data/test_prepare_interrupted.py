@@ -69,6 +69,8 @@ def test_twenty_kills_leave_no_trace(prepared: Prepared, tmp_path: Path) -> None
             shutil.rmtree(out)
         if (partial / "journal.json").exists():
             commits.add((partial / "journal.json").read_bytes())
+        if len(commits) < 2:
+            duration_s *= 1.1  # the machine may be slower now
     assert len(commits) > 1, "no run went on from another"
     _prepare(source, out, model)
     assert _contents(out) == _contents(whole)

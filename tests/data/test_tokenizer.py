@@ -30,7 +30,7 @@ def test_odd_text_comes_back(prepared: Prepared, text: str) -> None:
     assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back(prepared: Prepared, text: str) -> None:
     assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text

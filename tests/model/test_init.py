@@ -23,7 +23,7 @@ def spans(size: int) -> st.SearchStrategy[list[int]]:
 
 
 @given(spans(2500), spans(24))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_part_is_a_slice_of_the_whole(rows, columns):
     (top, bottom), (left, right) = rows, columns
     part = initial_weight(CONFIG, 0, "head.weight", SHAPE, (top, left), (bottom - top, right - left))
