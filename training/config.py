@@ -67,8 +67,8 @@ class FaultsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """How often `triplane train` starts the ranks of this machine again after a crash or a hang; each time only if a
     checkpoint has been written since."""
     hang_timeout_s: PositiveFloat | None = None
-    """A step, validation or save that takes longer is a hang, once one of its kind was done. None: ten times their
-    median, at least 60."""
+    """A step, or validation, save and the like, that takes longer is a hang, once one of its kind was done. None: ten
+    times their median, at least 60."""
     max_rollbacks: NonNegativeInt = 3
     """How often in the whole run a loss or gradient that is no finite number, or is a spike, sends it back to the last
     checkpoint, to go on without the batch that gave it."""

@@ -135,16 +135,19 @@ class Trainer:
             if state.consumed_sequences != start + size:
                 batches = self._batches_from(state, last)
             if "compare" in due:
-                self._compare_replicas(step)
+                with watchdog.work("comparison", step):
+                    self._compare_replicas(step)
             if "log" in due:
-                self._log(state, logged, loss, norm, rate)
+                with watchdog.work("log", step):
+                    self._log(state, logged, loss, norm, rate)
                 logged = state
             validated = None
             if "validate" in due:
                 with watchdog.work("validation", step):
                     validated = self._validate(state)
             if "sample" in due:
-                self._sample(state)
+                with watchdog.work("sample", step):
+                    self._sample(state)
             if "save" in due:
                 with watchdog.work("checkpoint", step):
                     self.save(state, validated)

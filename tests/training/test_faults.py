@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from triplane.training.agreement import Verdict
 from triplane.training.batches import Feed
 from triplane.training.config import FaultsConfig
 from triplane.training.guard import problem
+from triplane.training.loop import Trainer
 from triplane.training.proof import SEQUENCES, proof_batch, proof_engine, proof_model
 from triplane.training.repetition import twice
 from triplane.training.replicas import differing_ranks
@@ -358,3 +360,29 @@ def test_positions_that_are_skipped_are_jumped_over() -> None:
     assert State(2, 20, 0, skipped=((24, 32),)).skipping(8, 8).consumed_sequences == 32  # a batch that would overlap
     saved = {"step": 3, "consumed_sequences": 40, "tokens_seen": 1, "skipped": [[24, 32]], "run": {}}
     assert State.load(saved) == State(3, 40, 1, ((24, 32),))
+
+
+@pytest.mark.parametrize("name", ["_log", "_compare_replicas", "_sample"])
+def test_a_rank_that_hangs_after_a_step_is_found(name: str, prepared: Prepared, tmp_path: Path) -> None:
+    def train(mesh: Mesh, config: RunConfig) -> None:
+        method = getattr(Trainer, name)
+        calls = count(1)
+
+        def hang(*args: object) -> None:
+            if next(calls) == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            method(*args)
+
+        if mesh.rank == 1:
+            setattr(Trainer, name, hang)
+        train_on(mesh, config)
+
+    config = small_run(
+        prepared,
+        tmp_path,
+        parallel=LAYOUTS["zero 0 tp"],
+        training={"sample_every_steps": 1},
+        faults={"compare_replicas_every_steps": 1, "hang_timeout_s": 1},
+    )
+    with pytest.raises(RanksFailedError, match="rank 0: exit code 75"):
+        run_ranks(config.parallel, 2, train, config, timeout_s=15)
