@@ -1,6 +1,5 @@
 """The batch script of a run: the template `slurm/train.sbatch`, filled in."""
 
-import json
 import math
 import re
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from triplane.launcher.config import RunConfig
 from triplane.launcher.plan.problems import checkpoint_bytes
+from triplane.launcher.run_status import json_lines
 from triplane.launcher.slurm import Partition
 
 _WRITE_BYTES_PER_S = 200e6
@@ -35,6 +35,9 @@ class Request:
     """Image for pyxis."""
     chain: int | None
     """Jobs that follow each other, instead of one that goes back into the queue."""
+    allow_data_change: bool
+    allow_fresh_start: bool
+    """Both until the submission has saved for the first time."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,7 @@ class Order:
     @cached_property
     def warning_s(self) -> int:
         """How long before its limit a job begins to save: twice what a step and a save took at most so far."""
-        metrics = self.run_dir / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()[-1000:]] if metrics.exists() else []
+        lines = list(json_lines(self.run_dir / "metrics.jsonl"))[-1000:]
         step_s = max((line.get("step_time_s", 0) for line in lines), default=0)
         saves_s = [line["checkpoint_time_s"] for line in lines if "checkpoint_time_s" in line]
         estimate_s = checkpoint_bytes(self.config) / _WRITE_BYTES_PER_S / self.fewest_nodes
@@ -92,11 +94,15 @@ def batch_script(order: Order, submission: Path) -> str:
         "python": "python3" if request.container else sys.executable,
         "cpus_per_rank": str(cpus_per_rank),
         "warning_s": str(order.warning_s),
+        "fewest_nodes": str(order.fewest_nodes),
         "max_crashes": str(order.config.faults.max_restarts),
+        "saves": str(sum(event["event"] == "save" for event in json_lines(order.run_dir / "history.jsonl"))),
     }
     values = {name: shlex.quote(value) for name, value in values.items()}
     values["options"] = "\n".join(f"#SBATCH --{name}={shlex.quote(value)}" for name, value in options.items() if value)
     values["srun_options"] = " ".join(map(shlex.quote, srun_options))
+    allowed = {"--allow-data-change": request.allow_data_change, "--allow-fresh-start": request.allow_fresh_start}
+    values["allowed"] = " ".join(flag for flag, given in allowed.items() if given)
     template = (resources.files("triplane") / "slurm" / "train.sbatch").read_text()
     return re.sub(r"{{(\w+)}}", lambda match: values[match[1]], template)
 

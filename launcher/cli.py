@@ -51,7 +51,17 @@ Inputs = Annotated[
 TextField = Annotated[str, typer.Option(help="JSON field or table column that holds the text.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values of the file.", show_default=False),
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Replace values of the file.", show_default=False),
+]
+AllowDataChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-data-change", help="Go on with a corpus that is not what the run read; recorded in history.jsonl."
+    ),
+]
+AllowFreshStart = Annotated[
+    bool,
+    typer.Option("--allow-fresh-start", help="Begin anew if all checkpoints of the run are damaged; else it refuses."),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 Run = Annotated[
@@ -104,12 +114,8 @@ def prepare(
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file such as configs/quickstart.toml.")],
     overrides: Overrides = None,
-    allow_data_change: Annotated[
-        bool, typer.Option(help="Go on with a corpus that is not what the run read; recorded in history.jsonl.")
-    ] = False,
-    allow_fresh_start: Annotated[
-        bool, typer.Option(help="Begin anew if all checkpoints of the run are damaged; else it refuses.")
-    ] = False,
+    allow_data_change: AllowDataChange = False,
+    allow_fresh_start: AllowFreshStart = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only run a step's shapes through one rank of each kind; takes no memory.")
     ] = False,
@@ -166,18 +172,28 @@ def submit(
         int | None, typer.Option(help="By default a node's GPUs, or what the layout needs.", min=1, show_default=False)
     ] = None,
     time: Annotated[
-        str | None, typer.Option(help="Limit of a job, as Slurm writes it: 1-12, 8:00:00.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Limit of each job: 8:00:00, or 1-12 for 36 hours; by default the partition's.", show_default=False
+        ),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="By default Slurm's.", show_default=False)] = None,
-    account: Annotated[str | None, typer.Option(help="Who pays.", show_default=False)] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="By default the cluster's default one.", show_default=False)
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account that is charged.", show_default=False)] = None,
     container: Annotated[
-        str | None, typer.Option(help="An image with triplane's dependencies; needs pyxis.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Start the ranks in this image, which has triplane's dependencies; needs pyxis.", show_default=False
+        ),
     ] = None,
     chain: Annotated[
         int | None,
         typer.Option(help="Queue this many jobs, one after another, where jobs may not requeue themselves.", min=1),
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check, and print the batch script.")] = False,
+    allow_data_change: AllowDataChange = False,
+    allow_fresh_start: AllowFreshStart = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print the batch script.")] = False,
 ) -> None:
     """Check a run, copy code, config and environment into its folder, and queue it with Slurm.
 
@@ -186,7 +202,8 @@ def submit(
     from triplane.launcher.batch_script import Request
     from triplane.launcher.submit import submit
 
-    request = Request(nodes, ranks_per_node, time, partition, account, container, chain)
+    allowed = (allow_data_change, allow_fresh_start)
+    request = Request(nodes, ranks_per_node, time, partition, account, container, chain, *allowed)
     submit(config, overrides or [], request, dry_run)
 
 
@@ -236,8 +253,8 @@ def report(
 @app.command()
 def logs(
     run: RunFolder,
-    rank: Annotated[int | None, typer.Option(help="Of this rank; by default the job's.", min=0)] = None,
-    follow: Annotated[bool, typer.Option(help="Go on showing what is written, until Ctrl-C.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Of this rank; by default that of the job.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on showing what is written, until Ctrl-C.")] = False,
 ) -> None:
     """Show the log of a run's job, or of one of its ranks."""
     from triplane.launcher.jobs import logs
@@ -268,8 +285,9 @@ def check_nodes(
         Path | None, typer.Option(help="Append the names of nodes out of line here.", show_default=False)
     ] = None,
 ) -> None:
-    """Compare the nodes of a job: devices, bandwidth, disk, clock, code. One of several ranks, as `train` is.
+    """Compare the nodes of a job before it trains: devices, bandwidth, disk, clock, code.
 
+    Started for each rank, as by `srun --ntasks-per-node 8 triplane check-nodes RUN`.
     Exits with 3 if a node is out of line.
     """
     from triplane.launcher.node_check import check_nodes

@@ -65,6 +65,8 @@ def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
     rank = current_rank(os.environ)
     if rank is None:
         raise LaunchError("check-nodes is one of several ranks: start it with srun or torchrun, as `triplane train` is")
+    if not run_dir.is_dir():
+        raise LaunchError(f"{run_dir}: no such folder; give the run's, or where it will be made")
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
     device = torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -41,7 +41,8 @@ def submit(path: Path, overrides: list[str], request: Request, dry_run: bool) ->
             print("triplane: no Slurm here: partition, nodes and time limit are not checked", file=sys.stderr)
         return
     job = _queue(order, submission, script)
-    print(f"job {job}: {config.run_dir} on {request.nodes} x {ranks_per_node} ranks by {submission / SCRIPT}")
+    where = f"{request.nodes} x {ranks_per_node} ranks by {submission / SCRIPT}"
+    print(f"job {job}: {config.run_dir} on {where}; `triplane status {config.run_dir}` shows it")
 
 
 def _queue(order: Order, submission: Path, script: str) -> str:
@@ -87,7 +88,8 @@ def _ranks_per_node(config: RunConfig, fewest: int, most: int, partition: slurm.
 
 def _check(order: Order) -> None:
     """Raises ConfigError with all that is wrong, a line each."""
-    found = dict.fromkeys(problems(order.config, order.fewest_nodes * order.ranks_per_node, False, False))
+    request, ranks = order.request, order.fewest_nodes * order.ranks_per_node
+    found = dict.fromkeys(problems(order.config, ranks, request.allow_data_change, request.allow_fresh_start))
     for nodes in range(order.fewest_nodes + 1, order.most_nodes + 1):
         found |= dict.fromkeys(check(order.config, nodes * order.ranks_per_node))
     found |= dict.fromkeys(_job_problems(order))

@@ -21,7 +21,7 @@ def shown(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script that would be submitted."""
     folder = with_config(tmp_path_factory.mktemp("batch"), prepared)
     where = [sys.executable, "-m", "triplane", "submit", "long.toml", "--dry-run"]
-    options = ["--nodes", "2", "--ranks-per-node", "2", "faults.max_restarts=2"]
+    options = ["--nodes", "2", "--ranks-per-node", "2", "--allow-fresh-start", "faults.max_restarts=2"]
     shown = subprocess.run(
         [*where, *options], cwd=folder, env={**os.environ, "PATH": ""}, capture_output=True, text=True, check=False
     )
@@ -29,7 +29,8 @@ def shown(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "no Slurm here" in shown.stderr
     (folder / "train.sbatch").write_text(shown.stdout)
     (folder / "bin").mkdir()
-    command(folder, "scontrol", 'case $1 in show) echo "  EndTime=$END" ;; *) echo "$@" >> requests ;; esac')
+    command(folder, "scontrol", 'case $1 in show) echo "   Reason=$REASON" ;; *) echo "$@" >> requests ;; esac')
+    command(folder, "sinfo", "printf 'n%d\\n' 1 2 3 4 5")
     return folder / "train.sbatch"
 
 
@@ -49,11 +50,12 @@ def command(folder: Path, name: str, body: str) -> None:
     path.chmod(0o755)
 
 
-def run(script: Path, train: str, check: str = "", end: str = "tomorrow", **more: str) -> tuple[int, str, list[str]]:
+def run(script: Path, train: str, check: str = "", reason: str = "None", **more: str) -> tuple[int, str, list[str]]:
     """One segment, of which `train` and `check` are what the steps do: its exit code, its words, its requests."""
     folder = script.parent
     command(folder, "srun", f'case "$*" in *check-nodes*) :; {check}\n ;; *) :; {train}\n ;; esac')
-    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "END": end, **more}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "main", "REASON": reason}
+    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", **job, **more}
     done = subprocess.run(
         ["bash", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=30, check=False
     )
@@ -84,21 +86,21 @@ def test_a_crash_is_requeued_until_there_were_too_many_without_a_checkpoint(scri
 
 
 @pytest.mark.parametrize(
-    ("train", "end", "code", "requests", "said"),
+    ("train", "reason", "code", "requests", "said"),
     [
-        ("echo 1000000 > run/DONE; exit 1", "tomorrow", 0, [], "the run is done"),
-        ("exit 2", "tomorrow", 2, [], "cannot go on as it is"),
-        ("exit 0", "tomorrow", 0, [], "left as the file"),
-        (WARN + SAVE, "tomorrow", 0, ["requeue 7"], "saved"),
-        (WARN + "exit 0", "tomorrow", 0, ["requeue 7"], "warned, but nothing was saved; crash 1 of 2"),
-        (ENDED + "exit 143", "tomorrow", 1, [], "ended by Slurm"),
-        (SAVE + ENDED + "exit 0", "tomorrow", 1, [], "ended by Slurm"),
-        (WARN + SAVE + ENDED, "yesterday", 0, ["requeue 7"], "saved"),
-        (WARN + ENDED + "exit 143", "yesterday", 0, ["requeue 7"], "nothing was saved; crash 1 of 2"),
+        ("echo 1000000 > run/DONE; exit 1", "None", 0, [], "the run is done"),
+        ("exit 2", "None", 2, [], "cannot go on as it is"),
+        ("exit 0", "None", 0, [], "left as the file"),
+        (WARN + SAVE, "None", 0, ["requeue 7"], "saved"),
+        (WARN + "exit 0", "None", 0, ["requeue 7"], "warned, but nothing was saved; crash 1 of 2"),
+        (ENDED + "exit 143", "None", 1, [], "ended by Slurm"),
+        (SAVE + ENDED + "exit 0", "None", 1, [], "ended by Slurm"),
+        (WARN + SAVE + ENDED, "TimeLimit", 0, ["requeue 7"], "saved"),
+        (WARN + ENDED + "exit 143", "TimeLimit", 0, ["requeue 7"], "nothing was saved; crash 1 of 2"),
     ],
 )
-def test_what_follows_a_step(script: Path, train: str, end: str, code: int, requests: list[str], said: str) -> None:
-    ended = run(script, train, end=end)
+def test_what_follows_a_step(script: Path, train: str, reason: str, code: int, requests: list[str], said: str) -> None:
+    ended = run(script, train, reason=reason)
     assert ended[::2] == (code, requests)
     assert said in ended[1]
 
@@ -131,6 +133,33 @@ def test_a_job_goes_back_without_bad_nodes(script: Path) -> None:
     assert "failed the check: n3,n5" in said
     assert not (script.parent / "run/trained").exists()
     assert run(script, "echo 1000000 > run/DONE")[0] == 0  # the nodes stay excluded, the run goes on
+
+
+def test_a_job_that_too_few_nodes_are_left_for_ends(script: Path) -> None:
+    bad = "printf 'n%d\\n' 1 3 4 5 >> run/jobs/1/bad_nodes; exit 3"
+    code, said, requests = run(script, "touch run/trained", check=bad)
+    assert (code, requests) == (1, [])
+    assert "failed the check: n1,n3,n4,n5; partition main has only 1 others, and the run needs 2" in said
+    assert run(script, "touch run/trained")[0] == 1  # the next job of a chain
+    assert not (script.parent / "run/trained").exists()
+
+
+def test_a_fresh_start_is_allowed_until_the_first_save(script: Path) -> None:
+    allowed = 'echo "${*: -1}" >> run/last_words\n'
+    run(script, allowed + "exit 1")
+    run(script, allowed + SAVE + "exit 1")
+    run(script, allowed)
+    words = (script.parent / "run/last_words").read_text().split()
+    config = str(script.parent / "run/jobs/1/config.toml")
+    assert words == ["--allow-fresh-start", "--allow-fresh-start", config]
+
+
+def test_each_segment_has_logs_of_its_own(script: Path) -> None:
+    show = "printf '%s\\n' \"$@\" | grep ^--output= > run/output"
+    for restart, more in (("0", {}), ("2", {"SLURM_RESTART_COUNT": "2"})):
+        run(script, show, **more)
+        path = (script.parent / "run/output").read_text().strip().removeprefix("--output=")
+        assert path == str(script.parent / f"run/logs/rank_%t.job_7.{restart}.log")
 
 
 def test_the_jobs_of_a_chain_leave_the_run_to_the_next(script: Path) -> None:

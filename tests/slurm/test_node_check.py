@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from slurm.cluster import Cluster
+from slurm.cluster import Cluster, until
+from slurm.submitted import Submitted
 
 from triplane.launcher.node_check import Facts, _rounds, out_of_line
 
@@ -55,3 +56,13 @@ def test_a_slow_link_is_found(cluster: Cluster, tmp_path: Path) -> None:
     assert bad.read_text() == "n3\n", result.stdout + result.stderr
     assert result.returncode == 3
     assert "out of line: n3" in result.stdout
+
+
+def test_a_job_that_too_few_nodes_are_left_for_ends_and_names_them(cluster: Cluster, folder: Path) -> None:
+    cluster.run_on("n3", "mount", "-o", "remount,size=64m", "/dev/shm")
+    run = Submitted(cluster, folder)
+    run.queue("submit", "long.toml", "parallel.tp=1", "--partition", "gpu", "--nodes", 2, "--ranks-per-node", 1)
+    until(lambda: run.state == "FAILED", "the job ends")
+    cluster.run_on("n3", "mount", "-o", "remount,size=256m", "/dev/shm")
+    assert "failed the check: n3; partition gpu has only 1 others, and the run needs 2" in run.said
+    assert not run.events()
