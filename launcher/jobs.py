@@ -53,20 +53,32 @@ def status(folder: Path) -> None:
 
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
-    """Prints a log; with `follow`, what is added too, until interrupted."""
-    path = run_dir / "logs" / ("job.log" if rank is None else f"rank_{rank}.log")
-    if not path.exists():
-        there = ", ".join(sorted(file.name for file in path.parent.glob("*.log"))) or "no logs"
-        raise LaunchError(f"{path}: no such log; there are {there}" + (": give --rank" if rank is None else ""))
-    with path.open(errors="replace") as lines:
-        try:
-            while True:
-                print(lines.read(), end="", flush=True)
-                if not follow:
-                    return
+    """Prints the newest log of a rank, or the job's; with `follow`, what is added and newer ones, until interrupted."""
+    path = _newest_log(run_dir, rank)
+    lines = path.open(errors="replace")
+    print(f"==> {path}")
+    try:
+        while True:
+            newest = _newest_log(run_dir, rank)
+            print(lines.read(), end="", flush=True)
+            if newest != path:
+                path, lines = newest, newest.open(errors="replace")
+                print(f"==> {path}")
+            elif follow:
                 time.sleep(_POLL_S)
-        except KeyboardInterrupt:
-            return
+            else:
+                return
+    except KeyboardInterrupt:
+        return
+
+
+def _newest_log(run_dir: Path, rank: int | None) -> Path:
+    folder, pattern = run_dir / "logs", "job.log" if rank is None else f"rank_{rank}.*.log"
+    if found := list(folder.glob(pattern)):
+        return max(found, key=lambda file: file.stat().st_mtime_ns)
+    there = ", ".join(sorted(file.name for file in folder.glob("*.log"))) or "no logs"
+    advice = ": give --rank" if rank is None else ""
+    raise LaunchError(f"{folder / pattern}: no such log; there are {there}{advice}")
 
 
 def cancel(run_dir: Path) -> None:

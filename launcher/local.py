@@ -1,24 +1,30 @@
 """Starts the ranks of a run on this machine, passes signals on to them, and starts them again after a crash."""
 
-import ctypes
+import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+import torch
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
+
 from triplane.checkpoint.folder import latest, step_of
 from triplane.checkpoint.location import Location
-from triplane.training.failure import Failure, log_file, take_failure
+from triplane.launcher.cores import cores_of_ranks
+from triplane.launcher.report import REPORT, report_problem
+from triplane.training.failure import Failure, take_failure
 from triplane.training.history import record_event
+from triplane.training.stopping import LAUNCHER
 
 _USER_ERROR = 2
-_GRACE_S = 5.0
+_GRACE_S = 5
 """After the first failure: ranks that notice it by themselves say what befell them before they are killed."""
 _POLL_S = 0.05
 _NOWHERE = "at an unknown step"
@@ -30,9 +36,8 @@ def run_local_ranks(
     """Runs `triplane` with `arguments` on `count` ranks of this machine; returns the exit code.
 
     After a crash they are started again if there is a checkpoint that was not there before. Rank 0 prints here;
-    warnings and tracebacks go into the log of each rank.
+    warnings and tracebacks go into the log of each rank and start.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     ranks = LocalRanks(count, arguments, run_dir)
     for restarts_left in range(max_restarts, -1, -1):
         before = latest(checkpoints)
@@ -42,7 +47,7 @@ def run_local_ranks(
         if ranks.exit_code == _USER_ERROR:
             print("\n".join(f"triplane: {line}" for line in failure.message.splitlines()), file=sys.stderr)
         else:
-            print(f"triplane: {failure}; see {log_file(run_dir, failure.rank)}", file=sys.stderr)
+            print(f"triplane: {failure}; see {ranks.log_file(failure.rank)}", file=sys.stderr)
         newest = latest(checkpoints)
         step = step_of(newest) if newest else 0
         cause = f"{failure.kind}: {failure.message}"
@@ -51,6 +56,8 @@ def run_local_ranks(
             break
         print(f"triplane: starting again from step {step}; {restarts_left - 1} restarts left", file=sys.stderr)
         record_event(run_dir, "restart", step, restarts_left=restarts_left - 1)
+    if problem := report_problem(run_dir):
+        print(f"triplane: no {REPORT}: {problem}", file=sys.stderr)
     return ranks.exit_code
 
 
@@ -69,20 +76,27 @@ class LocalRanks:
         """The last signal to this process."""
         self.exit_code = 0
         """Of the last start."""
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: _Processes | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
+        # The only one that is left for torch elastic to handle, which would raise an exception wherever this stands.
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+        # What it would say of ranks that end is said here, with the first cause.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
     def run(self) -> Failure | None:
         """Starts them and waits until all have ended; returns the first failure, if there is one."""
-        port = _free_port()
-        self._processes = []
         for rank in range(self.count):
             take_failure(self.run_dir, rank)
-            self._processes.append(self._start(rank, port))
-        killed = self._wait()
-        codes = {rank: process.returncode for rank, process in enumerate(self._processes)}
-        failures = [self._failure(rank, code) for rank, code in codes.items() if code and rank not in killed]
+        self._processes = processes = _Processes(self.command, self.count, self.run_dir)
+        processes.start()
+        if self.stopped_by:  # while they were started
+            processes.send_signal(_passed_on(self.stopped_by))
+        result = processes.wait(period=_POLL_S)
+        assert result is not None  # there is no time limit
+        codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        found = [self._failure(rank, code) for rank, code in codes.items()]
+        failures = [failure for failure in found if failure is not None]
         if self.stopped_by and -_passed_on(self.stopped_by) in codes.values():
             self.exit_code = 128 + self.stopped_by  # before a rank was ready to save anything
             return None
@@ -96,64 +110,29 @@ class LocalRanks:
             first = replace(first, where=next((peer.where for peer in failures if peer.where != _NOWHERE), _NOWHERE))
         return first
 
-    def _start(self, rank: int, port: int) -> "subprocess.Popen[bytes]":
-        place = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": self.count,
-            "LOCAL_WORLD_SIZE": self.count,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        log = log_file(self.run_dir, rank)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
-            return subprocess.Popen(
-                self.command,
-                env={**os.environ, **{name: str(value) for name, value in place.items()}},
-                stdin=subprocess.DEVNULL,
-                stdout=None if rank == 0 else output,
-                stderr=output,
-                start_new_session=True,  # a terminal's Ctrl-C reaches them through this process only
-                preexec_fn=_terminate_when_orphaned,
-            )
-
-    def _wait(self) -> set[int]:
-        """Until all have ended; returns the ranks that had to be killed."""
-        deadline = float("inf")
-        killed: set[int] = set()
-        while running := [rank for rank, process in enumerate(self._processes) if process.poll() is None]:
-            if deadline == float("inf") and any(process.returncode for process in self._processes):
-                deadline = time.monotonic() + _GRACE_S
-            if time.monotonic() > deadline:
-                killed.update(running)
-                self._kill()
-            time.sleep(_POLL_S)
-        self._kill()
-        return killed
-
-    def _kill(self) -> None:
-        """With the data workers of ranks that are gone already."""
-        for process in self._processes:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    def log_file(self, rank: int) -> Path:
+        """Of the last start."""
+        assert self._processes is not None
+        return Path(self._processes.stderrs[rank])
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if number == self.stopped_by == signal.SIGINT:
-            self._kill()
+            if self._processes is not None:
+                self._processes.kill()
             os._exit(128 + number)
         self.stopped_by = number
-        for process in self._processes:
-            process.send_signal(_passed_on(number))
+        if self._processes is not None:
+            self._processes.send_signal(_passed_on(number))
 
-    def _failure(self, rank: int, code: int) -> Failure:
-        failure = take_failure(self.run_dir, rank)
-        if failure is not None:
+    def _failure(self, rank: int, code: int) -> Failure | None:
+        """Of a rank that ended with `code`; None if it was killed because others had failed."""
+        assert self._processes is not None
+        if rank in self._processes.killed:
+            return None
+        if failure := take_failure(self.run_dir, rank):
             return failure
         if code > 0:
-            lines = log_file(self.run_dir, rank).read_text(errors="replace").split("\n")
+            lines = self.log_file(rank).read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "no word in its log")
             return Failure(rank, socket.gethostname(), f"with exit code {code}", "last words", last, time.time())
         name = signal.Signals(-code).name
@@ -162,14 +141,89 @@ class LocalRanks:
         return Failure(rank, socket.gethostname(), _NOWHERE, "killed", f"by {name}", when)
 
 
+class _Processes(SubprocessContext):
+    """Those of one start, each in a session of its own: a terminal's Ctrl-C reaches them by their launcher only."""
+
+    def __init__(self, command: Sequence[str], count: int, run_dir: Path):
+        port = _free_port()
+        self._cores = cores_of_ranks(count)
+        environment = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, len(self._cores[0]))),
+            LAUNCHER: os.getpid(),
+        }
+        super().__init__(
+            "rank",
+            command[0],
+            {rank: tuple(command[1:]) for rank in range(count)},
+            {
+                rank: {name: str(value) for name, value in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                for rank in range(count)
+            },
+            _Logs(run_dir),
+        )
+        self.killed: set[int] = set()
+        """Ranks that did not end by themselves when another had failed."""
+
+    def start(self) -> None:
+        """Without GPUs each rank computes on cores of its own, if there are enough; its threads inherit that."""
+        super().start()
+        if torch.cuda.is_available() or not all(self._cores):
+            return
+        for rank, pid in self.pids().items():
+            with suppress(ProcessLookupError):  # it has failed already
+                os.sched_setaffinity(pid, self._cores[rank])
+
+    def send_signal(self, number: int) -> None:
+        for handler in self.subprocess_handlers.values():
+            handler.proc.send_signal(number)
+
+    def close(self, death_sig: signal.Signals | None = None, timeout: int = _GRACE_S) -> None:
+        """Called once a rank has failed, or all have ended."""
+        deadline_s = time.monotonic() + timeout
+        while (running := self._running()) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        self.killed = running
+        super().close(signal.SIGKILL, timeout)
+        self.kill()
+
+    def _running(self) -> set[int]:
+        return {rank for rank, handler in self.subprocess_handlers.items() if handler.proc.poll() is None}
+
+    def kill(self) -> None:
+        """With the data workers of ranks that are gone already."""
+        for pid in self.pids().values():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+class _Logs(LogsSpecs):
+    """Rank 0 prints on the console; what ranks warn of goes into `logs/rank_N.START.log`."""
+
+    def __init__(self, run_dir: Path):
+        super().__init__(str(run_dir / "logs"))
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._root_log_dir)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        folder = Path(self.root_log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        starts = (path.suffixes[0].removeprefix(".") for path in folder.glob("rank_0.*.log"))
+        start = 1 + max((int(name) for name in starts if name.isdecimal()), default=0)
+        return LogsDest(
+            stdouts=dict.fromkeys(envs, ""),
+            stderrs={rank: str(folder / f"rank_{rank}.{start}.log") for rank in envs},
+            error_files=dict.fromkeys(envs, os.devnull),
+        )
+
+
 def _passed_on(number: int) -> int:
     return signal.SIGTERM if number == signal.SIGINT else number
-
-
-def _terminate_when_orphaned() -> None:
-    """In a rank: if this process is killed, the rank saves and leaves."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _free_port() -> int:

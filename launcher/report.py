@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from triplane.data.errors import DataError
 from triplane.data.files import write_whole
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.preflight import CONFIG
@@ -20,6 +21,15 @@ def report(run_dir: Path, out: Path | None) -> None:
     except OSError as error:
         raise LaunchError(f"{out}: cannot be written: {error.strerror}; give another file by --out") from None
     print(out)
+
+
+def report_problem(run_dir: Path) -> str | None:
+    """Writes the report into the run folder at the end of a run, which does not fail if that cannot be done."""
+    try:
+        write_report(run_dir, run_dir / REPORT)
+    except (OSError, DataError, LaunchError) as error:
+        return str(error)
+    return None
 
 
 def write_report(run_dir: Path, out: Path) -> None:

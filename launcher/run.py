@@ -14,7 +14,6 @@ from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import Damage, Resumed, fill_from_newest
 from triplane.checkpoint.store import CheckpointStore
-from triplane.data.errors import DataError
 from triplane.data.files import write_whole
 from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
@@ -30,7 +29,7 @@ from triplane.launcher.preflight import (
     run_record,
 )
 from triplane.launcher.ranks import Rank
-from triplane.launcher.report import REPORT, write_report
+from triplane.launcher.report import REPORT, report_problem
 from triplane.launcher.toml import to_toml
 from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine
@@ -114,7 +113,7 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     report.event(state.step, "end", steps=config.training.steps)
     if state.step >= config.training.steps:
         on_rank_0(lambda: _write_done(config))
-    on_rank_0(lambda: _write_report(config, report))
+    on_rank_0(lambda: _write_report(Path(config.run_dir), report))
     report.close(state.step)
 
 
@@ -152,12 +151,9 @@ def _write_done(config: RunConfig) -> None:
     write_whole(Path(config.run_dir) / DONE, f"{config.training.steps}\n".encode())
 
 
-def _write_report(config: RunConfig, report: Report) -> None:
-    run_dir = Path(config.run_dir)
-    try:
-        write_report(run_dir, run_dir / REPORT)
-    except (OSError, DataError) as error:  # all that matters is saved
-        report.message(f"no {REPORT}: {error}")
+def _write_report(run_dir: Path, report: Report) -> None:
+    if problem := report_problem(run_dir):  # all that matters is saved
+        report.message(f"no {REPORT}: {problem}")
 
 
 def _saved_precision(folder: Location) -> Precision | None:

@@ -13,7 +13,6 @@ from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.local import run_local_ranks
 from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
 
@@ -39,9 +38,13 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
         arguments = ["train", str(path), *overrides, *flags]
+        from triplane.launcher.local import run_local_ranks  # loads torch
+
         return run_local_ranks(ranks, arguments, run_dir, checkpoints_folder(config), config.faults.max_restarts)
     if rank is not None and "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
+    if not first:
+        os.dup2(2, 1)  # what libraries print; the console is rank 0's
     from triplane.launcher.cli import leave
     from triplane.launcher.run import run_rank
 

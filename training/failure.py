@@ -28,11 +28,6 @@ class Failure:
         return f"rank {self.rank} on {self.host} failed first, {self.where}: {self.kind}: {first_line}"
 
 
-def log_file(run_dir: Path, rank: int) -> Path:
-    """Where the rank's warnings, tracebacks and stacks go."""
-    return run_dir / _LOGS / f"rank_{rank}.log"
-
-
 def record_failure(run_dir: Path, rank: int, where: str, kind: str, message: str) -> None:
     """Replaces what the rank left earlier; whoever reads it sees all of it or nothing."""
     path = _path(run_dir, rank)

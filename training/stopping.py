@@ -1,4 +1,4 @@
-"""Requests to leave a run: signals, and a file named `stop` in the run folder."""
+"""Requests to leave a run: signals, a file named `stop` in the run folder, and the end of who started the ranks."""
 
 import os
 import signal
@@ -8,6 +8,9 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FILE = 255
 """Stands for the file where a signal's number would."""
+_ORPHANED = 254
+LAUNCHER = "TRIPLANE_LAUNCHER_PID"
+"""Environment variable of ranks that are to leave when this process is gone: nobody would start them again."""
 
 
 class Stopping:
@@ -18,13 +21,18 @@ class Stopping:
 
     def __init__(self, run_dir: Path, rank: int):
         self._file = run_dir / "stop" if rank == 0 else None
+        self._launcher = os.environ.get(LAUNCHER)
         self._signal = 0
         for number in _SIGNALS:
             signal.signal(number, self._receive)
 
     def request(self) -> int:
-        """What asks this rank to leave: a signal's number or the file's; 0 if nothing does."""
-        return self._signal or (_FILE if self._file is not None and self._file.exists() else 0)
+        """What asks this rank to leave: a signal's number or another; 0 if nothing does."""
+        if self._signal:
+            return self._signal
+        if self._file is not None and self._file.exists():
+            return _FILE
+        return _ORPHANED if self._launcher not in (None, str(os.getppid())) else 0
 
     def obeyed(self) -> None:
         """Removes the file: the state is saved."""
@@ -39,4 +47,4 @@ class Stopping:
 
 def request_name(request: int) -> str:
     """`SIGTERM`, or `stop file`."""
-    return "stop file" if request == _FILE else signal.Signals(request).name
+    return {_FILE: "stop file", _ORPHANED: "launcher gone"}.get(request) or signal.Signals(request).name

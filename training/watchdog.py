@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from statistics import median
 from threading import Event, Thread
 from typing import Self
 
-from triplane.training.failure import log_file, record_failure
+from triplane.training.failure import record_failure
 from triplane.training.stopwatch import Stopwatch
 
 EXIT_CODE = 75
@@ -77,10 +78,7 @@ class Watchdog:
 
     def _end(self) -> None:
         message = f"no progress for {self._waited_s:.0f} s"
-        path = log_file(self._run_dir, self._rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as log:
-            print(f"hang {self._where}: {message}; where each thread stands:", file=log, flush=True)
-            faulthandler.dump_traceback(log, all_threads=True)
+        print(f"hang {self._where}: {message}; where each thread stands:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
         record_failure(self._run_dir, self._rank, self._where, "hang", message)
         os._exit(EXIT_CODE)

@@ -196,7 +196,7 @@ FAULTS = {
     "stop file": Fault(_stop_file, ends=0, leaves={"signal": "stop file"}),
     "SIGKILL of a rank": Fault(_a_rank(signal.SIGKILL), leaves={"failure": "SIGKILL"}, ranks=2),
     "SIGKILL of a data worker": Fault(_a_worker, leaves={"failure": "worker"}, ranks=2, workers=1),
-    "SIGKILL of the launcher": Fault(_signal(signal.SIGKILL), ends=-9, leaves={"signal": "SIGTERM"}, ranks=2),
+    "SIGKILL of the launcher": Fault(_signal(signal.SIGKILL), ends=-9, leaves={"signal": "launcher gone"}, ranks=2),
     "SIGKILL of every process": Fault(_every_process(signal.SIGKILL), ends=-9),
     "SIGKILL in the start": Fault(_in_the_start, running=False),
     "SIGSTOP of a rank": Fault(_a_rank(signal.SIGSTOP), leaves={"failure": "hang"}, ranks=2),

@@ -176,6 +176,6 @@ def test_a_rank_that_hangs_is_found_and_all_start_again(folder: Path) -> None:
     first, second = errors.splitlines()
     assert "rank 0 on" in first and "in step" in first and "hang: no progress for" in first
     assert second.startswith("triplane: starting again from step 50")
-    log = (folder / "run/logs/rank_0.log").read_text()
+    log = (folder / "run/logs/rank_0.1.log").read_text()
     assert "forward_backward in" in log or "all_reduce" in log
     assert history(folder)[-1]["event"] == "end"

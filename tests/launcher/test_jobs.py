@@ -1,6 +1,8 @@
 """Runs on this machine as `triplane status`, `logs` and `cancel` see them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +32,10 @@ def run_dir(tmp_path: Path) -> Path:
     lines = [{"time": now, "event": event, "step": step, "details": {"ranks": 2}} for event, step in events]
     (run_dir / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run_dir / "logs").mkdir()
-    (run_dir / "logs/rank_1.log").write_text("a warning\n")
+    for start, text in ((1, "an older one\n"), (2, "a warning\n")):
+        log = run_dir / f"logs/rank_1.{start}.log"
+        log.write_text(text)
+        os.utime(log, (start, start))
     return run_dir
 
 
@@ -57,13 +62,39 @@ def test_runs_below_a_folder_have_a_line_each(run_dir: Path, capsys: pytest.Capt
     assert "done" in capsys.readouterr().out
 
 
-def test_a_log_is_shown(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_newest_log_is_shown(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     logs(run_dir, rank=1, follow=False)
-    assert capsys.readouterr().out == "a warning\n"
+    assert capsys.readouterr().out == f"==> {run_dir}/logs/rank_1.2.log\na warning\n"
+
+
+def test_a_log_is_followed_through_a_restart(run_dir: Path, capfd: pytest.CaptureFixture) -> None:
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        logs(run_dir, rank=1, follow=True)
+        os._exit(0)
+    out = ""
+    try:
+        for log, text in (("rank_1.2.log", "more\n"), ("rank_1.3.log", "from the next start\n")):
+            with (run_dir / "logs" / log).open("a") as lines:
+                lines.write(text)
+            while text not in out:
+                out += capfd.readouterr().out
+                time.sleep(0.01)
+    finally:
+        os.kill(child, signal.SIGTERM)
+        code = os.waitpid(child, 0)[1]
+    assert code == 0
+    assert out.splitlines()[1:] == [
+        "a warning",
+        "more",
+        f"==> {run_dir}/logs/rank_1.3.log",
+        "from the next start",
+    ]
 
 
 def test_what_is_not_there_is_said(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"rank_7.log: no such log; there are rank_1.log"):
+    with pytest.raises(LaunchError, match=r"rank_7\.\*\.log: no such log; there are rank_1.1.log, rank_1.2.log"):
         logs(run_dir, rank=7, follow=False)
     with pytest.raises(LaunchError, match="give --rank"):
         logs(run_dir, rank=None, follow=False)
@@ -85,11 +116,14 @@ def test_a_run_on_this_machine_saves_and_leaves(prepared: Prepared, tmp_path: Pa
     (tmp_path / "long.toml").write_text(to_toml(config))
     command = [sys.executable, "-m", "triplane", "train", "long.toml"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        while not (tmp_path / "run/metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        cancel(tmp_path / "run")
-        assert process.wait(10) == 0
+        try:
+            while not (tmp_path / "run/history.jsonl").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            cancel(tmp_path / "run")
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
     assert read_status(tmp_path / "run").last_event["event"] == "end"
     with pytest.raises(LaunchError, match="it does not run: stopped"):
         cancel(tmp_path / "run")

@@ -1,5 +1,6 @@
-"""Which of several failed ranks is named, and what the exit code is; the ranks are small scripts."""
+"""Local ranks: where they run, what they leave, which of several failed ones is named; they are small scripts."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def ranks(tmp_path: Path, script: str, count: int = 2) -> LocalRanks:
 def test_the_first_to_fail_is_named_not_those_that_noticed(tmp_path: Path) -> None:
     started = ranks(
         tmp_path,
-        "time.sleep(1 if rank == 0 else 0.5)\n"
+        f"while not rank and not Path({str(tmp_path)!r}, 'logs/rank_1.failure.json').exists(): time.sleep(0.01)\n"
         "fail('DataError', 'shard-3.tar is gone\\nand more') if rank else fail('RuntimeError', 'connection closed')\n"
         "sys.exit(2 if rank else 1)",
     )
@@ -64,6 +65,27 @@ def test_a_rank_that_recorded_nothing_is_known_by_its_last_words(tmp_path: Path)
     assert str(started.run()).endswith("with exit code 1: last words: no such option")
 
 
+def test_each_start_has_logs_and_each_rank_cores_of_its_own(tmp_path: Path) -> None:
+    started = ranks(tmp_path, "print(os.environ['OMP_NUM_THREADS'], *os.sched_getaffinity(0), file=sys.stderr)")
+    for start in (1, 2):
+        assert started.run() is None
+        assert started.log_file(1) == tmp_path / f"logs/rank_1.{start}.log"
+    said = [(tmp_path / f"logs/rank_{rank}.{start}.log").read_text().split() for rank in (0, 1) for start in (1, 2)]
+    assert said[0] == said[1] and said[2] == said[3]
+    first, second = set(said[0][1:]), set(said[2][1:])
+    if len(os.sched_getaffinity(0)) == 1:
+        assert first == second  # not bound
+    else:
+        assert first and second and not first & second
+    assert said[0][0] == os.environ["OMP_NUM_THREADS"]
+
+
+def test_a_rank_that_is_ended_because_of_another_is_not_to_blame(tmp_path: Path) -> None:
+    started = ranks(tmp_path, "time.sleep(0 if rank else 60)\nfail('DataError', 'gone')\nsys.exit(1)")
+    assert str(started.run()).endswith("DataError: gone")
+    assert started.exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("script", "code"), [("pass", 0), ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(9)", 143)]
 )
@@ -75,10 +97,12 @@ def test_no_failure_is_reported_when_all_end_well_or_were_told_to(tmp_path: Path
 
 def test_ranks_are_told_to_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
     rank = (
-        "import pathlib, signal, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('told').touch(), exit()))\n"
+        "import pathlib, time\n"
+        "from triplane.training.stopping import Stopping, request_name\n"
+        "stopping = Stopping(pathlib.Path('.'), 0)\n"
         "pathlib.Path('ready').touch()\n"
-        "time.sleep(60)"
+        "while not (request := stopping.request()): time.sleep(0.01)\n"
+        "pathlib.Path(request_name(request)).touch()"
     )
     launcher = (
         "import sys; from pathlib import Path; from triplane.launcher.local import LocalRanks\n"
@@ -87,7 +111,7 @@ def test_ranks_are_told_to_stop_when_their_launcher_is_killed(tmp_path: Path) ->
     with subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path) as process:
         wait_for(tmp_path / "ready")
         process.kill()
-    wait_for(tmp_path / "told")
+    wait_for(tmp_path / "launcher gone")
 
 
 def wait_for(file: Path) -> None:

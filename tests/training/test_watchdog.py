@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from triplane.training.failure import log_file, take_failure
+from triplane.training.failure import take_failure
 from triplane.training.stopwatch import Stopwatch
 from triplane.training.watchdog import EXIT_CODE, Watchdog
 
@@ -35,7 +35,7 @@ def steps(watchdog: Watchdog, stopwatch: Stopwatch, *seconds: float) -> None:
             time.sleep(wait_s)
 
 
-def test_a_hang_is_told_with_stacks(tmp_path: Path) -> None:
+def test_a_hang_is_told_with_stacks(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     started_s = time.monotonic()
     assert exit_code(in_child(tmp_path, lambda *both: steps(*both, 0.01, 30))) == EXIT_CODE
     assert time.monotonic() - started_s < 10
@@ -43,7 +43,7 @@ def test_a_hang_is_told_with_stacks(tmp_path: Path) -> None:
     assert failure is not None and str(failure).endswith(
         "failed first, in step 2, optimizer: hang: no progress for 1 s"
     )
-    assert "in steps\n" in log_file(tmp_path, 3).read_text()
+    assert "in steps\n" in capfd.readouterr().err
     assert take_failure(tmp_path, 3) is None
 
 
