@@ -3,12 +3,17 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from triplane.training.units import format_count
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class MetricsWriter:
     """Appends to metrics.jsonl, samples.jsonl and TensorBoard events in `run_dir/tensorboard`; for rank 0.
 
     A run that resumes after `resume_step` replaces what an earlier attempt wrote of later steps, so
-    that each curve is one line. What was logged survives the process.
+    that each curve is one line. What was logged survives the process. What cannot be written raises OSError, and what
+    comes after it is written again once it can be.
     """
 
     def __init__(self, run_dir: Path, resume_step: int):
@@ -74,10 +80,11 @@ class MetricsWriter:
         self._lines, self._samples = (
             _continued(run_dir / name, first_step) for name in ("metrics.jsonl", "samples.jsonl")
         )
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._open_board = partial(SummaryWriter, str(run_dir / "tensorboard"))
+        self._board: SummaryWriter | None = self._open_board(purge_step=first_step)
         if resume_step == 0:
-            self._tensorboard.add_text("metrics", _legend(), 0)
-            self._tensorboard.add_custom_scalars(_layout())
+            self._board.add_text("metrics", _legend(), 0)
+            self._board.add_custom_scalars(_layout())
 
     def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
         """Shows the config, TOML, and its values as hyperparameters, each a number or text.
@@ -86,29 +93,39 @@ class MetricsWriter:
         """
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
-        self._tensorboard.add_text("config", _code_block(config), step)
-        # Not `add_hparams`, which would make a run of its own for them.
-        self._tensorboard._get_file_writer().add_summary(hparams_pb(choices))  # type: ignore[no-untyped-call]
-        self._tensorboard.flush()
+        with self._tensorboard() as board:
+            board.add_text("config", _code_block(config), step)
+            # Not `add_hparams`, which would make a run of its own for them.
+            board._get_file_writer().add_summary(hparams_pb(choices))  # type: ignore[no-untyped-call]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values`, reduced over ranks, under their names in `METRICS`."""
         assert values.keys() <= METRICS.keys(), f"not in METRICS: {values.keys() - METRICS.keys()}"
         self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        with self._tensorboard() as board:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
 
     def sample(self, step: int, text: str) -> None:
         """Records text that the model wrote, shown in TensorBoard as it stands."""
         self._samples.write(json.dumps({"step": step, "sample": text}) + "\n")
-        self._tensorboard.add_text("sample", _code_block(text), step)
-        self._tensorboard.flush()
+        with self._tensorboard() as board:
+            board.add_text("sample", _code_block(text), step)
 
     def close(self) -> None:
         self._lines.close()
         self._samples.close()
-        self._tensorboard.close()
+        if self._board is not None:
+            self._board.close()
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator["SummaryWriter"]:
+        """Its writer; on leaving, all is on disk. One that has failed is dead: the next has a file of its own."""
+        board = self._board or self._open_board()
+        self._board = None
+        yield board
+        board.flush()
+        self._board = board
 
 
 def _continued(path: Path, first_step: int) -> TextIO:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path):
         file.write('{"step": 2, "lo')
     MetricsWriter(tmp_path, resume_step=2).close()
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread dies
+def test_after_a_full_disk_the_curves_go_on(tmp_path: Path, small_disk: Path):
+    (tmp_path / "tensorboard").symlink_to(small_disk)
+    writer = MetricsWriter(tmp_path, 0)
+    writer.log(1, {"loss": 1.0})
+    ballast = small_disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    for step in (2, 3):
+        with pytest.raises(OSError, match="No space left"):
+            writer.sample(step, "long " * 2000)
+    ballast.unlink()
+    writer.log(4, {"loss": 4.0})
+    writer.close()
+    assert read_events(tmp_path, "loss") == [(1, 1.0), (4, 4.0)]
 
 
 def test_an_undeclared_metric_is_a_mistake_of_ours(tmp_path: Path):
