@@ -40,7 +40,7 @@ def chart(curves: Sequence[tuple[str, Points]], marks: Sequence[Mark], format_y:
     for y in y_ticks:
         parts.append(f'<path class="grid" d="M{_LEFT} {y_at(y)}H{_RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y_at(y)}" dy="4" text-anchor="end">{escape(format_y(y))}</text>')
-    for x in (x for x in _ticks(x_low, x_high) if x_low <= x <= x_high):
+    for x in (x for x in _ticks(x_low, x_high) if x_low <= x <= x_high and x == round(x)):
         anchor = "end" if x == x_high else "middle"
         parts.append(f'<text x="{x_at(x)}" y="{_BOTTOM + 18}" text-anchor="{anchor}">{x:,.6g}</text>')
     for mark in (mark for mark in marks if x_low <= mark.step <= x_high):
@@ -59,12 +59,14 @@ def chart(curves: Sequence[tuple[str, Points]], marks: Sequence[Mark], format_y:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round values, the first not above `low`, the last not below `high`."""
-    span = (high - low) or abs(high) or 1.0
+    """Three to seven round values, the first not above `low`, the last not below `high`; with zero if these are equal."""
+    if low == high:
+        low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
+    span = high - low
     size = 10 ** math.floor(math.log10(span / 4))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= span / 5)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
+    return [i * step for i in range(first, last + 1)]
 
 
 def _thinned(points: Points) -> Points:

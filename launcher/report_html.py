@@ -40,13 +40,15 @@ h2 { margin: 32px 0 8px; font-size: 17px }
 p { margin: 4px 0 }
 .soft, th { color: var(--soft) }
 .cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
-.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(124px, 1fr)); margin-top: 16px }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); margin-top: 16px }
+.stack { display: grid; gap: 12px }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px; min-width: 0 }
-.tiles b { display: block; font-size: 20px; font-weight: 600 }
+.tiles b { display: block; font-size: 20px; font-weight: 600; white-space: nowrap }
 .tiles span { color: var(--soft); font-size: 13px }
 .card h3 { margin: 0; font-size: 15px }
 .key { font-size: 13px; font-weight: 400; color: var(--soft) }
-.key i { display: inline-block; width: 12px; height: 3px; margin: 0 5px 3px 10px; border-radius: 2px }
+.key span { margin-left: 10px; white-space: nowrap }
+.key i { display: inline-block; width: 12px; height: 3px; margin: 0 5px 3px 0; border-radius: 2px }
 svg { display: block; width: 100%; margin-top: 4px }
 svg text { fill: var(--soft); font-size: 11px }
 svg .grid { stroke: var(--rule) }
@@ -61,7 +63,8 @@ svg .bad { stroke: var(--bad) }
 table { border-collapse: collapse; width: 100%; font-size: 14px }
 th { text-align: left; font-weight: 500 }
 th, td { padding: 4px 16px 4px 0; vertical-align: top; border-bottom: 1px solid var(--rule) }
-td:last-child { overflow-wrap: anywhere }
+td:last-child { padding-right: 0; overflow-wrap: anywhere }
+@media (min-width: 600px) { .when { white-space: nowrap } }
 .bar { background: var(--line0); height: 8px; border-radius: 4px; min-width: 2px }
 pre { margin: 8px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace }
 summary { cursor: pointer }
@@ -95,7 +98,7 @@ def _head(status: RunStatus, metrics: Lines, events: Lines) -> str:
         how = f"{last['layout']} on {last['ranks']} ranks, {last['precision']}; "
     written = time.strftime("%d %B %Y %H:%M UTC", time.gmtime())
     state = "done" if status.done else "not done"
-    tiles: list[tuple[str, str]] = [("step", f"{status.step:,} / {status.steps:,}")]
+    tiles = [(f"of {status.steps:,} steps", f"{status.step:,}")]
     for name, label, form in (
         ("loss", "loss", "{:.4f}".format),
         ("validation_loss", "validation loss", "{:.4f}".format),
@@ -131,7 +134,8 @@ def _curves(metrics: Lines, marks: Sequence[Mark]) -> str:
         found = [(label, _points(metrics, name)) for name, label in names.items()]
         curves = [(label, points) for label, points in found if points]
         if curves:
-            key = "".join(f'<i class="line{i}"></i>{label}' for i, (label, _) in enumerate(curves) if len(names) > 1)
+            lines = (f'<span><i class="line{i}"></i>{label}</span>' for i, (label, _) in enumerate(curves))
+            key = " ".join(lines) if len(names) > 1 else ""
             drawn = chart(curves, marks, format_count)
             cards.append(f'<div class="card"><h3>{title} <span class="key">{unit} {key}</span></h3>{drawn}</div>')
     if not cards:
@@ -156,12 +160,12 @@ def _history(events: Lines) -> str:
         if event["event"] != "save":
             when = time.strftime("%d %b %H:%M:%S", time.gmtime(event["time"]))
             style = ' class="bad"' if event["event"] in _BAD else ""
-            details = ", ".join(f"{key} {value}" for key, value in event["details"].items())
-            name = f"<span{style}>{escape(event['event'])}</span>"
-            rows.append((f'<span class="soft">{when}</span>', f"{event['step']:,}", name, escape(details)))
+            details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in event["details"].items())
+            what = f"<b{style}>{escape(event['event'])}</b> {escape(details)}"
+            rows.append((f'<span class="soft when">{when}</span>', f"{event['step']:,}", what))
     saves = [event["step"] for event in events if event["event"] == "save"]
     counted = f"Checkpoints saved: {len(saves):,}" + (f", the last at step {saves[-1]:,}" if saves else "")
-    return f"<p>{counted}</p>{_table(('UTC', 'step', 'event', ''), rows)}" if events else ""
+    return f"<p>{counted}</p>{_table(('UTC', 'step', 'event'), rows)}" if events else ""
 
 
 def _data(config: str) -> str:
@@ -184,10 +188,11 @@ def _share(share: float) -> str:
 
 
 def _samples(samples: Lines) -> str:
-    return "".join(
+    cards = "".join(
         f'<div class="card"><span class="soft">step {line["step"]:,}</span><pre>{escape(line["sample"])}</pre></div>'
         for line in samples[-_SAMPLES:]
     )
+    return f'<div class="stack">{cards}</div>' if cards else ""
 
 
 def _table(names: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:

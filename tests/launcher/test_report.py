@@ -67,7 +67,7 @@ def screenshot(page: Path, size: tuple[int, int], *options: object) -> dict[tupl
 
 def test_it_says_what_happened_and_escapes_it(report: Path) -> None:
     html = report.read_text()
-    assert "<b>2,000 / 5,000</b>" in html
+    assert "<b>2,000</b><span>of 5,000 steps" in html
     assert "<b>16 m 40 s</b><span>trained" in html
     assert "tp 2 on 2 ranks, fp32; not done" in html
     assert "loss &lt;nan&gt;" in html
