@@ -59,7 +59,7 @@ def chart(curves: Sequence[tuple[str, Points]], marks: Sequence[Mark], format_y:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round values, the first not above `low`, the last not below `high`; with zero if these are equal."""
+    """Three to seven round values from at most `low` to at least `high`; if these are equal, zero is in."""
     if low == high:
         low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     span = high - low

@@ -1,6 +1,8 @@
 """`triplane status --watch`: a live table of runs."""
 
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from rich.live import Live
@@ -14,10 +16,12 @@ _REFRESH_S = 2.0
 """Asks Slurm each time, if the runs have jobs."""
 _METRICS = (
     ("loss", "loss", "{:.4f}".format),
-    ("validation loss", "validation_loss", "{:.4f}".format),
     ("tokens/s", "tokens_per_s", format_count),
     ("MFU", "mfu", "{:.1%}".format),
+    ("validation loss", "validation_loss", "{:.4f}".format),
 )
+_PADDING = 3
+"""Of a column."""
 
 
 def watch(folder: Path) -> None:
@@ -26,7 +30,7 @@ def watch(folder: Path) -> None:
         try:
             while True:
                 runs = [read_status(run_dir) for run_dir in runs_in(folder)]
-                live.update(_table(runs), refresh=True)
+                live.update(_table(runs, live.console.width), refresh=True)
                 if all(run.done for run in runs):
                     return
                 time.sleep(_REFRESH_S)
@@ -34,13 +38,22 @@ def watch(folder: Path) -> None:
             return
 
 
-def _table(runs: list[RunStatus]) -> Table:
-    """A column for each run."""
-    table = Table("", *(str(run.run_dir) for run in runs))
-    columns = [_facts(run, time.time()) for run in runs]
-    for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
+def _table(runs: list[RunStatus], width: int) -> Table:
+    """A column for each run or, if these have no room, a row, with the first facts that have."""
+    facts = [_facts(run, time.time()) for run in runs]
+    columns = [tuple(facts[0]), *(tuple(one.values()) for one in facts)]
+    if sum(map(_width, columns)) >= width:
+        rows = list(zip(*columns))
+        columns = [row for row, end in zip(rows, accumulate(map(_width, rows))) if end < width] or rows[:2]
+    table = Table(*(column[0] for column in columns))
+    for row in list(zip(*columns))[1:]:
+        table.add_row(*row)
     return table
+
+
+def _width(texts: Sequence[str]) -> int:
+    """Of a column."""
+    return max(map(len, texts)) + _PADDING
 
 
 def _facts(run: RunStatus, now_s: float) -> dict[str, str]:
@@ -50,10 +63,11 @@ def _facts(run: RunStatus, now_s: float) -> dict[str, str]:
     if run.checkpoint_step is not None and run.checkpoint_s is not None:
         saved = f"{run.checkpoint_step}, {_age(run.checkpoint_s, now_s)}"
     return {
+        "run": str(run.run_dir),
         "state": state_of(run),
         "step": f"{run.step}/{run.steps}",
-        **{label: form(values[name]) if name in values else unknown for label, name, form in _METRICS},
         "time left": unknown if left_s is None else format_duration(left_s),
+        **{label: form(values[name]) if name in values else unknown for label, name, form in _METRICS},
         "checkpoint": saved,
         "restarts": str(run.restarts),
         "ranks": unknown if run.ranks is None else str(run.ranks),

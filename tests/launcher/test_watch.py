@@ -1,5 +1,6 @@
 """The live table, on a terminal of its own."""
 
+import contextlib
 import os
 import pty
 import re
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 from triplane.data.files import write_whole
+from triplane.launcher.run_status import read_status
+from triplane.launcher.watch import _table
 from triplane.training.history import record_event
 from triplane.training.metrics import MetricsWriter
 
@@ -19,6 +22,18 @@ def shown_by(master: int, text: str, seconds: float = 60) -> str:
         assert time.monotonic() < deadline_s, shown
         shown += os.read(master, 1 << 16).decode()
     return shown
+
+
+def test_many_runs_are_rows_of_what_has_room(tmp_path: Path) -> None:
+    for i in range(6):
+        run = tmp_path / f"lr_{i}"
+        record_event(run, "start", 0, layout="dp 2", ranks=2, precision="fp32")
+        (run / "config.toml").write_text("training = { steps = 100 }\n")
+    with contextlib.chdir(tmp_path):
+        table = _table([read_status(Path(run.name)) for run in sorted(tmp_path.iterdir())], width=60)
+    assert table.row_count == 6
+    headers = [column.header for column in table.columns]
+    assert headers == ["run", "state", "step", "time left", "loss", "tokens/s", "MFU"]
 
 
 def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
