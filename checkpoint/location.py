@@ -54,7 +54,7 @@ def entries(folder: Location) -> dict[str, int]:
             return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         with reaching(folder):
             listed = folder.fs.ls(folder.path, detail=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] or 0 for entry in listed}
 

@@ -59,12 +59,10 @@ def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
             lock = _lock(folder / _LOCK_NAME, wait)
     except BlockingIOError as error:
         raise DataError(f"{folder}: another process is at work in there: wait for it to end") from error
-    except PermissionError as error:
-        raise DataError(f"{error.filename}: cannot write there: {error.strerror}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        raise NoLocksError(f"{folder}: this file system has no locks") from error
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise NoLocksError(f"{folder}: this file system has no locks") from error
+        raise DataError(f"{error.filename or folder}: cannot write there: {error.strerror}") from error
     with lock:
         yield
 

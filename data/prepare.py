@@ -164,10 +164,11 @@ class _Build:
         train, validation, rejected = self.state.train, self.state.validation, self.state.rejected
         if not (train.documents and validation.documents):
             Journal.remove(self._folder)
+            reasons = [f"{what.count} left out because {why}, first {what.first}" for why, what in rejected.items()]
+            advice = f"give more text or another validation_fraction than {self.state.recipe.validation_fraction}"
             raise DataError(
-                f"{out}: {train.documents} documents for training and {validation.documents} for validation "
-                f"({sum(reason.count for reason in rejected.values())} rejected), each needs one: give more text or "
-                f"another validation_fraction than {self.state.recipe.validation_fraction}"
+                f"{out}: {train.documents} documents for training and {validation.documents} for validation, each "
+                f"needs one: {'; '.join([*reasons, advice])}"
             )
         self._train.close()
         self._validation.close()

@@ -63,6 +63,9 @@ AllowFreshStart = Annotated[
     bool,
     typer.Option("--allow-fresh-start", help="Begin anew if all checkpoints of the run are damaged; else it refuses."),
 ]
+JsonFile = Annotated[
+    Path | None, typer.Option(help="Write what is printed here too, as JSON.", dir_okay=False, show_default=False)
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 Run = Annotated[
     str, typer.Argument(help="A run folder or folder of checkpoints, of which the newest is taken, or one; or its URL.")
@@ -78,7 +81,7 @@ def triplane() -> None:
 def tokenizer_train(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="The model file to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Number of token ids.")] = 32_768,
+    vocab_size: Annotated[int, typer.Option(help="Number of token ids.", min=1)] = 32_768,
     text_field: TextField = "text",
 ) -> None:
     """Train a sentencepiece tokenizer (BPE with byte fallback) that gives every text back exactly."""
@@ -93,8 +96,8 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The corpus folder to write.")],
     tokenizer: Annotated[Path, typer.Option(help="The model file of a trained tokenizer.")],
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.02,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard.")] = 16_777_216,
-    processes: Annotated[int, typer.Option(help="Tokenizing processes; the result is the same.")] = 0,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard.", min=1)] = 16_777_216,
+    processes: Annotated[int, typer.Option(help="Tokenizing processes, 0: one a CPU; same result.", min=0)] = 0,
     text_field: TextField = "text",
     dedupe: Annotated[
         Literal["none", "exact", "near"], typer.Option(help="Leave out copies of a document, or near copies too.")
@@ -132,6 +135,8 @@ def train(
 
         run_dry(config, overrides or [], ranks)
         leave(0)
+    if ranks is not None:
+        raise ConfigError("--ranks is for --dry-run: a run has the ranks that its layout needs, parallel.dp and so on")
     from triplane.launcher.train import train
 
     raise typer.Exit(train(config, overrides or [], allow_data_change, allow_fresh_start))
@@ -147,12 +152,14 @@ def plan(
     ] = "h100",
     search: Annotated[bool, typer.Option(help="Rank every layout that fits, and say why others do not.")] = False,
     price: Annotated[
-        float | None, typer.Option(help="Of a GPU for an hour; a list price by default.", min=0, show_default=False)
+        float | None, typer.Option(help="Of a GPU for an hour; a rough guess by default.", min=0, show_default=False)
     ] = None,
     time_limit_days: Annotated[
         float | None, typer.Option(help="What the run may take; more is a problem.", min=0, show_default=False)
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the plan here too.", show_default=False)] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the plan here too.", show_default=False, dir_okay=False)
+    ] = None,
 ) -> None:
     """Say what is wrong with a run before a GPU is taken, and what it takes: memory, time, money. Needs no GPU.
 
@@ -241,7 +248,8 @@ def board(
 def report(
     run: RunFolder,
     out: Annotated[
-        Path | None, typer.Option(help="The file to write, by default RUN/report.html.", show_default=False)
+        Path | None,
+        typer.Option(help="The file to write, by default RUN/report.html.", show_default=False, dir_okay=False),
     ] = None,
 ) -> None:
     """Write a page on a run that needs no network: curves, throughput, memory, faults, data, samples, config."""
@@ -307,7 +315,9 @@ def prove(
     reshard: Annotated[
         bool, typer.Option(help="Save under each of some layouts, and train on under each other.")
     ] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the table here too.", show_default=False)] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the table here too.", show_default=False, dir_okay=False)
+    ] = None,
 ) -> None:
     """Show that every layout trains the model that one process trains: loss, gradient norm and weights of 10 steps.
 
@@ -327,7 +337,7 @@ def prove(
 @app.command()
 def evaluate(
     run: Run,
-    sequences: Annotated[int | None, typer.Option(help="Validation sequences to read; all by default.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Validation sequences to read; all by default.", min=1)] = None,
 ) -> None:
     """Measure the loss on the validation split, beside that of a unigram model."""
     from triplane.launcher.model_commands import evaluate
@@ -339,9 +349,9 @@ def evaluate(
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens.")] = 50,
+    tokens: Annotated[int, typer.Option(help="The most tokens to add.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Continue a prompt."""
@@ -376,7 +386,7 @@ def import_(
 @inspect_app.command("path", hidden=True)
 def inspect(
     path: Annotated[str, typer.Argument(help="A corpus, a run folder or a checkpoint; for the latter a URL too.")],
-    documents: Annotated[int, typer.Option(help="Corpus: show this many first documents.")] = 0,
+    documents: Annotated[int, typer.Option(help="Corpus: show this many first documents.", min=0)] = 0,
     verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """Show what is in a corpus or a checkpoint."""
@@ -400,15 +410,30 @@ def inspect_data(
 def main() -> None:
     """The entry point: a user's mistake is a line on stderr and exit code 2, no traceback."""
     try:
-        app()
-    except USER_ERRORS as error:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None:  # printed as Python would, but gloo's threads must not see the exit that follows
+            traceback.print_exc()
+            leave(1)
         rank = os.environ.get("RANK", "0")
         prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
-        print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        for line in mistake.splitlines():
+            print(f"{prefix}: {line}", file=sys.stderr)
         leave(2)
-    except Exception:  # printed as Python would, but gloo's threads must not see the exit that follows
-        traceback.print_exc()
-        leave(1)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What a user can mend, a line a problem; None if it is not the user's."""
+    if isinstance(error, USER_ERRORS):
+        return str(error)
+    if isinstance(error, typer.TyperException):
+        message = error.format_message()  # none where all of the help was shown
+        return message and f"{message.rstrip('.')}; see --help"
+    # A rank that loses a file has crashed, and may be started again.
+    if isinstance(error, OSError) and error.filename is not None and sys.argv[1:2] != ["train"]:
+        return f"{error.filename}: {error.strerror}"
+    return None
 
 
 def leave(code: int) -> None:

@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, object]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {_near(path)}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path}: {error.strerror}; give a TOML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:

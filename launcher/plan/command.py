@@ -8,7 +8,7 @@ from typing import Any
 from triplane.launcher.checks import check, tokens_per_step
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.plan.estimate import Estimate, beyond_layout, estimate, tokens_of, work_of
-from triplane.launcher.plan.gpus import RESERVED_GIB, Gpu, find_gpu
+from triplane.launcher.plan.gpus import GPUS, RESERVED_GIB, Gpu, find_gpu
 from triplane.launcher.plan.problems import checkpoint_bytes, done_steps, kept_checkpoints, problems
 from triplane.launcher.plan.search import Found, changes, nearest, search
 from triplane.launcher.plan.show import Show
@@ -40,11 +40,13 @@ def plan(
     record |= _figures(config, done)
     answer = estimate(config, gpus, gpu, done) if stands else None
     if answer is not None:
-        cost = answer.total_s / 3600 * gpus * (gpu.price_per_hour if price is None else price)
+        per_hour = gpu.price_per_hour if price is None else price
+        cost = answer.total_s / 3600 * gpus * per_hour
+        source = ", a guess: give yours by --price" if price is None and gpu_name.lower() in GPUS else ""
         show.memory(answer, gpu)
         show.speed(answer)
         show.text()
-        show.facts(_outcome(answer, gpus, cost))
+        show.facts(_outcome(answer, gpus) | {"cost": f"{cost:,.0f} at {per_hour:g} for a GPU hour{source}"})
         record["estimate"] = _record(answer) | {"cost": cost}
         found += _limits(answer, gpu, time_limit_days)
         if config.parallel.fp8 and gpu.fp8_tflops is None:
@@ -91,12 +93,12 @@ def _facts(config: RunConfig, done: int) -> dict[str, str]:
     }
 
 
-def _outcome(answer: Estimate, gpus: int, cost: float) -> dict[str, str]:
+def _outcome(answer: Estimate, gpus: int) -> dict[str, str]:
     speed, hours = answer.speed, answer.total_s / 3600
     return {
         "MFU": f"{100 * speed.mfu:.1f} %",
         "tokens/s": f"{speed.tokens_per_s:,.0f}, {speed.tokens_per_s / gpus:,.0f} on a GPU",
-        "to the end": f"{_duration(answer.total_s)}, {hours * gpus:,.0f} GPU hours, cost {cost:,.0f}",
+        "to the end": f"{_duration(answer.total_s)}, {hours * gpus:,.0f} GPU hours",
     }
 
 

@@ -57,7 +57,8 @@ def work_of(config: RunConfig, gpus: int) -> Work:
 def estimate(config: RunConfig, gpus: int, gpu: Gpu, done_steps: int = 0) -> Estimate:
     """Memory is that of the longest sequences that the data has."""
     work = work_of(config, gpus)
-    longest = replace(work, seq_len=max(seq_len for _, seq_len in phases(config, done_steps)))
+    lengths = [seq_len for _, seq_len in phases(config, done_steps)]
+    longest = replace(work, seq_len=max(lengths, default=config.data.seq_len))  # none is left of a run that is done
     memory = {rank.name: peak_memory(longest, rank) for rank in rank_kinds(longest)}
     total_s = sum(
         steps * speed(replace(work, seq_len=seq_len), gpu).step_s for steps, seq_len in phases(config, done_steps)

@@ -28,7 +28,7 @@ class Gpu(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True)
     """Of the machine's network, one way, for each GPU."""
     gpus_per_node: PositiveInt = 8
     price_per_hour: NonNegativeFloat
-    """What to reckon with where no price is given; in any currency."""
+    """What to reckon with where no price is given; in any currency. Those below are guesses."""
 
 
 GPUS = {

@@ -94,7 +94,8 @@ def layer_parameters(work: Work) -> int:
     model, tp = work.model, work.layout.tp
     shared = model.n_kv_heads % tp != 0  # key and value projections are then held whole
     kv_heads = model.n_kv_heads if shared else model.n_kv_heads // tp
-    attention = 2 * model.dim * (model.n_heads // tp + kv_heads) * model.head_dim
+    heads = model.n_heads // tp
+    attention = (2 * model.dim * (heads + kv_heads) + model.qkv_bias * (heads + 2 * kv_heads)) * model.head_dim
     return attention + 3 * model.dim * model.hidden_dim // tp + 2 * model.dim
 
 

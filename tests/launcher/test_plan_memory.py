@@ -1,5 +1,7 @@
 """The plan's memory is what real ranks take, and its parameters are those that they hold."""
 
+from dataclasses import replace
+
 import pytest
 from benchmark_scripts import benchmark
 from small_models import small_config
@@ -43,7 +45,9 @@ def test_the_peak_of_real_ranks_is_as_predicted(layout, micro_batches, bf16):
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
 def test_the_ranks_of_a_pipeline_hold_the_model(layout):
     one = work(**layout)
-    assert sum(parameters(one, rank) for rank in pipeline(one)) == count_parameters(one.model)
+    for model in (one.model, one.model.model_copy(update={"qkv_bias": True})):
+        ranks = [parameters(replace(one, model=model), rank) for rank in pipeline(one)]
+        assert sum(ranks) == count_parameters(model)
 
 
 def test_micro_batches_in_flight_are_those_of_the_schedules():
