@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -436,7 +436,7 @@ def _mistake(error: Exception) -> str | None:
     return None
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Ends the process now: gloo's threads abort one exit in twelve after a run that finished right."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -13,6 +14,13 @@ from triplane.training.units import format_duration
 _SHOWN = ("loss", "tokens_per_s", "mfu")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Training goes on though nobody reads, as after `| head`."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()  # silences this console and the standard output
+
+
 class Progress:
     """A run of `steps`, from its first to its last `update`; for rank 0."""
 
@@ -20,7 +28,7 @@ class Progress:
         self._steps = steps
         self._clock = clock
         self._start: tuple[int, float] | None = None
-        self._console = console or Console()
+        self._console = console or _Console()
         # Refreshed by hand: a thread of its own would compete with the training.
         self._live = RichProgress(
             TextColumn("{task.description}", markup=False),

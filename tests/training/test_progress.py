@@ -1,6 +1,8 @@
 """The progress line: plain in a log, live and one line wide on a terminal."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -36,6 +38,21 @@ def test_a_terminal_shows_one_line_of_80_columns():
     line = "step 240000/480000  loss 2.1034  1.23 M tokens/s  MFU 41.2 %  5 d 13 h left "
     assert shown.startswith(line) and len(shown) == 80
     assert "saved [bold] step 239999" in screen
+
+
+def test_training_goes_on_when_nobody_reads():
+    code = (
+        "import sys; from triplane.training.progress import Progress; progress = Progress(9)\n"
+        "sys.stdin.read(1)\n"
+        "for step in range(1, 4): progress.update(step, {'loss': 3.0})\n"
+        "progress.close(); print('step', step, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b"step 3\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(
