@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import webdataset
 
 from triplane.data.files import replacing
 from triplane.data.index import index_shard
@@ -85,6 +84,8 @@ class SplitWriter:
 
 def write_shard(folder: Path, number: int, documents: Sequence[Tokens], dtype: np.dtype[np.unsignedinteger]) -> Shard:
     """Writes a shard and its index, each of which appears whole; the same documents give the same bytes."""
+    import webdataset  # loads torch
+
     path = folder / f"shard-{number:06d}.tar"
     written = 0
     size_bytes = sum(map(len, documents)) * dtype.itemsize

@@ -136,6 +136,12 @@ def test_loading_imports_nothing_heavy(write):
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
+def test_what_checks_a_run_imports_no_torch():
+    code = "import sys; from triplane.launcher import submit, train; from triplane.launcher.plan import command;"
+    code += "print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
 def test_every_key_is_documented():
     def undocumented(table, prefix=""):
         for name, field in table.model_fields.items():
