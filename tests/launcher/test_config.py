@@ -119,7 +119,7 @@ def test_an_absent_file_brings_near_names(write):
 
 
 def test_unreadable_files_are_user_errors(write, tmp_path: Path):
-    assert problems(tmp_path) == [f"{tmp_path}: Is a directory"]
+    assert problems(tmp_path) == [f"{tmp_path}: Is a directory; give a TOML file"]
     path = write(GOOD)
     path.write_bytes(b"\xff")
     assert problems(path) == ["a.toml: not UTF-8 text: invalid start byte at byte 0"]
