@@ -80,7 +80,7 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
     corpora = _corpora(config, sources)
     if resumed is not None:
         on_rank_0(lambda: _record_change(config, resumed, record))
-    report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank)
+    report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank, config.training.prometheus_port)
     choices = flatten(config.model_dump(exclude_none=True))
     report.choices(
         state.step,

@@ -1,6 +1,7 @@
 """`triplane train`: checks everything that can be known, then starts ranks or is one."""
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,6 +35,8 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
     if first:
         with alone_in(run_dir):
             _check_writing(config)
+    if rank is None and config.training.prometheus_port is not None:
+        _check_port(config.training.prometheus_port)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
@@ -85,6 +88,16 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 def _check_writing(config: RunConfig) -> None:
     if problem := write_problem(checkpoints_folder(config)):
         raise ConfigError(f"{problem}; set another checkpoint.folder or run_dir")
+
+
+def _check_port(port: int) -> None:
+    """Raises ConfigError if rank 0 could not serve its metrics there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(f"training.prometheus_port ({port}): {error.strerror}; set another") from None
 
 
 def _local_ranks(config: RunConfig) -> int:

@@ -56,6 +56,8 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Validation sequences read each time, always the same ones."""
     sample_every_steps: PositiveInt | None = None
     """Steps between text samples in TensorBoard; None: no samples."""
+    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
+    """Where rank 0 serves the newest metrics, at every address of its machine, for Prometheus; None: nowhere."""
     stop_at_step: PositiveInt | None = None
     """Save and leave after this step as though the run had been interrupted; the schedule does not change."""
 

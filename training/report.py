@@ -1,4 +1,4 @@
-"""What a run shows and records: the console, `metrics.jsonl`, TensorBoard and `history.jsonl`, all by rank 0."""
+"""What a run shows and records, all by rank 0: console, `metrics.jsonl`, TensorBoard, Prometheus, `history.jsonl`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,17 +9,21 @@ from triplane.checkpoint.store import Save
 from triplane.training.history import record_event
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
+from triplane.training.prometheus import Endpoint
 
 
 class Report:
     """Told by the training loop on every rank; values are reduced over ranks before they get here."""
 
-    def __init__(self, run_dir: Path, steps: int, resume_step: int, rank: int):
+    def __init__(self, run_dir: Path, steps: int, resume_step: int, rank: int, prometheus_port: int | None = None):
         self._first = rank == 0
         self._run_dir = run_dir
+        self._endpoint: Endpoint | None = None
         if self._first:
             self._writer = MetricsWriter(run_dir, resume_step)
             self._progress = Progress(steps)
+            if prometheus_port is not None:
+                self._serve(prometheus_port)
 
     def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
         """Records the choices from `step` on: the config as TOML, and its values by key."""
@@ -30,15 +34,15 @@ class Report:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records and shows the metrics of a step."""
         if self._first:
-            with self._full_disk_told(step):
-                self._writer.log(step, values)
+            self._log(step, values)
+            if self._endpoint is not None:
+                self._endpoint.update({"step": step})
             self._progress.update(step, values)
 
     def validation(self, step: int, loss: float) -> None:
         """Records and shows the loss on held-out text, nats a token."""
         if self._first:
-            with self._full_disk_told(step):
-                self._writer.log(step, {"validation_loss": loss})
+            self._log(step, {"validation_loss": loss})
             self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}")
 
     def sample(self, step: int, text: str) -> None:
@@ -56,8 +60,7 @@ class Report:
             self.event(save.step, "save failed", reason=save.error)
             return
         values = {"checkpoint_time_s": save.time_s, "checkpoint_stall_time_s": save.stall_s}
-        with self._full_disk_told(save.step):
-            self._writer.log(save.step, values)
+        self._log(save.step, values)
         shown = ", ".join(METRICS[name].format(value) for name, value in values.items())
         self._progress.message(f"step {save.step}: saved {save.path} ({shown})")
         self.event(save.step, "save", checkpoint=str(save.path))
@@ -67,6 +70,8 @@ class Report:
         if self._first:
             with self._full_disk_told(step):
                 record_event(self._run_dir, event, step, **details)
+            if self._endpoint is not None:
+                self._endpoint.count(event)
 
     def rewind(self, step: int) -> None:
         """Forgets the metrics after `step`, to which the run went back."""
@@ -85,6 +90,20 @@ class Report:
             self._progress.close()
             with self._full_disk_told(step):
                 self._writer.close()
+            if self._endpoint is not None:
+                self._endpoint.close()
+
+    def _serve(self, port: int) -> None:
+        try:
+            self._endpoint = Endpoint(port)
+        except OSError as error:  # a start by hand has looked; one that goes on by itself is worth more than this
+            self._progress.message(f"NOT SERVED: training.prometheus_port ({port}): {error.strerror}")
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        with self._full_disk_told(step):
+            self._writer.log(step, values)
+        if self._endpoint is not None:
+            self._endpoint.update(values)
 
     @contextmanager
     def _full_disk_told(self, step: int) -> Iterator[None]:

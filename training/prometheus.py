@@ -1,0 +1,64 @@
+"""The newest metrics of a run, at `http://HOST:PORT/metrics` for Prometheus."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from triplane.training.metrics import METRICS
+
+_BASE_UNITS = {
+    "s": ("_s", "_seconds", 1),
+    "GiB": ("_gib", "_bytes", 2**30),
+    "tokens/s": ("_per_s", "_per_second", 1),
+    "fraction of peak": ("mfu", "mfu_ratio", 1),
+}
+"""By the unit in `METRICS`: what stands for it in a name, what Prometheus wants there, how many of those it is."""
+
+
+class Endpoint(Collector):
+    """Serves from a thread; for rank 0.
+
+    What is learnt is a gauge, step and tokens too: they go back with the run after a rollback, and a counter that
+    falls would be taken for one that began again from zero. Counters are the events of this process.
+    """
+
+    def __init__(self, port: int):
+        """Raises OSError if `port` of this machine cannot be had."""
+        # Replaced, never changed: scrapes read them in threads of their own.
+        self._values: Mapping[str, float] = {}
+        self._events: Mapping[str, int] = {}
+        registry = CollectorRegistry()
+        registry.register(self)
+        self._server, self._thread = start_http_server(port, registry=registry)
+
+    def update(self, values: Mapping[str, float]) -> None:
+        """Replaces the values of these names in `METRICS`, or of `step`."""
+        self._values = {**self._values, **values}
+
+    def count(self, event: str) -> None:
+        """Counts an event of the run."""
+        self._events = {**self._events, event: self._events.get(event, 0) + 1}
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """Called by the library at each scrape."""
+        for name, value in self._values.items():
+            if name == "step":
+                yield GaugeMetricFamily("triplane_step", "The last that was logged.", value)
+                continue
+            metric = METRICS[name]
+            ours, theirs, factor = _BASE_UNITS.get(metric.unit, ("", "", 1))
+            exported = re.sub(f"{ours}(?=_|$)", theirs, name) if ours else name
+            yield GaugeMetricFamily(f"triplane_{exported}", f"{metric.unit}, {metric.reduction}", value * factor)
+        events = CounterMetricFamily("triplane_events", "Lines of history.jsonl since this start.", labels=["event"])
+        for event, count in self._events.items():
+            events.add_metric([event], count)
+        yield events
+
+    def close(self) -> None:
+        """Gives the port back."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
