@@ -23,7 +23,7 @@ quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh configs/quickstart.sh
 
 test: .venv/installed-dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Strikes runs with N faults, e.g. `make chaos N=100 SEED=7`, and tells how each kind was survived.
 chaos: .venv/installed-dev
