@@ -24,7 +24,17 @@ class Rank:
 
 
 def current_rank(environment: Mapping[str, str]) -> Rank | None:
-    """This process as torchrun, or srun with a task for each rank, describes it; None if nobody started ranks."""
+    """This process as torchrun, or srun with a task for each rank, describes it; None if nobody started ranks.
+
+    Raises LaunchError if torchrun would start ranks again that then wait for each other for ever.
+    """
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise LaunchError(
+            f"torchrun --max-restarts {restarts}: ranks that are started again would read what the dead ones left in "
+            "torchrun's store; give --rdzv-backend c10d --rdzv-endpoint HOST:PORT instead of --master-addr, and set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        )
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
         return Rank(
             int(environment["RANK"]),

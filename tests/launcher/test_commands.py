@@ -124,15 +124,6 @@ def test_raw_tars_are_tokenized_once_and_trained_on(folder: Path, prepared: Prep
     assert (corpus / "train/manifest.json").stat().st_mtime_ns == written_ns
 
 
-def test_torchrun_starts_the_ranks_too(folder: Path) -> None:
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    result = triplane(
-        "train", "small.toml", "run_dir=torchrun", "parallel.dp=1", "parallel.tp=2", cwd=folder, launch=launch
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("step 8/8") == 1
-
-
 def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -> None:
     first_of_two = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     result = triplane("train", "small.toml", "parallel.tp=2", "parallel.dp=3", cwd=folder, **first_of_two)

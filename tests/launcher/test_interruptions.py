@@ -42,10 +42,17 @@ def folder(prepared: Prepared, tmp_path: Path) -> Path:
 
 
 @contextmanager
-def started(folder: Path, *overrides: str) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-m", "triplane", "train", "long.toml", *overrides]
+def started(
+    folder: Path, *overrides: str, launch: tuple[str, ...] = (), **environment: str
+) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *launch, "-m", "triplane", "train", "long.toml", *overrides],
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         yield process
@@ -165,6 +172,16 @@ def test_a_rank_that_dies_is_named_and_all_start_again_if_there_was_progress(fol
     assert "rank 0 on" in lines[2] and len(lines) == 3
     events = [(event["event"], event["step"]) for event in history(folder)]
     assert events[:5] == [("start", 0), ("save", 50), ("failure", 50), ("restart", 50), ("resume", 50)]
+
+
+def test_torchrun_starts_the_ranks_and_starts_them_again(folder: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    with started(folder, launch=launch, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as process:
+        until(lambda: step_of(folder) > 55, process)
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        code, errors = finish(process)
+    assert code == 0, errors
+    assert [event["event"] for event in history(folder) if event["event"] != "save"] == ["start", "resume", "end"]
 
 
 def test_a_rank_that_hangs_is_found_and_all_start_again(folder: Path) -> None:

@@ -15,6 +15,13 @@ def test_torchrun_tells_the_rank() -> None:
     assert current_rank(environment) == Rank(5, 8, 1, 4)
 
 
+def test_torchrun_is_not_let_start_ranks_again_that_would_wait_for_ever() -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert current_rank({**environment, "TORCHELASTIC_MAX_RESTARTS": "0"}) == Rank(0, 2, 0)
+    with pytest.raises(LaunchError, match=r"--max-restarts 3: .* set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        current_rank({**environment, "TORCHELASTIC_MAX_RESTARTS": "3"})
+
+
 def test_a_slurm_task_is_a_rank_but_a_batch_script_is_not() -> None:
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
     assert current_rank(batch) is None
