@@ -150,16 +150,16 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help="Their kind: a100, h100, h200, b200, l40s, mi300x, or a TOML file.")
     ] = "h100",
-    search: Annotated[bool, typer.Option(help="Rank every layout that fits, and say why others do not.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Rank every layout that fits, and say why others do not.")
+    ] = False,
     price: Annotated[
         float | None, typer.Option(help="Of a GPU for an hour; a rough guess by default.", min=0, show_default=False)
     ] = None,
     time_limit_days: Annotated[
         float | None, typer.Option(help="What the run may take; more is a problem.", min=0, show_default=False)
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the plan here too.", show_default=False, dir_okay=False)
-    ] = None,
+    json: JsonFile = None,
 ) -> None:
     """Say what is wrong with a run before a GPU is taken, and what it takes: memory, time, money. Needs no GPU.
 
@@ -311,13 +311,13 @@ def prove(
     ranks: Annotated[
         int | None, typer.Option(help="Processes at most; 8 on a CPU, else the GPUs.", min=1, show_default=False)
     ] = None,
-    quick: Annotated[bool, typer.Option(help="A few layouts in which every pair of features occurs.")] = False,
-    reshard: Annotated[
-        bool, typer.Option(help="Save under each of some layouts, and train on under each other.")
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few layouts in which every pair of features occurs.")
     ] = False,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the table here too.", show_default=False, dir_okay=False)
-    ] = None,
+    reshard: Annotated[
+        bool, typer.Option("--reshard", help="Save under each of some layouts, and train on under each other.")
+    ] = False,
+    json: JsonFile = None,
 ) -> None:
     """Show that every layout trains the model that one process trains: loss, gradient norm and weights of 10 steps.
 
@@ -387,7 +387,7 @@ def import_(
 def inspect(
     path: Annotated[str, typer.Argument(help="A corpus, a run folder or a checkpoint; for the latter a URL too.")],
     documents: Annotated[int, typer.Option(help="Corpus: show this many first documents.", min=0)] = 0,
-    verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """Show what is in a corpus or a checkpoint."""
     from triplane.launcher.inspect_command import inspect

@@ -76,7 +76,9 @@ def _newest_log(run_dir: Path, rank: int | None) -> Path:
     folder, pattern = run_dir / "logs", "job.log" if rank is None else f"rank_{rank}.*.log"
     if found := list(folder.glob(pattern)):
         return max(found, key=lambda file: file.stat().st_mtime_ns)
-    there = ", ".join(sorted(file.name for file in folder.glob("*.log"))) or "no logs"
+    there = ", ".join(sorted(file.name for file in folder.glob("*.log")))
+    if not there:
+        raise LaunchError(f"{run_dir}: no logs in there; give the folder of a run with a job or several ranks")
     advice = ": give --rank" if rank is None else ""
     raise LaunchError(f"{folder / pattern}: no such log; there are {there}{advice}")
 

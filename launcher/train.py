@@ -31,12 +31,12 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
                 )
     if found := problems(config, ranks, allow_data_change, allow_fresh_start):
         raise ConfigError("\n".join(found))
+    if rank is None and config.training.prometheus_port is not None:
+        _check_port(config.training.prometheus_port)
     run_dir, first = Path(config.run_dir), rank is None or rank.rank == 0
     if first:
         with alone_in(run_dir):
             _check_writing(config)
-    if rank is None and config.training.prometheus_port is not None:
-        _check_port(config.training.prometheus_port)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
