@@ -20,7 +20,7 @@ from triplane.training.proof import (
 )
 
 _STEPS = 10
-_LINE = "{:<80} {:>5} {:>8} {:>8} {:>8} {:>9} {}"
+_LINE = "{:<7} {:>5} {:>8} {:>8} {:>8} {:>9}  {}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
 
 
 def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Result]:
-    print(_LINE.format("layout", "ranks", "loss", "norm", "weights", "tokens/s", ""), flush=True)
+    print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
     references: dict[bool, Trace] = {}
     tolerances: dict[tuple[bool, str], Difference] = {}
     results = []
@@ -104,9 +104,9 @@ def _shrunken(model: ModelConfig) -> ModelConfig:
 def _line(result: Result) -> str:
     layout, ranks = result.case.describe(), str(result.case.ranks)
     if result.difference is None:
-        return _LINE.format(layout, ranks, "", "", "", "", f"FAILED\n{result.error}")
+        return _LINE.format("FAILED", ranks, "", "", "", "", f"{layout}\n{result.error}")
     found = [f"{value:.1e}" for value in (result.difference.loss, result.difference.norm, result.difference.weight)]
-    return _LINE.format(layout, ranks, *found, f"{result.tokens_per_s:,.0f}", "ok" if result.passed else "DIFFERS")
+    return _LINE.format("ok" if result.passed else "DIFFERS", ranks, *found, f"{result.tokens_per_s:,.0f}", layout)
 
 
 def _record(result: Result) -> dict[str, Any]:

@@ -161,8 +161,8 @@ def test_prove_prints_a_table_and_writes_it(tmp_path: Path) -> None:
     assert not any("compile" in row["layout"] for row in rows)  # there is no compiler on an empty path
     printed = result.stdout.splitlines()
     assert printed[0] == "no C++ compiler here: layouts with compile are left out"
-    assert [line.split("  ")[0] for line in printed[2:-1]] == [row["layout"] for row in rows]
-    assert all(line.endswith("ok") for line in printed[2:-1])
+    assert [line.split("  ")[-1] for line in printed[2:-1]] == [row["layout"] for row in rows]
+    assert all(line.startswith("ok ") for line in printed[2:-1])
     assert printed[-1] == f"{len(rows)} of {len(rows)} layouts train the model that one process trains"
 
 
