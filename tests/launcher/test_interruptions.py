@@ -80,7 +80,7 @@ def step_of(folder: Path) -> int:
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 180
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s
