@@ -1,6 +1,7 @@
 """A run as the person who submitted it sees it."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from runs import small_run
 from slurm.cluster import Cluster, until
 from small_corpora import Prepared
 
+from triplane.launcher.slurm import limit_s
 from triplane.launcher.toml import to_toml
 
 
@@ -89,6 +91,15 @@ class Submitted:
         least = self.step + 5
         until(lambda: self.step > least, f"step {least}")
 
+    def nears_its_limit(self) -> None:
+        """Shortens the limit, so that Slurm itself warns the job when it next looks, as it does each half minute."""
+        warnings = self.said.count("warned")
+        run_s = limit_s(self.cluster.field(self.job, "RunTime"))
+        self._set(f"TimeLimit={math.ceil((run_s + 31) / 60)}")
+        until(lambda: self.said.count("warned") > warnings, "the warning")
+        until(lambda: self.state == "PENDING", "the job is requeued")
+        self._set("TimeLimit=30")
+
     def goes_on(self) -> None:
         """Waits until it is back in the queue, and spares it the two minutes that Slurm lets it wait.
 
@@ -103,6 +114,9 @@ class Submitted:
             self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now+2")
             self._asked_s = time.monotonic()
         return self.state == "RUNNING"
+
+    def _set(self, what: str) -> None:
+        self.cluster.output("scontrol", "update", f"JobId={self.job}", what)
 
     def warn(self) -> None:
         """As Slurm does before the time limit."""

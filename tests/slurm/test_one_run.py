@@ -18,7 +18,8 @@ from triplane.launcher.run import train_on
 def test_the_loss_is_that_of_a_run_without_a_break(cluster: Cluster, folder: Path, prepared: Prepared) -> None:
     run = Submitted(cluster, folder)
     cluster.run_on("n1", "mount", "-o", "remount,size=64m", "/dev/shm")
-    run.queue("submit", "long.toml", "--nodes", "1-2", "--ranks-per-node", 2, "--time", 30)
+    faults = "faults.hang_timeout_s=8"
+    run.queue("submit", "long.toml", faults, "--nodes", "1-2", "--ranks-per-node", 2, "--time", 30)
     job = run.job
 
     until(lambda: run.state == "PENDING" and "failed the check" in run.said, "a bad node is found")
@@ -29,7 +30,7 @@ def test_the_loss_is_that_of_a_run_without_a_break(cluster: Cluster, folder: Pat
     assert run.events()[0]["details"]["layout"] == "tp 2 x dp 2, zero 1"
     assert "n1" not in run.nodes and len(run.nodes) == 2
 
-    run.warn()
+    run.nears_its_limit()
     run.goes_on()
     assert run.events("signal")[-1]["details"] == {"name": "stop file"}
     saved = run.events("save")[-1]["step"]
@@ -61,10 +62,18 @@ def test_the_loss_is_that_of_a_run_without_a_break(cluster: Cluster, folder: Pat
     assert run.nodes == [kept]
     assert run.events("resume")[-1]["details"]["layout"] == "tp 2, zero 1"
 
+    cluster.run_on(kept, "kill", "-STOP", ranks_on(cluster, kept)[1])
+    run.goes_on()
+    assert "task 0: Exited with exit code 75" in run.said
+    assert run.said.count("crash 1 of 3") == 2
+    assert "hang in step" in (folder / f"run/logs/rank_0.job_{job}.5.log").read_text()
+    run.trains()
+    assert f"rank_0.job_{job}.6.log\n" in run.triplane("logs", "run", "--rank", 0).stdout
+
     assert run.triplane("cancel", "run").returncode == 0
     run.stays("CANCELLED")
     assert f"job {job} CANCELLED" in run.triplane("status", ".").stdout
-    assert cluster.field(job, "Restarts") == "5"
+    assert cluster.field(job, "Restarts") == "6"
 
     cluster.run_on("n1", "mount", "-o", "remount,size=256m", "/dev/shm")
     steps = run.step + 10
@@ -90,7 +99,7 @@ def test_the_loss_is_that_of_a_run_without_a_break(cluster: Cluster, folder: Pat
     assert [step for step, _ in losses] == [*range(1, steps + 1)]
     # On one node the sums are made in another order.
     assert dict(losses) == pytest.approx(expected, rel=1e-3)
-    one_node = run.events("resume")[-2]["step"]
+    one_node = run.events("resume")[-3]["step"]
     assert losses[:one_node] == [*expected.items()][:one_node]
 
     cluster.start_node(victim)
