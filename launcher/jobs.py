@@ -108,7 +108,7 @@ def resume(run_dir: Path) -> None:
     """Queues the last submission again."""
     submission = last_submission(run_dir)
     if submission is None:
-        raise LaunchError(f"{run_dir}: it was never submitted; go on with `triplane train CONFIG`")
+        raise LaunchError(f"{run_dir}: it was never submitted; `triplane submit CONFIG` queues it")
     if not slurm.is_here():
         raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted")
     if steps_done(run_dir) >= load_config(submission / CONFIG).training.steps:
@@ -119,7 +119,7 @@ def resume(run_dir: Path) -> None:
         (submission / name).unlink(missing_ok=True)
     job_id = slurm.submit(submission / SCRIPT)
     (submission / JOB_ID).write_text(f"{job_id}\n")
-    print(f"job {job_id}: {submission / SCRIPT}")
+    print(f"job {job_id}: {run_dir} goes on by {submission / SCRIPT}")
 
 
 def state_of(run: RunStatus) -> str:
