@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from triplane.launcher.config import load_config
 from triplane.launcher.forked import run_ranks
-from triplane.launcher.prove import prove
+from triplane.launcher.proof.prove import prove
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
 from triplane.model.count import flops_per_token

@@ -206,8 +206,8 @@ def submit(
 
     Warned of its time limit or of a preemption, the job saves and goes back into the queue; so it does after a crash.
     """
-    from triplane.launcher.batch_script import Request
-    from triplane.launcher.submit import submit
+    from triplane.launcher.slurm.batch_script import Request
+    from triplane.launcher.slurm.submit import submit
 
     allowed = (allow_data_change, allow_fresh_start)
     request = Request(nodes, ranks_per_node, time, partition, account, container, chain, *allowed)
@@ -223,11 +223,11 @@ def status(
 ) -> None:
     """Show where runs stand: step, loss, checkpoint, restarts, job."""
     if watch:
-        from triplane.launcher.watch import watch as watch_runs
+        from triplane.launcher.monitor.watch import watch as watch_runs
 
         watch_runs(folder)
         return
-    from triplane.launcher.jobs import status
+    from triplane.launcher.monitor.jobs import status
 
     status(folder)
 
@@ -239,7 +239,7 @@ def board(
     port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 6006,
 ) -> None:
     """Start TensorBoard on runs: Custom Scalars groups what one looks at first, Text has the config."""
-    from triplane.launcher.board import board
+    from triplane.launcher.monitor.board import board
 
     board(folder, host, port)
 
@@ -253,7 +253,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a page on a run that needs no network: curves, throughput, memory, faults, data, samples, config."""
-    from triplane.launcher.report import report
+    from triplane.launcher.monitor.report import report
 
     report(run, out)
 
@@ -265,7 +265,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Go on showing what is written, until Ctrl-C.")] = False,
 ) -> None:
     """Show the log of a run's job, or of one of its ranks."""
-    from triplane.launcher.jobs import logs
+    from triplane.launcher.monitor.jobs import logs
 
     logs(run, rank, follow)
 
@@ -273,7 +273,7 @@ def logs(
 @app.command()
 def cancel(run: RunFolder) -> None:
     """End the job of a run for good; a run without a job is asked to save and leave."""
-    from triplane.launcher.jobs import cancel
+    from triplane.launcher.monitor.jobs import cancel
 
     cancel(run)
 
@@ -281,7 +281,7 @@ def cancel(run: RunFolder) -> None:
 @app.command()
 def resume(run: RunFolder) -> None:
     """Queue the last job of a run again, with the code and config that it had."""
-    from triplane.launcher.jobs import resume
+    from triplane.launcher.monitor.jobs import resume
 
     resume(run)
 
@@ -298,7 +298,7 @@ def check_nodes(
     Started for each rank, as by `srun --ntasks-per-node 8 triplane check-nodes RUN`.
     Exits with 3 if a node is out of line.
     """
-    from triplane.launcher.node_check import check_nodes
+    from triplane.launcher.slurm.node_check import check_nodes
 
     leave(check_nodes(run, bad_nodes))
 
@@ -326,10 +326,10 @@ def prove(
     if reshard:
         if config is not None or quick:
             raise ConfigError("--reshard has a model and layouts of its own; give neither a config nor --quick")
-        from triplane.launcher.prove_resharding import prove_resharding
+        from triplane.launcher.proof.prove_resharding import prove_resharding
 
         leave(prove_resharding(ranks, json))
-    from triplane.launcher.prove import prove
+    from triplane.launcher.proof.prove import prove
 
     leave(prove(config, ranks, quick, json))
 

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Subpr
 from triplane.checkpoint.folder import latest, step_of
 from triplane.checkpoint.location import Location
 from triplane.launcher.cores import cores_of_ranks
-from triplane.launcher.report import REPORT, report_problem
+from triplane.launcher.monitor.report import REPORT, report_problem
 from triplane.training.failure import Failure, take_failure
 from triplane.training.history import record_event
 from triplane.training.stopping import LAUNCHER

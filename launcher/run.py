@@ -19,6 +19,7 @@ from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
+from triplane.launcher.monitor.report import REPORT, report_problem
 from triplane.launcher.preflight import (
     CONFIG,
     DONE,
@@ -29,7 +30,6 @@ from triplane.launcher.preflight import (
     run_record,
 )
 from triplane.launcher.ranks import Rank
-from triplane.launcher.report import REPORT, report_problem
 from triplane.launcher.toml import to_toml
 from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine

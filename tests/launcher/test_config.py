@@ -137,8 +137,8 @@ def test_loading_imports_nothing_heavy(write):
 
 
 def test_what_checks_a_run_imports_no_torch():
-    code = "import sys; from triplane.launcher import submit, train; from triplane.launcher.plan import command;"
-    code += "print('torch' in sys.modules)"
+    imports = "sys, triplane.launcher.train, triplane.launcher.slurm.submit, triplane.launcher.plan.command"
+    code = f"import {imports}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 

@@ -13,8 +13,8 @@ from runs import small_run
 from small_corpora import Prepared
 
 from triplane.launcher.errors import LaunchError
-from triplane.launcher.jobs import cancel, logs, resume, status
-from triplane.launcher.run_status import read_status
+from triplane.launcher.monitor.jobs import cancel, logs, resume, status
+from triplane.launcher.monitor.run_status import read_status
 from triplane.launcher.toml import to_toml
 
 
@@ -107,7 +107,7 @@ def test_what_is_not_there_is_said(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_nobody_obeys_for_a_run_that_is_dead(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triplane.launcher.jobs._OBEY_S", 0.1)
+    monkeypatch.setattr("triplane.launcher.monitor.jobs._OBEY_S", 0.1)
     with pytest.raises(LaunchError, match="nobody obeyed"):
         cancel(run_dir)
     assert not (run_dir / "stop").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from triplane.launcher.config import load_config
-from triplane.launcher.layouts import Case, full_proof, own_case, quick_proof
+from triplane.launcher.proof.layouts import Case, full_proof, own_case, quick_proof
 from triplane.training.proof import proof_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from triplane.checkpoint.reader import Checkpoint
-from triplane.launcher.prove_resharding import prove_resharding
+from triplane.launcher.proof.prove_resharding import prove_resharding
 from triplane.parallel.placement import Fragment
 
 

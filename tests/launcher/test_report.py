@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from triplane.launcher.report import write_report
+from triplane.launcher.monitor.report import write_report
 from triplane.training.history import record_event
 from triplane.training.metrics import MetricsWriter
 

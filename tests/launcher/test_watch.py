@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from triplane.data.files import write_whole
-from triplane.launcher.run_status import read_status
-from triplane.launcher.watch import _table
+from triplane.launcher.monitor.run_status import read_status
+from triplane.launcher.monitor.watch import _table
 from triplane.training.history import record_event
 from triplane.training.metrics import MetricsWriter
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from triplane.launcher import prove as prove_module
-from triplane.launcher.layouts import Case
-from triplane.launcher.prove import Result, prove
-from triplane.launcher.proving import Machine
+from triplane.launcher.proof import prove as prove_module
+from triplane.launcher.proof.layouts import Case
+from triplane.launcher.proof.prove import Result, prove
+from triplane.launcher.proof.proving import Machine
 from triplane.model.batch import Batch
 from triplane.parallel import engine, megatron, placement, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig

@@ -13,7 +13,7 @@ from runs import small_run
 from slurm.cluster import Cluster, until
 from small_corpora import Prepared
 
-from triplane.launcher.slurm import limit_s
+from triplane.launcher.slurm.client import limit_s
 from triplane.launcher.toml import to_toml
 
 

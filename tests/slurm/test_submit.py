@@ -9,7 +9,7 @@ import pytest
 from slurm.cluster import Cluster
 
 from triplane.launcher.errors import LaunchError
-from triplane.launcher.slurm import limit_s
+from triplane.launcher.slurm.client import limit_s
 
 NODES = ["--nodes", "2", "--ranks-per-node", "2"]
 

@@ -7,7 +7,7 @@ import torch
 
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.forked import run_ranks
-from triplane.launcher.layouts import Case
+from triplane.launcher.proof.layouts import Case
 from triplane.model.compiled import has_compiler
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig

@@ -11,8 +11,8 @@ from typing import Any
 from triplane.checkpoint.folder import checkpoint_of
 from triplane.checkpoint.location import Location
 from triplane.launcher.forked import RanksFailedError, run_ranks
-from triplane.launcher.layouts import Case, resharding_proof
-from triplane.launcher.proving import TIMEOUT_S, Machine, tolerance, worst
+from triplane.launcher.proof.layouts import Case, resharding_proof
+from triplane.launcher.proof.proving import TIMEOUT_S, Machine, tolerance, worst
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.live import Live
 from rich.table import Table
 
-from triplane.launcher.jobs import runs_in, state_of
-from triplane.launcher.run_status import RunStatus, read_status
+from triplane.launcher.monitor.jobs import runs_in, state_of
+from triplane.launcher.monitor.run_status import RunStatus, read_status
 from triplane.training.units import format_count, format_duration
 
 _REFRESH_S = 2.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.preflight import CONFIG, DONE
-from triplane.launcher.snapshot import last_submission
+from triplane.launcher.slurm.snapshot import last_submission
 
 _TAIL_BYTES = 1 << 16
 """Of metrics.jsonl: hundreds of steps."""

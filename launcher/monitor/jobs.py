@@ -3,12 +3,12 @@
 import time
 from pathlib import Path
 
-from triplane.launcher import slurm
 from triplane.launcher.config import load_config
 from triplane.launcher.errors import LaunchError
+from triplane.launcher.monitor.run_status import RunStatus, find_runs, read_status, steps_done
 from triplane.launcher.preflight import CONFIG
-from triplane.launcher.run_status import RunStatus, find_runs, read_status, steps_done
-from triplane.launcher.snapshot import JOB_ID, SCRIPT, last_submission
+from triplane.launcher.slurm import client as slurm
+from triplane.launcher.slurm.snapshot import JOB_ID, SCRIPT, last_submission
 from triplane.training.units import format_duration
 
 _POLL_S = 0.5

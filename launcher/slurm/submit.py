@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from triplane.launcher import slurm
-from triplane.launcher.batch_script import Order, Request, batch_script
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError, LaunchError
-from triplane.launcher.jobs import active_job
-from triplane.launcher.run_status import steps_done
-from triplane.launcher.snapshot import JOB_ID, SCRIPT, next_submission, take_snapshot
+from triplane.launcher.monitor.jobs import active_job
+from triplane.launcher.monitor.run_status import steps_done
+from triplane.launcher.slurm import client as slurm
+from triplane.launcher.slurm.batch_script import Order, Request, batch_script
+from triplane.launcher.slurm.snapshot import JOB_ID, SCRIPT, next_submission, take_snapshot
 from triplane.launcher.train import problems
 
 _START_S = 60

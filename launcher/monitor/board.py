@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from triplane.launcher.jobs import runs_in
+from triplane.launcher.monitor.jobs import runs_in
 
 
 def board(folder: Path, host: str, port: int) -> None:

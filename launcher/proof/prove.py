@@ -8,8 +8,8 @@ from typing import Any
 
 from triplane.launcher.config import load_config
 from triplane.launcher.forked import RanksFailedError, run_ranks
-from triplane.launcher.layouts import Case, full_proof, own_case, quick_proof
-from triplane.launcher.proving import TIMEOUT_S, Machine, tolerance, train_case, worst
+from triplane.launcher.proof.layouts import Case, full_proof, own_case, quick_proof
+from triplane.launcher.proof.proving import TIMEOUT_S, Machine, tolerance, train_case, worst
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.training.proof import (

@@ -5,9 +5,9 @@ from pathlib import Path
 from triplane.data.errors import DataError
 from triplane.data.files import write_whole
 from triplane.launcher.errors import LaunchError
+from triplane.launcher.monitor.report_html import page
+from triplane.launcher.monitor.run_status import json_lines, read_status
 from triplane.launcher.preflight import CONFIG
-from triplane.launcher.report_html import page
-from triplane.launcher.run_status import json_lines, read_status
 
 REPORT = "report.html"
 """In the run folder."""

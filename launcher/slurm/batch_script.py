@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 from triplane.launcher.config import RunConfig
+from triplane.launcher.monitor.run_status import json_lines
 from triplane.launcher.plan.problems import checkpoint_bytes
-from triplane.launcher.run_status import json_lines
-from triplane.launcher.slurm import Partition
+from triplane.launcher.slurm.client import Partition
 
 _WRITE_BYTES_PER_S = 200e6
 """Of one node, if the run has not shown yet how long a save takes."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from triplane.launcher.chart import Mark, chart
-from triplane.launcher.run_status import RunStatus
+from triplane.launcher.monitor.chart import Mark, chart
+from triplane.launcher.monitor.run_status import RunStatus
 from triplane.training.metrics import METRICS
 from triplane.training.units import format_count, format_duration
 
