@@ -1,6 +1,7 @@
 """Batches as a function of (corpora, plan, position): ranks and workers divide the work and never change it."""
 
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -186,6 +187,10 @@ def _unwrapped(micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     except DataError as error:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
+    except (EOFError, ConnectionError):
+        # If a worker was killed while it sent: SIGCHLD is on its way, for which DataLoader raises what names it.
+        time.sleep(1.0)
+        raise
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

@@ -1,7 +1,10 @@
 """Ranks, workers and interruptions divide the reading and never change what is read."""
 
 import math
+import os
 import shutil
+import signal
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -286,6 +289,24 @@ def test_damage_stops_the_loader_with_one_line(prepared: Prepared, tmp_path: Pat
     dataset = _dataset(Corpus(folder))
     with pytest.raises(DataError, match=r"^\S+shard-000000\.tar: bytes \d+ to \d+: damaged: .*again$"):
         _steps(dataset, 0, steps=len(dataset) // _GLOBAL_BATCH, num_workers=num_workers)
+
+
+class _CutOff:
+    """Kills the worker that sends it, by which the connection breaks first."""
+
+    def __reduce__(self) -> object:
+        return self._broken_connection, (os.getpid(),)
+
+    @staticmethod
+    def _broken_connection(worker: int) -> None:
+        threading.Timer(0.2, os.kill, (worker, signal.SIGKILL)).start()
+        raise EOFError
+
+
+def test_a_worker_killed_while_it_sends_is_named(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SequenceDataset, "__getitem__", lambda dataset, positions: _CutOff())
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid \d+\) is killed by signal: Killed"):
+        _steps(_dataset(prepared.train), 0, steps=2, num_workers=1)
 
 
 def test_unigram_loss_by_hand(prepared: Prepared) -> None:
