@@ -5,5 +5,9 @@ class DataError(ValueError):
     """Something is wrong with data or tokenizer; the message is one line: what, where, and what to do."""
 
 
+class BusyError(DataError):
+    """Another process is at work in a folder, which may be free later."""
+
+
 class NoLocksError(DataError):
     """A file system that cannot keep two processes apart."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from triplane.data.errors import DataError, NoLocksError
+from triplane.data.errors import BusyError, DataError, NoLocksError
 
 _LOCK_NAME = "lock"
 
@@ -49,7 +49,7 @@ def disk_full_is_an_error(path: Path, size_bytes: int) -> Iterator[None]:
 def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
     """Makes `folder` if need be and holds it: no other process, on any machine, gets it meanwhile.
 
-    If another holds it, waits, or raises DataError. Within, the holder may remove the folder. Raises NoLocksError where
+    If another holds it, waits, or raises BusyError. Within, the holder may remove the folder. Raises NoLocksError where
     the file system has no locks, as Lustre mounted without them.
     """
     try:
@@ -58,7 +58,7 @@ def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder / _LOCK_NAME, wait)
     except BlockingIOError as error:
-        raise DataError(f"{folder}: another process is at work in there: wait for it to end") from error
+        raise BusyError(f"{folder}: another process is at work in there: wait for it to end") from error
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise NoLocksError(f"{folder}: this file system has no locks") from error

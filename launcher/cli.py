@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.data.errors import DataError
+from triplane.data.errors import BusyError, DataError
 from triplane.launcher.errors import ConfigError, LaunchError
 from triplane.model.errors import ModelError
 from triplane.parallel.errors import LayoutError
@@ -18,6 +18,8 @@ from triplane.training.errors import TrainingError
 
 USER_ERRORS = (CheckpointError, ConfigError, DataError, LaunchError, LayoutError, ModelError, TrainingError)
 """What a user can mend: one line a problem, exit code 2."""
+_TRY_AGAIN = 75
+"""Exit code where the same command may work later, as sysexits.h has it; a batch job that gets it goes on."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
@@ -241,7 +243,7 @@ def board(
     """Start TensorBoard on runs: Custom Scalars groups what one looks at first, Text has the config."""
     from triplane.launcher.monitor.board import board
 
-    board(folder, host, port)
+    raise typer.Exit(board(folder, host, port))
 
 
 @app.command()
@@ -420,7 +422,7 @@ def main() -> None:
         prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
         for line in mistake.splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
-        leave(2)
+        leave(_TRY_AGAIN if isinstance(error, BusyError) else 2)
 
 
 def _mistake(error: Exception) -> str | None:

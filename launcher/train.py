@@ -1,7 +1,6 @@
 """`triplane train`: checks everything that can be known, then starts ranks or is one."""
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,6 +15,7 @@ from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
 from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
+from triplane.training.prometheus import Endpoint
 
 
 def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool) -> int:
@@ -92,12 +92,10 @@ def _check_writing(config: RunConfig) -> None:
 
 def _check_port(port: int) -> None:
     """Raises ConfigError if rank 0 could not serve its metrics there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(f"training.prometheus_port ({port}): {error.strerror}; set another") from None
+    try:
+        Endpoint(port).close()
+    except OSError as error:
+        raise ConfigError(f"training.prometheus_port ({port}): {error.strerror}; set another") from None
 
 
 def _local_ranks(config: RunConfig) -> int:

@@ -1,14 +1,21 @@
 """`triplane board`: TensorBoard on the runs in a folder."""
 
-import os
-import sys
+from contextlib import suppress
 from pathlib import Path
 
 from triplane.launcher.monitor.jobs import runs_in
 
 
-def board(folder: Path, host: str, port: int) -> None:
-    """Becomes TensorBoard, which says where it is; raises LaunchError if there is no run in the folder."""
+def board(folder: Path, host: str, port: int) -> int:
+    """Runs TensorBoard, which says where it is, until Ctrl-C; returns the exit code.
+
+    Raises LaunchError if there is no run in the folder.
+    """
     runs_in(folder)
-    options = ("--logdir", str(folder), "--host", host, "--port", str(port))
-    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *options])
+    with suppress(KeyboardInterrupt):
+        from tensorboard import default, program  # takes a second, in which one may press Ctrl-C
+
+        server = program.TensorBoard(default.get_plugins())
+        server.configure(("", "--logdir", str(folder), "--host", host, "--port", str(port)))
+        return int(server.main())
+    return 0

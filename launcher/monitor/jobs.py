@@ -1,6 +1,7 @@
 """`triplane status`, `logs`, `cancel` and `resume`: the runs in a folder, and their jobs if they have any."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from triplane.launcher.config import load_config
@@ -54,22 +55,18 @@ def status(folder: Path) -> None:
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
     """Prints the newest log of a rank, or the job's; with `follow`, what is added and newer ones, until interrupted."""
-    path = _newest_log(run_dir, rank)
-    lines = path.open(errors="replace")
-    print(f"==> {path}")
-    try:
+    newest = _newest_log(run_dir, rank)
+    with suppress(KeyboardInterrupt):
         while True:
-            newest = _newest_log(run_dir, rank)
-            print(lines.read(), end="", flush=True)
-            if newest != path:
-                path, lines = newest, newest.open(errors="replace")
-                print(f"==> {path}")
-            elif follow:
-                time.sleep(_POLL_S)
-            else:
-                return
-    except KeyboardInterrupt:
-        return
+            path = newest
+            print(f"==> {path}")
+            with path.open(errors="replace") as lines:
+                while newest == path:
+                    newest = _newest_log(run_dir, rank)
+                    print(lines.read(), end="", flush=True)
+                    if not follow and newest == path:
+                        return
+                    time.sleep(_POLL_S)
 
 
 def _newest_log(run_dir: Path, rank: int | None) -> Path:

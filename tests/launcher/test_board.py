@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         try:
             yield next(found.group() for line in process.stdout if (found := re.search(r"http://\S+:\d+/", line)))
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
 
 
 def ask(address: str, path: str, body: dict | None = None) -> str:

@@ -14,6 +14,7 @@ import webdataset
 from runs import small_run
 from small_corpora import Prepared
 
+from triplane.data.files import locked_folder
 from triplane.launcher.toml import to_toml
 
 
@@ -104,6 +105,13 @@ def test_one_rank_needs_no_launcher(folder: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert "step 8/8" in result.stdout
+
+
+def test_a_run_folder_in_use_may_be_free_later(folder: Path) -> None:
+    with locked_folder(folder / "run", wait=False):
+        result = triplane("train", "small.toml", cwd=folder)
+    assert result.returncode == 75
+    assert result.stderr == "triplane: run: another process is at work in there: wait for it to end\n"
 
 
 def test_raw_tars_are_tokenized_once_and_trained_on(folder: Path, prepared: Prepared) -> None:

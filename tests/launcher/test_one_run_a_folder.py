@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from triplane.data.errors import DataError
+from triplane.data.errors import BusyError
 from triplane.data.files import locked_folder
 from triplane.launcher.train import alone_in
 
 
 def _refused(folder: Path) -> None:
     with (
-        pytest.raises(DataError, match=r"run: another process is at work in there: wait for it to end"),
+        pytest.raises(BusyError, match=r"run: another process is at work in there: wait for it to end"),
         alone_in(folder),
     ):
         pass

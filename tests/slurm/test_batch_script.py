@@ -91,6 +91,7 @@ def test_a_crash_is_requeued_until_there_were_too_many_without_a_checkpoint(scri
         ("echo 1000000 > run/DONE; exit 1", "None", 0, [], "the run is done"),
         ("exit 2", "None", 2, [], "cannot go on as it is"),
         ("exit 0", "None", 0, [], "left as the file"),
+        ("exit 75", "None", 0, ["requeue 7"], "exit code 75; crash 1 of 2"),
         (WARN + SAVE, "None", 0, ["requeue 7"], "saved"),
         (WARN + "exit 0", "None", 0, ["requeue 7"], "warned, but nothing was saved; crash 1 of 2"),
         (ENDED + "exit 143", "None", 1, [], "ended by Slurm"),
