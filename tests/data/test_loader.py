@@ -299,7 +299,7 @@ class _CutOff:
 
     @staticmethod
     def _broken_connection(worker: int) -> None:
-        threading.Timer(0.2, os.kill, (worker, signal.SIGKILL)).start()
+        threading.Timer(0.05, os.kill, (worker, signal.SIGKILL)).start()
         raise EOFError
 
 
