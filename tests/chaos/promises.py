@@ -112,8 +112,9 @@ def _nothing_left(victim: Victim) -> None:
     if processes := victim.processes():
         raise BrokenError(f"processes stay: {sorted(processes)}")
     left = [path for folder in (victim.run, victim.checkpoints) for path in folder.rglob("*") if _is_temporary(path)]
-    # A data worker that is killed cannot remove the folder of its sockets.
-    left += [path for path in victim.temporary.iterdir() if not path.name.startswith("pymp-")]
+    # A data worker that is killed cannot remove the folder of its sockets, and its end may cut in as torch makes an
+    # empty file, to see why a batch did not come.
+    left += [path for path in victim.temporary.iterdir() if not path.name.startswith("pymp-") and path.stat().st_size]
     if left:
         raise BrokenError(f"left behind: {sorted(map(str, left))}")
     tracebacks = [path for path in (victim.folder / "output").glob("*.err") if "Traceback" in path.read_text()]
