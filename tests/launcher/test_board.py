@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from urllib.request import Request, urlopen
 
 import pytest
@@ -25,7 +26,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         writer.log(resume_step + 2, {"loss": 3.0, "validation_loss": 4.0})
         writer.close()
     command = [sys.executable, "-m", "triplane", "board", str(runs), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # the tests may run in the background
+    ) as process:
         assert process.stdout is not None
         try:
             yield next(found.group() for line in process.stdout if (found := re.search(r"http://\S+:\d+/", line)))
