@@ -29,10 +29,11 @@ cat <<END
 
 Corpus       $corpus (triplane inspect $corpus)
 Run          $run (triplane inspect $run)
+Report       $run/report.html
 Export       $export
 
 Next:
-  .venv/bin/triplane board $run                     # its curves in TensorBoard; $run/report.html needs no server
+  .venv/bin/triplane board $run
   .venv/bin/triplane train configs/quickstart.toml run_dir=runs/tp2-pp2 parallel.dp=1 parallel.tp=2 parallel.pp=2
   .venv/bin/triplane train configs/125m.toml        # on a GPU, once corpora/web is prepared
 END

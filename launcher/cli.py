@@ -17,9 +17,7 @@ from triplane.parallel.errors import LayoutError
 from triplane.training.errors import TrainingError
 
 USER_ERRORS = (CheckpointError, ConfigError, DataError, LaunchError, LayoutError, ModelError, TrainingError)
-"""What a user can mend: one line a problem, exit code 2."""
-_TRY_AGAIN = 75
-"""Exit code where the same command may work later, as sysexits.h has it; a batch job that gets it goes on."""
+"""What a user can mend: one line a problem."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
@@ -410,7 +408,7 @@ def inspect_data(
 
 
 def main() -> None:
-    """The entry point: a user's mistake is a line on stderr and exit code 2, no traceback."""
+    """The entry point: a user's mistake is a line on stderr, no traceback, and exit code 2, or 75: try again later."""
     try:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
@@ -422,7 +420,7 @@ def main() -> None:
         prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
         for line in mistake.splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
-        leave(_TRY_AGAIN if isinstance(error, BusyError) else 2)
+        leave(os.EX_TEMPFAIL if isinstance(error, BusyError) else 2)
 
 
 def _mistake(error: Exception) -> str | None:

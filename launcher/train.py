@@ -15,7 +15,6 @@ from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
 from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
-from triplane.training.prometheus import Endpoint
 
 
 def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool) -> int:
@@ -92,6 +91,8 @@ def _check_writing(config: RunConfig) -> None:
 
 def _check_port(port: int) -> None:
     """Raises ConfigError if rank 0 could not serve its metrics there."""
+    from triplane.training.prometheus import Endpoint  # few runs need it
+
     try:
         Endpoint(port).close()
     except OSError as error:

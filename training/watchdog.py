@@ -15,8 +15,8 @@ from typing import Self
 from triplane.training.failure import record_failure
 from triplane.training.stopwatch import Stopwatch
 
-EXIT_CODE = 75
-"""Of a rank that hung: EX_TEMPFAIL, start it again."""
+EXIT_CODE = os.EX_TEMPFAIL
+"""Of a rank that hung: start it again."""
 
 _PERIOD_S = 0.5
 _LEAST_S = 60.0

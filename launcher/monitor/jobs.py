@@ -55,18 +55,21 @@ def status(folder: Path) -> None:
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
     """Prints the newest log of a rank, or the job's; with `follow`, what is added and newer ones, until interrupted."""
-    newest = _newest_log(run_dir, rank)
+    path = _newest_log(run_dir, rank)
+    lines = path.open(errors="replace")
+    print(f"==> {path}")
     with suppress(KeyboardInterrupt):
         while True:
-            path = newest
-            print(f"==> {path}")
-            with path.open(errors="replace") as lines:
-                while newest == path:
-                    newest = _newest_log(run_dir, rank)
-                    print(lines.read(), end="", flush=True)
-                    if not follow and newest == path:
-                        return
-                    time.sleep(_POLL_S)
+            newest = _newest_log(run_dir, rank)
+            print(lines.read(), end="", flush=True)
+            if newest != path:
+                lines.close()
+                path, lines = newest, newest.open(errors="replace")
+                print(f"==> {path}")
+            elif follow:
+                time.sleep(_POLL_S)
+            else:
+                return
 
 
 def _newest_log(run_dir: Path, rank: int | None) -> Path:

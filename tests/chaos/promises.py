@@ -112,14 +112,17 @@ def _nothing_left(victim: Victim) -> None:
     if processes := victim.processes():
         raise BrokenError(f"processes stay: {sorted(processes)}")
     left = [path for folder in (victim.run, victim.checkpoints) for path in folder.rglob("*") if _is_temporary(path)]
-    # A data worker that is killed cannot remove the folder of its sockets, and its end may cut in as torch makes an
-    # empty file, to see why a batch did not come.
-    left += [path for path in victim.temporary.iterdir() if not path.name.startswith("pymp-") and path.stat().st_size]
+    left += [path for path in victim.temporary.iterdir() if not _is_of_a_killed_worker(path)]
     if left:
         raise BrokenError(f"left behind: {sorted(map(str, left))}")
     tracebacks = [path for path in (victim.folder / "output").glob("*.err") if "Traceback" in path.read_text()]
     if tracebacks:
         raise BrokenError(f"tracebacks on the terminal: {tracebacks[0].read_text()[-3000:]}")
+
+
+def _is_of_a_killed_worker(path: Path) -> bool:
+    """The folder of its sockets, or an empty file of torch's: its end may cut in as torch looks why no batch came."""
+    return path.name.startswith("pymp-") or (path.name.startswith("tmp") and path.is_file() and not path.stat().st_size)
 
 
 def _is_temporary(path: Path) -> bool:

@@ -51,10 +51,10 @@ class Victim:
         assert self.process is None
         self.process = self._command(layout, *overrides)
 
-    def refused(self, layout: ParallelConfig, *overrides: str) -> str:
-        """What a start says that is to be refused, whether the run goes on beside it or not."""
-        process = self._command(layout, *overrides)
-        if process.wait(_PATIENCE_S) not in (2, 75):
+    def refused(self, layout: ParallelConfig, code: int = 2) -> str:
+        """What a start says that is to be refused with this exit code, whether the run goes on beside it or not."""
+        process = self._command(layout)
+        if process.wait(_PATIENCE_S) != code:
             raise self.broken(f"exit code {process.returncode} of a start that was to be refused")
         return self._errors.read_text()
 
