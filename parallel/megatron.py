@@ -211,6 +211,7 @@ class Pipeline:
             # interleaved schedule gives wrong losses over two ranks (Megatron-LM#1450).
             overlap_p2p_comm=self.interleaved,
             batch_p2p_comm=not self.interleaved,
+            batch_p2p_sync=False,  # else the host waits for the whole device at every send and receive
         )
         # The schedules read these, but ModelParallelConfig lacks them.
         self.config.hidden_size = dim

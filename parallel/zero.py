@@ -84,6 +84,8 @@ class ZeroOptimizer:
             if self.pipelined and self.stage == 2:
                 placement.parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
         _join(mesh)
+        on_gpu = mesh.device.type == "cuda"
+        offload = {"device": "cpu", "pin_memory": on_gpu}  # copies from pageable memory make the host wait
         self.engine, *_ = deepspeed.initialize(
             model=local.module,
             optimizer=optimizer,
@@ -99,13 +101,17 @@ class ZeroOptimizer:
                 "zero_optimization": {
                     "stage": self.stage,
                     "reduce_bucket_size": min(BUCKET_ELEMENTS, sum(p.local.numel() for p in local.placements)),
-                    "overlap_comm": mesh.device.type == "cuda" and not self.pipelined,
-                    **({"offload_optimizer": {"device": "cpu"}} if layout.offload_optimizer else {}),
+                    # Overlapping takes a second bucket and a wait for the whole device; a lone replica gains nothing.
+                    "overlap_comm": on_gpu and mesh.replicas.size > 1 and not self.pipelined,
+                    # Each rank receives the sum of its own share. An all-reduce would send twice as much.
+                    "use_multi_rank_bucket_allreduce": False,
+                    **({"offload_optimizer": offload} if layout.offload_optimizer else {}),
                 },
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # its own needs a C++ build; torch's runs on the host too
                 "bf16": {"enabled": local.dtype == torch.bfloat16},
                 "steps_per_print": None,
+                "timers": {"throughput": {"enabled": False}},  # it synchronizes at every micro-batch and step
             },
         )
         self.zero = self.engine.optimizer
