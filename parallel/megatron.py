@@ -1,4 +1,4 @@
-"""The adapter to megatron-core 0.16.1, and its only importer: groups, tensor-parallel layers, pipeline schedules.
+"""The adapter to megatron-core 0.16.1, and its only importer: tensor-parallel layers and pipeline schedules.
 
 megatron-core names the device "cuda" literally; where there is no CUDA, `cpu_shim` mends that.
 """
@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.cpu_shim import serve
-from triplane.parallel.mesh import Axis, Mesh
+from triplane.parallel.mesh import Mesh
 from triplane.parallel.stages import group_size
 from triplane.parallel.uncompiled import importing_uncompiled
 
@@ -30,35 +29,16 @@ with importing_uncompiled():
 _MODULES_THAT_NAME_CUDA = (p2p_communication, schedules, layers, mappings, tensor_parallel_utils, utils)
 
 
-def initialize_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
-    """Creates megatron-core's groups over all ranks, in its default order tp, cp, dp, pp."""
-    if device.type != "cuda":
-        serve(device, _MODULES_THAT_NAME_CUDA)
-    # Its cross-entropy takes no group: the global state must be there too.
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tp,
-        pipeline_model_parallel_size=config.pp,
-        virtual_pipeline_model_parallel_size=config.virtual_stages if config.virtual_stages > 1 else None,
-        context_parallel_size=config.cp,
-        create_gloo_process_groups=False,
-    )
+def use_groups_of(mesh: Mesh) -> None:
+    """Lets megatron-core work with the groups of `mesh`; once in a process.
 
-    def axis(group: dist.ProcessGroup) -> Axis:
-        return Axis(group.size(), group.rank(), group)
-
-    embedding = parallel_state.get_embedding_group(check_initialized=False) if config.pp > 1 else None
-    return Mesh(
-        device=device,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        tp=axis(parallel_state.get_tensor_model_parallel_group()),
-        pp=axis(parallel_state.get_pipeline_model_parallel_group()),
-        cp=axis(parallel_state.get_context_parallel_group()),
-        dp=axis(parallel_state.get_data_parallel_group()),
-        replicas=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        model=parallel_state.get_model_parallel_group(),
-        embedding=embedding if parallel_state.is_rank_in_embedding_group() else None,
-    )
+    Its own set-up makes a group for every axis that it knows, over all ranks: thousands, most of them never used.
+    """
+    if mesh.device.type != "cuda":
+        serve(mesh.device, _MODULES_THAT_NAME_CUDA)
+    # The cross-entropy takes no group, and the gathering of tokens no buffer: both look here.
+    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = mesh.tp.group
+    parallel_state._set_global_memory_buffer()
 
 
 def _layer_config(dtype: torch.dtype, sequence_parallel: bool) -> ModelParallelConfig:

@@ -15,6 +15,7 @@ from torch.distributed import HashStore, ProcessGroup, Store  # type: ignore[att
 
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.errors import LayoutError
+from triplane.parallel.groups import Groups, peers
 
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo", "meta": "cpu:fake,meta:fake"}
 """By device. On meta, where tensors have no content, collectives do nothing; `store` is then a FakeStore."""
@@ -22,7 +23,7 @@ _BACKENDS = {"cuda": "nccl", "cpu": "gloo", "meta": "cpu:fake,meta:fake"}
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place along one axis. A group of None is this rank alone."""
+    """This rank's place along one axis. `group` may be None where the axis has one rank."""
 
     size: int = 1
     rank: int = 0
@@ -67,13 +68,15 @@ def connected(
     """
     if store is None and world_size == 1:
         store = HashStore()
+    # With a device, NCCL connects at once, but all ranks would then have to take part in making each group.
+    alone = config.ranks_of_one == 1
     dist.init_process_group(
         _BACKENDS[device.type],
         store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=config.timeout_s),
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if device.type == "cuda" and alone else None,
     )
     yield _mesh(config, device, rank, world_size)
     dist.destroy_process_group()
@@ -90,6 +93,36 @@ def _mesh(config: ParallelConfig, device: torch.device, rank: int, world_size: i
     if one == 1:
         alone, all_ranks = Axis(), Axis(dp, rank, dist.group.WORLD)
         return Mesh(device, rank, world_size, alone, alone, alone, all_ranks, all_ranks, None, None)
+    mesh = _split(config, device, rank, world_size, dp)
     from triplane.parallel import megatron  # 3 s to import: only where there is something to split
 
-    return megatron.initialize_mesh(config, device)
+    megatron.use_groups_of(mesh)
+    return mesh
+
+
+def _split(config: ParallelConfig, device: torch.device, rank: int, world_size: int, dp: int) -> Mesh:
+    """The mesh of a layout in which several ranks hold one model."""
+    sizes = {"tp": config.tp, "cp": config.cp, "dp": dp, "pp": config.pp}
+    groups = Groups(timedelta(seconds=config.timeout_s))
+
+    def axis(*along: str) -> Axis:
+        ranks = peers(rank, sizes, set(along))
+        return Axis(len(ranks), ranks.index(rank), groups.of(ranks))
+
+    tp, cp, dp_axis, pp = axis("tp"), axis("cp"), axis("dp"), axis("pp")
+    replicas, model = axis("dp", "cp"), axis("tp", "pp").group
+    stages = peers(rank, sizes, {"pp"})
+    ends = [stages[0], stages[-1]]
+    embedding = groups.of(ends) if config.pp > 1 and rank in ends else None
+    return Mesh(
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        dp=dp_axis,
+        replicas=replicas,
+        model=model,
+        embedding=embedding,
+    )
