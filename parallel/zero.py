@@ -85,6 +85,8 @@ class ZeroOptimizer:
                 placement.parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
         _join(mesh)
         on_gpu = mesh.device.type == "cuda"
+        # It takes a second bucket, and waits for the device once a backward; a lone replica would gain nothing.
+        overlap = on_gpu and mesh.replicas.size > 1 and not self.pipelined
         offload = {"device": "cpu", "pin_memory": on_gpu}  # copies from pageable memory make the host wait
         self.engine, *_ = deepspeed.initialize(
             model=local.module,
@@ -101,20 +103,23 @@ class ZeroOptimizer:
                 "zero_optimization": {
                     "stage": self.stage,
                     "reduce_bucket_size": min(BUCKET_ELEMENTS, sum(p.local.numel() for p in local.placements)),
-                    # Overlapping takes a second bucket and a wait for the whole device; a lone replica gains nothing.
-                    "overlap_comm": on_gpu and mesh.replicas.size > 1 and not self.pipelined,
-                    # Each rank receives the sum of its own share. An all-reduce would send twice as much.
-                    "use_multi_rank_bucket_allreduce": False,
+                    "overlap_comm": overlap,
+                    # Each rank receives the sum of its own share: an all-reduce would send twice as much. Overlapping,
+                    # DeepSpeed would wait for the whole device before it sends to each rank.
+                    "use_multi_rank_bucket_allreduce": overlap,
                     **({"offload_optimizer": offload} if layout.offload_optimizer else {}),
                 },
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # its own needs a C++ build; torch's runs on the host too
-                "bf16": {"enabled": local.dtype == torch.bfloat16},
+                # Its search for overflows reads all gradients twice more, waits for each, and after one in an offloaded
+                # step finds one in every later step. `_refuse_if_not_finite` stands in.
+                "bf16": {"enabled": local.dtype == torch.bfloat16, "check_grad_overflow": False},
                 "steps_per_print": None,
                 "timers": {"throughput": {"enabled": False}},  # it synchronizes at every micro-batch and step
             },
         )
         self.zero = self.engine.optimizer
+        optimizer.register_step_pre_hook(self._refuse_if_not_finite)
         for share in self._shares:
             # Made now and not in the first step, so that a checkpoint can fill it, and so that
             # DeepSpeed, which links the moments once, finds those of every parameter group.
@@ -180,6 +185,11 @@ class ZeroOptimizer:
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def _refuse_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Lets the fused update apply nothing if the gradient's norm is not finite; no host waits to learn of it."""
+        norm = torch.as_tensor(self.zero._global_grad_norm)
+        optimizer.found_inf = (~norm.isfinite()).float().to(self._shares[0].device)  # type: ignore[attr-defined]
 
     @property
     def _step_reduces(self) -> bool:

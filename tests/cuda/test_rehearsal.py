@@ -1,0 +1,119 @@
+"""The engine's step on GPUs that are not there: every layout runs, and the host waits no more often than it must."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triplane.model.compiled import has_compiler
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+    pytest.mark.skipif(not has_compiler(), reason="no C++ compiler for the guard"),
+]
+
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "one rank": ({"layout": {}}, 4),
+    "fp32": ({"layout": {}, "precision": "fp32"}, 5),
+    "packed, tied": ({"layout": {}, "packed": True, "tied": True}, 4),
+    "selective, biased": ({"layout": {"recompute": "selective"}, "biased": True}, 4),
+    "full, packed": ({"layout": {"recompute": "full"}, "packed": True}, 4),
+    "fp8, selective": ({"layout": {"fp8": True, "recompute": "selective"}}, 4),
+    "tp": ({"layout": {"tp": 2}}, 4),
+    "tp + sequence, selective": (
+        {"layout": {"tp": 2, "sequence_parallel": True, "recompute": "selective"}, "packed": True},
+        4,
+    ),
+    "ulysses": ({"layout": {"cp": 2}, "packed": True}, 5),
+    "ring": ({"layout": {"cp": 2, "cp_method": "ring"}, "packed": True}, 5),
+    "pp, first stage": ({"layout": {"pp": 2}}, 4),
+    "pp, last stage, tied": ({"layout": {"pp": 2}, "rank": 1, "tied": True}, 4),
+    "virtual stages": ({"layout": {"pp": 2, "virtual_stages": 2}}, 4),
+    "zero 0": ({"layout": {"dp": 2, "zero": 0}}, 0),
+    "zero 1": ({"layout": {"dp": 8}}, 5),
+    "zero 2": ({"layout": {"dp": 8, "zero": 2}}, 6),
+    "zero 3": ({"layout": {"dp": 8, "zero": 3}}, 6),
+    "offload": ({"layout": {"offload_optimizer": True}}, 83),
+    "all axes": (
+        {"layout": {"tp": 2, "sequence_parallel": True, "cp": 2, "pp": 2, "dp": 2, "recompute": "full"}, "tied": True},
+        4,
+    ),
+}
+"""Each case, and how often its libraries may wait in a step of two micro-batches. The numbers only fall."""
+PLANTS = {plant: {"layout": {}, "plant": plant} for plant in ("tensor_on_the_host", "item")}
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    cases = {name: case for name, (case, _) in CASES.items()} | PLANTS
+    program = Path(__file__).with_name("rehearsal.py")
+    command = [sys.executable, str(program), str(tmp_path_factory.mktemp("guard")), *map(json.dumps, cases.values())]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return dict(zip(cases, map(json.loads, ran.stdout.splitlines()), strict=True))
+
+
+def waits(found: dict[str, Any]) -> Counter[str]:
+    """How often each owner's code waits."""
+    count: Counter[str] = Counter()
+    for _, owner, _, _, times in found["waits"]:
+        count[owner] += times
+    return count
+
+
+def table(found: dict[str, Any]) -> str:
+    return "\n".join(f"{times} x {phase}: {what} at {place}" for phase, _, what, place, times in found["waits"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_runs_and_waits_no_more_than_it_must(name: str, rehearsed: dict[str, dict[str, Any]]) -> None:
+    found = rehearsed[name]
+    assert not found["error"]
+    count = waits(found)
+    assert count.pop("triplane") == (2 if name == "offload" else 1), table(found)  # the verdict on the step before
+    assert sum(count.values()) == CASES[name][1], f"if there are fewer, lower the number:\n{table(found)}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_goes_to_and_fro_does_not_grow_with_the_layers(name: str, rehearsed: dict[str, dict[str, Any]]) -> None:
+    """Batches go to the GPU, a verdict comes back; an offloaded state travels besides."""
+    copies = {(phase, direction): count for phase, direction, count in rehearsed[name]["copies"]}
+    if name != "offload":
+        assert copies == {("data", "to the GPU"): 8, ("agreement", "to the host"): 1}
+
+
+def operators(found: dict[str, Any], phase: str) -> Counter[str]:
+    return Counter({name: count for where, name, count in found["operators"] if where == phase})
+
+
+@pytest.mark.parametrize("product", ["aten.addmm.default", "aten._scaled_mm.default"])
+def test_selective_recompute_multiplies_nothing_twice(product: str, rehearsed: dict[str, dict[str, Any]]) -> None:
+    """Two micro-batches of four layers: three biased projections, or seven, each with two products for its gradients."""
+    name, expected = {
+        "aten.addmm.default": ("selective, biased", 2 * 4 * 3),
+        "aten._scaled_mm.default": ("fp8, selective", 2 * 4 * 7 * 3),
+    }[product]
+    assert operators(rehearsed[name], "forward_backward")[product] == expected
+
+
+def test_a_tensor_on_the_host_is_caught(rehearsed: dict[str, dict[str, Any]]) -> None:
+    assert "found at least two devices, cuda:0 and cpu" in rehearsed["tensor_on_the_host"]["error"]
+
+
+def test_a_value_that_is_read_is_caught_with_its_line(rehearsed: dict[str, dict[str, Any]]) -> None:
+    found = [wait for wait in rehearsed["item"]["waits"] if wait[0] == "forward_backward"]
+    assert found == [
+        [
+            "forward_backward",
+            "triplane",
+            "aten._local_scalar_dense.default",
+            "tests/cuda/plants.py:21 assert total.item() is not None",
+            1,
+        ]
+    ]
