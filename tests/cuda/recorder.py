@@ -24,41 +24,14 @@ _READS_VALUES = {
     aten._unique2.default,
 }
 """Operators whose result or shape depends on values, so that the host waits for them."""
-_NO_WORK = set(
-    [
-        "_reshape_alias",
-        "_shape_as_tensor",
-        "_unsafe_view",
-        "alias",
-        "as_strided",
-        "chunk",
-        "detach",
-        "device",
-        "diagonal",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "expand",
-        "lift_fresh",
-        "narrow",
-        "new_empty",
-        "new_empty_strided",
-        "permute",
-        "reshape",
-        "select",
-        "set_",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unfold",
-        "unsqueeze",
-        "view",
-    ]
-)
+# fmt: off
+_NO_WORK = {
+    "_reshape_alias", "_shape_as_tensor", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "device",
+    "diagonal", "empty", "empty_like", "empty_strided", "expand", "lift_fresh", "narrow", "new_empty",
+    "new_empty_strided", "permute", "reshape", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t",
+    "transpose", "unbind", "unfold", "unsqueeze", "view",
+}
+# fmt: on
 """Operators that give the device nothing to do."""
 _PASSED_OVER = (
     "/torch/",

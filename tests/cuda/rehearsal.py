@@ -94,7 +94,8 @@ def _run(case: dict[str, Any]) -> None:
             norm = engine.step(1e-4)
             RECORD.phase = "agreement" if last else ""
             agreement.put(step, 0, 0, loss.cross_entropy, norm)
-            agreement._pending[-1] = agreement._pending[-1][:2] + (torch.zeros(3), *agreement._pending[-1][3:])
+            *rest, _, copied = agreement._pending[-1]
+            agreement._pending[-1] = (*rest, torch.zeros(3), copied)  # with values, which are read a step later
             agreement.take(everything=False)
 
 

@@ -94,7 +94,7 @@ def operators(found: dict[str, Any], phase: str) -> Counter[str]:
 
 @pytest.mark.parametrize("product", ["aten.addmm.default", "aten._scaled_mm.default"])
 def test_selective_recompute_multiplies_nothing_twice(product: str, rehearsed: dict[str, dict[str, Any]]) -> None:
-    """Two micro-batches of four layers: three biased projections, or seven, each with two products for its gradients."""
+    """Two micro-batches of four layers: three biased projections, or seven and two products for each's gradients."""
     name, expected = {
         "aten.addmm.default": ("selective, biased", 2 * 4 * 3),
         "aten._scaled_mm.default": ("fp8, selective", 2 * 4 * 7 * 3),
