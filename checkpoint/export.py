@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.hf_weights import write_weights
+from triplane.checkpoint.publish import publishing, refuse_existing
 from triplane.checkpoint.verify import ExportReport, probe, probe_logits, verify
 from triplane.data.hf_tokenizer import write_hf_tokenizer
 from triplane.data.tokenizer import Tokenizer
@@ -37,8 +37,7 @@ def export(
     Holds, besides `weights`, one file of the folder at a time, and the whole model only for transformers, which is
     left out if memory is too small.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists; remove it or give another folder.")
+    refuse_existing(out)
     tokenizer = Tokenizer(tokenizer_model)
     if (size := tokenizer.vocab_size) != config.vocab_size:
         raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")
@@ -48,10 +47,7 @@ def export(
     if not expected_TV.isfinite().all():
         raise CheckpointError(f"As {_name(dtype)}, the logits are not finite; export an earlier step.")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-        folder = Path(beside, out.name)
-        folder.mkdir()
+    with publishing(out) as folder:
         _write_json(folder / "config.json", content)
         ids = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", ids)
@@ -60,7 +56,6 @@ def export(
         report = verify(folder, tokens_BS, expected_TV, tokenizer)
         facts = {"parameters": f"{count_parameters(config):,}", "context": f"{seq_len} tokens", "dtype": _name(dtype)}
         (folder / "README.md").write_text(_card(out.name, facts | provenance, report), encoding="utf-8")
-        folder.rename(out)
     return report
 
 

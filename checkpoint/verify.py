@@ -2,8 +2,7 @@
 
 import importlib.metadata
 import importlib.util
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +11,22 @@ import torch
 from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.hf_weights import FolderWeights
+from triplane.checkpoint.foreign import read_json
+from triplane.checkpoint.hf_folder import FolderWeights
 from triplane.data.tokenizer import Tokenizer
 from triplane.model.batch import Batch
 from triplane.model.build import streamed_logits
 from triplane.model.config import ModelConfig
 from triplane.model.count import count_parameters
-from triplane.model.hf import from_hf_config
+from triplane.model.hf_config import from_hf_config
 
 _TOLERANCE = 2e-5
 """Allowed difference of two logits, as a share of the largest; ten times what another order of fp32 sums gives."""
 
 _PROBE_TOKENS = 256
+"""Of each sequence, the last so many are compared."""
+_LONGEST_PROBE = 2**15
+"""Attention over more tokens takes a CPU too long."""
 
 _PROBE_TEXT = "def f(x):\n\treturn x ** 2    # 1,234.5 → naïve 漢字 🙂\r\n  <s> and </s> are text here \n"
 
@@ -46,20 +49,27 @@ class ExportReport:
         return f"{own}, by {self.transformers} by {self.transformers_difference:.1e}."
 
 
-def probe(config: ModelConfig, seq_len: int) -> Tensor:
-    """The fixed tokens that every model of a comparison reads: two sequences, (B, S)."""
+def probe(config: ModelConfig, context: int, windows: Sequence[int] = ()) -> Tensor:
+    """The fixed tokens that every model of a comparison reads, within its context: two sequences, (2, S).
+
+    Or one, (1, S), that reaches past each number of `windows` that is below `context`.
+    """
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (2, min(seq_len, _PROBE_TOKENS)), generator=generator)
+    farthest = max((window for window in windows if window < context), default=0)
+    length = min(context, _LONGEST_PROBE, max(_PROBE_TOKENS, farthest + _PROBE_TOKENS // 4))
+    sequences = 2 if length <= _PROBE_TOKENS else 1
+    return torch.randint(config.vocab_size, (sequences, length), generator=generator)
 
 
 def probe_logits(
     config: ModelConfig, weights: Mapping[str, Tensor], tokens_BS: Tensor, rounded_to: torch.dtype = torch.float32
 ) -> Tensor:
-    """Logits of each sequence alone, (T, V), in fp32; holds the weights of one layer at a time."""
+    """Logits of the last tokens of each sequence alone, (T, V), in fp32; holds the weights of one layer at a time."""
     sequences, length = tokens_BS.shape
     tokens_T = tokens_BS.flatten()
     batch = Batch.build(tokens_T, tokens_T, range(0, sequences * length + 1, length))
-    return streamed_logits(config, weights, rounded_to, batch)
+    last_T = torch.arange(len(tokens_T)).view(sequences, length)[:, -_PROBE_TOKENS:].flatten()
+    return streamed_logits(config, weights, rounded_to, batch, last_T)
 
 
 def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer | None) -> ExportReport:
@@ -68,8 +78,8 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Toke
     Raises CheckpointError unless both give the logits `expected_TV` of `tokens_BS`, and transformers the
     tokens of `tokenizer`, if one is given.
     """
-    config = from_hf_config(json.loads((folder / "config.json").read_text()))
-    difference = _difference("triplane", probe_logits(config, FolderWeights(folder), tokens_BS), expected_TV)
+    config = from_hf_config(read_json(folder / "config.json"))
+    difference = _difference("triplane", probe_logits(config, FolderWeights(folder, config), tokens_BS), expected_TV)
     largest = expected_TV.abs().max().item()
     if not importlib.util.find_spec("transformers"):
         return ExportReport(largest, difference, "transformers is not installed")
@@ -78,13 +88,26 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Toke
         why = f"transformers needs {needed_gib:.0f} GiB, {free_gib:.0f} are free"
         return ExportReport(largest, difference, why)
     reader = f"transformers {importlib.metadata.version('transformers')}"
-    their_difference = _difference(reader, _through_transformers(folder, tokens_BS, tokenizer), expected_TV)
+    try:
+        theirs_TV = _through_transformers(folder, tokens_BS, tokenizer)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of many kinds, for what it finds wrong with a folder
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{reader} cannot read the Hugging Face folder: {type(error).__name__}: {reason}; nothing was published."
+        ) from error
+    their_difference = _difference(reader, theirs_TV, expected_TV)
     return ExportReport(largest, difference, reader, their_difference)
 
 
 def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
+    if not logits_TV.isfinite().all():
+        raise CheckpointError(
+            f"Read by {reader}, the Hugging Face folder's logits are not finite; nothing was published."
+        )
     difference, largest = (logits_TV - expected_TV).abs().max().item(), expected_TV.abs().max().item()
-    if not difference <= _TOLERANCE * largest:  # not `>`, which NaN would pass
+    if not difference <= _TOLERANCE * largest:  # not `>`, which a NaN of ours would pass
         raise CheckpointError(
             f"Read by {reader}, the Hugging Face folder's logits differ from ours by {difference:.2e}, more than "
             f"{_TOLERANCE * largest:.2e}; nothing was published."
@@ -94,7 +117,7 @@ def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
 
 @torch.inference_mode()
 def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer | None) -> Tensor:
-    """Logits, (T, V), after a check of the tokenizer."""
+    """Logits of the last tokens of each sequence, (T, V), after a check of the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -104,5 +127,6 @@ def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer 
         tokens = theirs.encode(_PROBE_TEXT)
         if tokens != tokenizer.encode(_PROBE_TEXT) or theirs.decode(tokens) != _PROBE_TEXT:
             raise CheckpointError("transformers reads other tokens than sentencepiece does; nothing was published.")
-    logits_BSV: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens_BS).logits
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    logits_BSV: Tensor = model(tokens_BS, logits_to_keep=_PROBE_TOKENS).logits
     return logits_BSV.flatten(0, 1)

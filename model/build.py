@@ -34,9 +34,15 @@ def load_model(config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.
 
 @torch.inference_mode()
 def streamed_logits(
-    config: ModelConfig, weights: Mapping[str, Tensor], rounded_to: torch.dtype, batch: Batch
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    rounded_to: torch.dtype,
+    batch: Batch,
+    rows_T: Tensor | slice = slice(None),
 ) -> Tensor:
-    """Scores, (T, V), by `weights` rounded to a dtype, computed in fp32; holds the weights of one layer at a time.
+    """Scores of the tokens `rows_T` of the batch, (T, V), by `weights` rounded to a dtype, computed in fp32.
+
+    Holds the weights of one layer at a time.
 
     Raises ModelError as `load_model` does.
     """
@@ -57,7 +63,10 @@ def streamed_logits(
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(partial(take, path))
             module.register_forward_hook(drop)
-    return model.logits(batch)
+    hidden_TD = model.hidden(batch)[rows_T]
+    assert model.norm is not None and model.head is not None
+    logits_TV: Tensor = model.head(model.norm(hidden_TD))
+    return logits_TV
 
 
 def _check_names(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:

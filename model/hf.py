@@ -1,7 +1,7 @@
-"""Our names and config in Hugging Face's terms, and back; the only place that knows them.
+"""Our weights' names in Hugging Face's terms and the config.json of an export; `hf_config.py` reads one.
 
-A model is a `LlamaForCausalLM`: same pairs in RoPE, same weights, nothing permuted. So is a Mistral without a sliding
-window; a Qwen2 has biases besides, and is read alone.
+A model is a `LlamaForCausalLM`: same pairs in RoPE, same weights, nothing permuted. So are the other families that can
+be read. A model with `qkv_bias` is a Llama with `attention_bias` whose output bias, which ours lacks, is zero.
 """
 
 from typing import Any
@@ -10,6 +10,9 @@ import torch
 
 from triplane.model.config import ModelConfig, RopeScaling
 from triplane.model.errors import ModelError
+
+OUTPUT_BIAS = "attention.wo.bias"
+"""Of a block. A Llama with `attention_bias` has it; our model does not."""
 
 _TO_HF = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -23,12 +26,12 @@ _TO_HF = {
     "attention.wk.bias": "self_attn.k_proj.bias",
     "attention.wv.bias": "self_attn.v_proj.bias",
     "attention.wo.weight": "self_attn.o_proj.weight",
+    OUTPUT_BIAS: "self_attn.o_proj.bias",
     "feed_forward_norm.weight": "post_attention_layernorm.weight",
     "feed_forward.w_gate.weight": "mlp.gate_proj.weight",
     "feed_forward.w_up.weight": "mlp.up_proj.weight",
     "feed_forward.w_down.weight": "mlp.down_proj.weight",
 }
-_FROM_HF = {hf: ours for ours, hf in _TO_HF.items()}
 
 
 def to_hf_name(name: str) -> str:
@@ -39,15 +42,11 @@ def to_hf_name(name: str) -> str:
     return f"model.layers.{number}.{_TO_HF[rest]}"
 
 
-def from_hf_name(name: str) -> str:
-    """The inverse of `to_hf_name`; ModelError for a weight that our model does not have."""
-    prefix, rest = "", name
-    if name.startswith("model.layers."):
-        number, rest = name.removeprefix("model.layers.").split(".", 1)
-        prefix = f"blocks.{number}."
-    if rest not in _FROM_HF:
-        raise ModelError(f"The weight {name} has no place in this model; only those of Llama, Mistral and Qwen2 have.")
-    return prefix + _FROM_HF[rest]
+def llama_problem(config: ModelConfig) -> str | None:
+    """Why transformers would refuse the model as a Llama."""
+    if config.dim % config.n_heads:
+        return f"for a Llama, model.dim ({config.dim}) must be a multiple of model.n_heads ({config.n_heads})"
+    return None
 
 
 def hf_config(
@@ -58,16 +57,14 @@ def hf_config(
     RoPE and dtype stand there twice: as transformers 5 names them, and as 4 and most other readers do.
     Raises ModelError if transformers would refuse it.
     """
-    if config.qkv_bias:
-        raise ModelError("A model with model.qkv_bias is a Qwen2, to which transformers gives Qwen2's own tokenizer.")
-    if config.dim % config.n_heads:
-        raise ModelError(f"For a Llama export, dim ({config.dim}) must be a multiple of n_heads ({config.n_heads}).")
+    if problem := llama_problem(config):
+        raise ModelError(problem)
     scaling = _hf_rope_scaling(config.rope_scaling)
     dtype_name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "attention_bias": False,
+        "attention_bias": config.qkv_bias,
         "mlp_bias": False,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -91,39 +88,6 @@ def hf_config(
     }
 
 
-def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
-    """The model that config.json describes, with the loss weights at their defaults.
-
-    Raises ModelError for anything that this model cannot compute.
-    """
-    model_type = hf.get("model_type", "llama")
-    if model_type not in ("llama", "mistral", "qwen2"):
-        raise ModelError(f"config.json: model_type is {model_type!r}; this model reads llama, mistral and qwen2.")
-    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    if hf.get("use_sliding_window", True):
-        fixed["sliding_window"] = None
-    for key, ours in fixed.items():
-        if hf.get(key, ours) != ours:
-            raise ModelError(f"config.json: {key} is {hf[key]!r}; this model only has {ours!r}.")
-    n_heads = hf["num_attention_heads"]
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0), **(hf.get("rope_scaling") or {})}
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=n_heads,
-        n_kv_heads=hf.get("num_key_value_heads") or n_heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // n_heads,
-        hidden_dim=hf["intermediate_size"],
-        qkv_bias=model_type == "qwen2",
-        rope_base=rope["rope_theta"],
-        rope_scaling=_rope_scaling(rope),
-        norm_eps=hf["rms_norm_eps"],
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        init_std=hf.get("initializer_range", 0.02),
-    )
-
-
 def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
@@ -135,21 +99,3 @@ def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_seq_len,
     }
-
-
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    match rope.get("rope_type", rope.get("type", "default")):
-        case "default":
-            return None
-        case "linear":
-            return RopeScaling(kind="linear", factor=rope["factor"])
-        case "llama3":
-            return RopeScaling(
-                kind="llama3",
-                factor=rope["factor"],
-                low_freq_factor=rope["low_freq_factor"],
-                high_freq_factor=rope["high_freq_factor"],
-                original_seq_len=rope["original_max_position_embeddings"],
-            )
-        case other:
-            raise ModelError(f"config.json: rope_type is {other!r}; this model has default, linear and llama3.")

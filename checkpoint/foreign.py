@@ -1,0 +1,44 @@
+"""Reads small files that came from elsewhere: whatever is wrong with one is a line."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from triplane.checkpoint.errors import CheckpointError
+
+_MOST_BYTES = 64 * 2**20
+"""Of a JSON file that is read whole."""
+
+
+def regular_file(path: Path) -> int:
+    """The bytes of a regular file, or of one that a link leads to; a pipe or device would be read for ever."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return found.st_size
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises CheckpointError, which names it."""
+    if (size := regular_file(path)) > _MOST_BYTES:
+        raise CheckpointError(f"{path}: {size:,} bytes, more than {_MOST_BYTES:,}")
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no JSON: {error}") from error
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Raises ValueError, one line, for all that is no JSON, for too deep nesting and for too little memory too."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except MemoryError:
+        raise ValueError("too large for this machine's memory") from None

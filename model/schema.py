@@ -1,0 +1,16 @@
+"""Says in one line what is wrong with a file that a pydantic schema refuses."""
+
+from pydantic import ValidationError
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first refused key, by its name in the file, with what stands there and why that is wrong."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"no {key}"
+    reason = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return "no table of keys" if first["type"] == "model_type" else reason
+    found = repr(first["input"])
+    return f"{key} is {found if len(found) <= 60 else found[:57] + '...'}: {reason[0].lower()}{reason[1:]}"
