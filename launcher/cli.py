@@ -374,7 +374,12 @@ def export(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of a Llama model.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="A Hugging Face folder of a Llama, Mistral, Qwen2, or another family with their structure."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The checkpoint to write, for checkpoint.initial.")],
 ) -> None:
     """Make a checkpoint of a Hugging Face folder's weights, which appears only once its logits equal the folder's."""

@@ -121,7 +121,7 @@ def _heads_problem(hf: HfConfig) -> str | None:
     if shared and heads % shared:
         return f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({shared})"
     if (width := hf.head_dim or hf.hidden_size // heads) % 2 or not width:
-        return f"heads are {width} wide (head_dim, or hidden_size / num_attention_heads), but rotary pairs need an even number"
+        return f"heads are {width} wide (head_dim, or hidden_size / num_attention_heads), not an even number"
     return None
 
 
