@@ -48,7 +48,8 @@ def _corpus(folder: Path, tokens: int) -> Corpus:
             documents.append(document)
             size += length
         shards.append(write_shard(folder, number, documents, np.dtype(np.uint16)))
-    Manifest(tokenizer_digest="", vocab_size=_VOCAB_SIZE, bos_id=1, text_bytes=1, shards=tuple(shards)).save(folder)
+    digest = "0" * 64
+    Manifest(tokenizer_digest=digest, vocab_size=_VOCAB_SIZE, bos_id=1, text_bytes=1, shards=tuple(shards)).save(folder)
     return Corpus(folder)
 
 

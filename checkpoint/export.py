@@ -23,7 +23,7 @@ def export(
     weights: Mapping[str, Tensor],
     config: ModelConfig,
     seq_len: int,
-    tokenizer_model: Path,
+    tokenizer: Tokenizer,
     out: Path,
     dtype: torch.dtype,
     provenance: dict[str, str],
@@ -38,9 +38,8 @@ def export(
     left out if memory is too small.
     """
     refuse_existing(out)
-    tokenizer = Tokenizer(tokenizer_model)
     if (size := tokenizer.vocab_size) != config.vocab_size:
-        raise CheckpointError(f"{tokenizer_model} has {size} tokens, the model {config.vocab_size}; give its own.")
+        raise CheckpointError(f"The tokenizer has {size} tokens, the model {config.vocab_size}; give its own.")
     content = hf_config(config, seq_len, tokenizer.bos_id, tokenizer.eos_id, dtype)
     tokens_BS = probe(config, seq_len)
     expected_TV = probe_logits(config, weights, tokens_BS, rounded_to=dtype)
@@ -52,7 +51,7 @@ def export(
         ids = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", ids)
         write_weights(weights, config, dtype, folder)
-        write_hf_tokenizer(tokenizer_model, folder)
+        write_hf_tokenizer(tokenizer, folder)
         report = verify(folder, tokens_BS, expected_TV, tokenizer)
         facts = {"parameters": f"{count_parameters(config):,}", "context": f"{seq_len} tokens", "dtype": _name(dtype)}
         (folder / "README.md").write_text(_card(out.name, facts | provenance, report), encoding="utf-8")

@@ -28,5 +28,5 @@ def _count_targets(corpus: Corpus) -> NDArray[np.int64]:
     for start in range(0, corpus.tokens, _CHUNK_TOKENS):
         tokens, _ = corpus.read(start, min(_CHUNK_TOKENS, corpus.tokens - start))
         counts += np.bincount(tokens, minlength=corpus.vocab_size)
-    counts[corpus.manifest.bos_id] = 0
+    counts[corpus.manifest.bos_id] -= corpus.documents
     return counts

@@ -42,7 +42,8 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     phases: list[PhaseConfig] = []
     """Changes of weights or length. Append to it during a run; earlier positions keep their meaning."""
     tokenizer: str | None = None
-    """Model file with which sources that are tars are tokenized; prepared corpora have their own."""
+    """Sentencepiece model, `tokenizer.json` or folder with one, for sources that are tars; prepared corpora have their
+    own."""
     seq_len: PositiveInt
     """Tokens in a sequence that the model predicts, until a phase gives another number. Validation keeps this one."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"

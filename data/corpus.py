@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triplane.data.cache import Cache
+from triplane.data.errors import DataError
 from triplane.data.folder import LocalFolder, RemoteFolder, folder_at, join
 from triplane.data.index import ShardIndex
-from triplane.data.manifest import MANIFEST_NAME, Manifest, Shard, StoredFile, Tokens, damaged
+from triplane.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, StoredFile, Tokens, damaged
+from triplane.data.open_tokenizer import tokenizer_of
+from triplane.data.sentencepiece_tokenizer import SENTENCEPIECE_NAME
+from triplane.data.tokenizer import Tokenizer
 
 
 class DocumentPart(NamedTuple):
@@ -55,6 +59,34 @@ class Corpus:
         self._starts = _starts([shard.tokens for shard in self.manifest.shards])
         self._stops: list[int] = self._starts[1:].tolist()
         self._open: dict[int, _OpenShard] = {}
+
+    @classmethod
+    def open_splits(cls, location: Path | str, cache: Cache | None = None) -> tuple["Corpus", "Corpus"]:
+        """The training and the validation split of a prepared corpus; DataError if one is in the other's place."""
+        train, validation = (cls._open_split(location, split, cache) for split in ("train", "validation"))
+        return train, validation
+
+    @classmethod
+    def _open_split(cls, location: Path | str, split: Split, cache: Cache | None) -> "Corpus":
+        corpus = cls(join(location, split), cache)
+        if (found := corpus.manifest.split) not in (None, split):
+            raise DataError(f"{corpus.location}: holds the {found} split: give each split its own folder back")
+        return corpus
+
+    def open_tokenizer(self) -> Tokenizer:
+        """What the corpus was tokenized with, from beside its splits; DataError if that is another one now."""
+        parent = str(self.location).rstrip("/").rpartition("/")[0] if self.is_remote else Path(self.location).parent
+        names = self.manifest.tokenizer_files or (SENTENCEPIECE_NAME,)
+        folder = folder_at(parent, self.cache)
+        where = join(parent, names[0])
+        sha256 = self.tokenizer_digest if len(names) == 1 else None  # of one file it is the checksum
+        tokenizer = tokenizer_of({name: folder.read(name, sha256) for name in names}, where)
+        if tokenizer.digest != self.tokenizer_digest:
+            raise DataError(
+                f"{where}: is {tokenizer.digest[:12]}, but the corpus was tokenized with {self.tokenizer_digest[:12]}: "
+                f"restore it or prepare the corpus again"
+            )
+        return tokenizer
 
     @property
     def is_remote(self) -> bool:

@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from triplane.data.blocks import UncuttableError
 from triplane.data.dedupe import HASH_BYTES, minhash_signature
 from triplane.data.errors import DataError
 from triplane.data.manifest import Tokens, token_dtype
+from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.records import Record, text_of
 from triplane.data.tokenizer import Tokenizer
 
@@ -99,10 +101,14 @@ def _encode_one(encoding: Encoding, record: Record) -> Outcome:
     except ValueError as error:
         return str(error)
     model = _load_tokenizer(encoding.tokenizer)
-    tokens = [model.bos_id, *model.encode_exactly(text, record.name), model.eos_id]
+    dtype = token_dtype(model.vocab_size)
+    try:
+        parts = [model.encode_exactly(block, record.name) for block in model.blocks([text])]
+    except UncuttableError as error:
+        return str(error)
     content = text.encode()
     return Encoded(
-        np.array(tokens, token_dtype(model.vocab_size)),
+        np.concatenate([np.array([model.bos_id], dtype), *parts, np.array([model.eos_id], dtype)]),
         len(content),
         hashlib.blake2b(content, digest_size=HASH_BYTES).digest(),
         minhash_signature(text) if encoding.with_signature else b"",
@@ -111,7 +117,7 @@ def _encode_one(encoding: Encoding, record: Record) -> Outcome:
 
 @cache
 def _load_tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer(path)
+    return open_tokenizer(path)
 
 
 def _follow_parent() -> None:

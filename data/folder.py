@@ -9,7 +9,8 @@ from triplane.data.errors import DataError
 from triplane.data.manifest import StoredFile
 from triplane.data.remote import is_url, read_url
 
-TOKENIZER_NAME = "tokenizer.model"
+_MOST_BYTES = 1 << 28
+"""Of a file that is read into memory before its checksum is known: a manifest, or one of a tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,18 @@ class LocalFolder:
     path: Path
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
-        """The content of a small file; whether it is what it should be is for the caller to check."""
+        """The content of a small file; the caller checks it."""
+        path = self.path / name
         try:
-            return (self.path / name).read_bytes()
+            if path.exists() and not path.is_file():
+                raise DataError(f"{path}: not a regular file: write a corpus there with `triplane prepare`")
+            with open(path, "rb") as file:
+                content = file.read(_MOST_BYTES + 1)
         except OSError as error:
-            raise DataError(
-                f"{self.path / name}: {error.strerror}: write a corpus there with `triplane prepare`"
-            ) from error
+            raise DataError(f"{path}: {error.strerror}: write a corpus there with `triplane prepare`") from error
+        if len(content) > _MOST_BYTES:
+            raise DataError(f"{path}: more than {_MOST_BYTES:,} bytes: prepare the corpus again")
+        return content
 
     def check_size(self, file: StoredFile) -> None:
         """Raises DataError if the file is missing or has another size."""
@@ -33,7 +39,11 @@ class LocalFolder:
 
     def open(self, file: StoredFile) -> BufferedReader:
         """The file, to be mapped."""
-        return open(self.path / file.name, "rb")
+        file.check_size(self.path)
+        try:
+            return open(self.path / file.name, "rb")
+        except OSError as error:
+            raise DataError(f"{self.path / file.name}: cannot be read: {error.strerror}") from error
 
     def where(self, file: StoredFile) -> str:
         """How an error about its content names the file."""
@@ -48,8 +58,8 @@ class RemoteFolder:
     cache: Cache
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
-        """The content of a small file, with this checksum if one is given; it is not kept."""
-        return read_url(f"{self.url}/{name}", self.cache.retry, sha256)
+        """The content of a small file, which is not kept; one without this checksum is fetched again."""
+        return read_url(f"{self.url}/{name}", self.cache.retry, _MOST_BYTES, sha256)
 
     def check_size(self, file: StoredFile) -> None:
         """Nothing: to ask for each of many files would take long, and each is verified when it is fetched."""
@@ -74,11 +84,3 @@ def folder_at(location: Path | str, cache: Cache | None) -> LocalFolder | Remote
 def join(location: Path | str, name: str) -> Path | str:
     """What is called `name` in a folder at a path or URL."""
     return f"{str(location).rstrip('/')}/{name}" if is_url(location) else Path(location) / name
-
-
-def tokenizer_model(location: Path | str, sha256: str, cache: Cache | None) -> Path:
-    """The `tokenizer.model` of the corpus at `location`; one at a URL is fetched, and has the checksum `sha256`."""
-    folder = folder_at(location, cache)
-    if isinstance(folder, LocalFolder):
-        return folder.path / TOKENIZER_NAME
-    return folder.cache.add(folder.read(TOKENIZER_NAME, sha256))

@@ -1,13 +1,13 @@
-"""Writes a sentencepiece tokenizer as the files that Hugging Face's libraries read."""
+"""Writes a tokenizer as the files that Hugging Face's libraries read."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from triplane.data.errors import DataError
+from triplane.data.tokenizer import Tokenizer
 
 Piece = ModelProto.SentencePiece
 
@@ -16,21 +16,32 @@ _SPACE = "▁"
 should a text hold it, is neither read nor given back as a space."""
 
 
-def write_hf_tokenizer(tokenizer_model: Path, folder: Path) -> None:
-    """Writes `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`.
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes `tokenizer.json`, `tokenizer_config.json` and what else there is into `folder`.
 
-    `transformers.AutoTokenizer` then gives the tokens of sentencepiece (for a literal "▁", its bytes) and the
-    same text back; a special token that is spelled out in text stays text. Raises DataError unless the model
-    is a BPE with byte fallback that takes text as it is.
+    `transformers.AutoTokenizer` then gives the tokens of `tokenizer` and the same text back. Raises DataError if
+    the format cannot express the tokenizer.
     """
-    model = ModelProto.FromString(tokenizer_model.read_bytes())
-    _check(model, tokenizer_model)
-    shutil.copyfile(tokenizer_model, folder / "tokenizer.model")
-    for name, content in {"tokenizer.json": _tokenizer(model), "tokenizer_config.json": _config(model)}.items():
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for name, content in tokenizer.hf_files().items():
+        (folder / name).write_bytes(content)
 
 
-def _check(model: ModelProto, path: Path) -> None:
+def converted(model_file: bytes) -> dict[str, bytes]:
+    """The files for a sentencepiece model, which gives the same tokens (for a literal "▁", its bytes).
+
+    A special token that is spelled out in text stays text. Raises DataError unless the model is a BPE with byte
+    fallback that takes text as it is.
+    """
+    model = ModelProto.FromString(model_file)
+    _check(model)
+    texts = {"tokenizer.json": _tokenizer(model), "tokenizer_config.json": _config(model)}
+    return {
+        "tokenizer.model": model_file,
+        **{name: (json.dumps(text, ensure_ascii=False, indent=1) + "\n").encode() for name, text in texts.items()},
+    }
+
+
+def _check(model: ModelProto) -> None:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     needed = {
         "model_type=bpe": trainer.model_type == trainer.BPE,
@@ -41,7 +52,7 @@ def _check(model: ModelProto, path: Path) -> None:
         "control_symbols in place of user_defined_symbols": all(p.type != Piece.USER_DEFINED for p in model.pieces),
     }
     if wrong := [setting for setting, holds in needed.items() if not holds]:
-        raise DataError(f"{path}: has no equal in Hugging Face's format; train it with {', '.join(wrong)}.")
+        raise DataError(f"The tokenizer has no equal in Hugging Face's format; train it with {', '.join(wrong)}.")
 
 
 def _tokenizer(model: ModelProto) -> dict[str, Any]:

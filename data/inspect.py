@@ -20,18 +20,15 @@ def describe(folder: Path, show_documents: int = 0) -> dict[str, Any]:
     With `show_documents`, the text of that many first documents of each split too. Raises DataError if a file is
     missing, damaged or from another tokenizer.
     """
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    splits = {split: Corpus(folder / split) for split in ("train", "validation")}
-    for split, corpus in splits.items():
-        if corpus.tokenizer_digest != tokenizer.digest:
-            raise DataError(
-                f"{folder}: tokenizer.model ({tokenizer.digest}) is not what {split}/ was written with "
-                f"({corpus.tokenizer_digest}): restore it or prepare the corpus again"
-            )
+    train, validation = Corpus.open_splits(folder)
+    tokenizer = train.open_tokenizer()
+    if validation.tokenizer_digest != tokenizer.digest:
+        raise DataError(f"{folder}: its splits were tokenized with different tokenizers: prepare the corpus again")
     return {
         "tokenizer_digest": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
-        **{split: _describe_split(corpus, tokenizer, show_documents) for split, corpus in splits.items()},
+        "train": _describe_split(train, tokenizer, show_documents),
+        "validation": _describe_split(validation, tokenizer, show_documents),
     }
 
 

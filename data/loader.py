@@ -50,6 +50,7 @@ class SequenceDataset(Dataset[MicroBatch]):
         self._plan = plan
         self._document_mask = document_mask
         self._bos_id = corpora[0].manifest.bos_id
+        self._bos_is_eos = self._bos_id == corpora[0].manifest.eos_id
         self._chunk = Chunk(0, 0, 0, [], [])
 
     def __len__(self) -> int:
@@ -83,8 +84,12 @@ class SequenceDataset(Dataset[MicroBatch]):
                 targets[at:end] = IGNORED_TARGET
         bounds = {*joints, size}
         if self._document_mask:
-            # Each document begins with bos, and nothing else is bos; nothing predicts it.
-            (starts,) = (targets == self._bos_id).nonzero()
+            # Each document begins with bos, which nothing predicts; nothing else is bos, except perhaps the last token
+            # of the document before, which a bos never follows otherwise.
+            begins = targets == self._bos_id
+            if self._bos_is_eos:
+                begins &= tokens == self._bos_id
+            (starts,) = begins.nonzero()
             targets[starts] = IGNORED_TARGET
             bounds.update((starts + 1).tolist())
         return MicroBatch(tokens_T, targets_T, tuple(sorted(bounds)))

@@ -3,11 +3,12 @@
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from stat import S_ISREG
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from triplane.data.errors import DataError
 from triplane.data.files import write_whole
@@ -16,14 +17,22 @@ Tokens = NDArray[np.unsignedinteger]
 """Ids as they are stored."""
 
 MANIFEST_NAME = "manifest.json"
+Split = Literal["train", "validation"]
+
+_FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
+"""A bare name: a corpus from elsewhere reaches no file outside of its folder."""
+_Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Count = Annotated[int, Field(gt=0, lt=1 << 50)]
+"""Bytes, tokens or documents; sums of counts stay within 64 bits."""
+_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-class StoredFile(BaseModel, extra="forbid", frozen=True):
+class StoredFile(BaseModel, extra="forbid", frozen=True, strict=True):
     """A file beside the manifest."""
 
-    name: str
-    bytes: PositiveInt
-    sha256: str
+    name: _FileName
+    bytes: _Count
+    sha256: _Sha256
 
     @classmethod
     def of(cls, path: Path) -> "StoredFile":
@@ -33,7 +42,11 @@ class StoredFile(BaseModel, extra="forbid", frozen=True):
     def check_size(self, folder: Path) -> None:
         """Raises DataError if the file is missing or has another size."""
         path = folder / self.name
-        found = f"{path.stat().st_size:,} bytes" if path.exists() else "no file"
+        try:
+            stat = path.stat()
+            found = f"{stat.st_size:,} bytes" if S_ISREG(stat.st_mode) else "no regular file"
+        except OSError as error:
+            found = "no file" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
         if found != (expected := f"{self.bytes:,} bytes"):
             raise damaged(path, expected, found)
 
@@ -45,26 +58,49 @@ class StoredFile(BaseModel, extra="forbid", frozen=True):
             raise damaged(folder / self.name, f"SHA-256 {self.sha256}", found)
 
 
-class Shard(BaseModel, extra="forbid", frozen=True):
+class Shard(BaseModel, extra="forbid", frozen=True, strict=True):
     """A tar of tokens, its index, and how much is in it."""
 
     data: StoredFile
     index: StoredFile
-    documents: PositiveInt
-    tokens: PositiveInt
+    documents: _Count
+    tokens: _Count
 
 
-class Manifest(BaseModel, extra="forbid", frozen=True):
-    """One split of a corpus. Stored order is the order of `shards`."""
+class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
+    """One split of a corpus. Stored order is the order of `shards`.
+
+    Fields that default to None are absent from corpora that an earlier release wrote.
+    """
 
     format: Literal[1] = 1
-    tokenizer_digest: str
-    vocab_size: PositiveInt
-    bos_id: NonNegativeInt
+    split: Split | None = None
+    tokenizer_digest: _Sha256
+    tokenizer_files: Annotated[tuple[_FileName, ...], Field(min_length=1)] | None = None
+    """Names of the tokenizer's files beside the splits; None: a sentencepiece model."""
+    vocab_size: _Id
+    bos_id: _Id
     """The first token of each document."""
-    text_bytes: PositiveInt
+    eos_id: _Id | None = None
+    """The last token of each document, which may be `bos_id`; None: another one than `bos_id`."""
+    text_bytes: _Count
     """UTF-8 bytes of all documents."""
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        names = [file.name for shard in self.shards for file in (shard.data, shard.index)]
+        if len(set(names)) < len(names):
+            raise ValueError("a file is named twice")
+        if max(self.bos_id, self.eos_id or 0) >= self.vocab_size:
+            raise ValueError(f"bos_id or eos_id is not below vocab_size {self.vocab_size}")
+        for number, shard in enumerate(self.shards):
+            if not shard.documents <= shard.tokens <= shard.data.bytes // self.dtype.itemsize:
+                raise ValueError(
+                    f"shard {number}: {shard.documents:,} documents of {shard.tokens:,} tokens in {shard.data.bytes:,} "
+                    f"bytes"
+                )
+        return self
 
     @property
     def documents(self) -> int:
@@ -94,14 +130,17 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise DataError(f"{where}: {key}: {first['msg']}: prepare the corpus again") from error
+            reason = first["msg"].removeprefix("Value error, ")
+            raise DataError(
+                f"{where}: {f'{key}: ' if key else ''}{reason}: copy it again or prepare the corpus again"
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Written last: a split without it is unfinished."""
         write_whole(folder / MANIFEST_NAME, self._json())
 
     def _json(self) -> bytes:
-        return self.model_dump_json(indent=1).encode()
+        return self.model_dump_json(indent=1, exclude_none=True).encode()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:

@@ -10,7 +10,6 @@ from triplane.data.config import DataConfig, SourceConfig
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Even
 from triplane.data.errors import DataError
-from triplane.data.folder import join, tokenizer_model
 from triplane.data.packing import packing
 from triplane.data.plan import Phase, StoredPlan, TrainingPlan
 from triplane.data.raw import ensure_corpus
@@ -45,8 +44,8 @@ def open_sources(config: DataConfig, run_dir: Path) -> Sources:
     for source in config.sources:
         try:
             folder = _corpus_folder(config, source, run_dir)
-            splits = [Corpus(join(folder, split), cache) for split in ("train", "validation")]
-            tokenizer = Tokenizer(tokenizer_model(folder, splits[0].tokenizer_digest, cache))
+            splits = Corpus.open_splits(folder, cache)
+            tokenizer = splits[0].open_tokenizer()
         except DataError as error:
             problems.append(str(error))
             continue
@@ -55,8 +54,8 @@ def open_sources(config: DataConfig, run_dir: Path) -> Sources:
             corpora.append(corpus)
             if corpus.tokenizer_digest != tokenizer.digest:
                 problems.append(
-                    f"{folder}: tokenized with {corpus.tokenizer_digest[:12]}, but its tokenizer.model is "
-                    f"{tokenizer.digest[:12]}; prepare the corpus again"
+                    f"{corpus.location}: tokenized with {corpus.tokenizer_digest[:12]} and not, like the other split, "
+                    f"with {tokenizer.digest[:12]}; prepare the corpus again"
                 )
         if tokenizer.digest != tokenizers[0].digest:
             problems.append(
@@ -77,10 +76,9 @@ def _corpus_folder(config: DataConfig, source: SourceConfig, run_dir: Path) -> s
     return str(ensure_corpus([source.corpus], run_dir / "corpora", Path(config.tokenizer), processes=processes))
 
 
-def tokenizer_path(config: DataConfig, run_dir: Path) -> Path:
-    """The model file of the tokenizer of all sources, fetched if they are at URLs."""
-    first, cache = _corpus_folder(config, config.sources[0], run_dir), Cache.of(config)
-    return tokenizer_model(first, Corpus(join(first, "train"), cache).tokenizer_digest, cache)
+def find_tokenizer(config: DataConfig, run_dir: Path) -> Tokenizer:
+    """The tokenizer of all sources."""
+    return Corpus.open_splits(_corpus_folder(config, config.sources[0], run_dir), Cache.of(config))[0].open_tokenizer()
 
 
 def training_plan(config: DataConfig, corpora: Sequence[Corpus], seed: int, run_dir: Path) -> TrainingPlan:

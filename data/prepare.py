@@ -18,6 +18,7 @@ from triplane.data.encode import Encoding, Outcome, encode_records
 from triplane.data.errors import DataError
 from triplane.data.files import locked_folder, sync, write_whole
 from triplane.data.journal import Journal
+from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.readers import read_records
 from triplane.data.records import Position, Record, Rejection, text_of
 from triplane.data.report import Counts, Recipe, Rejected, Report
@@ -52,7 +53,7 @@ def prepare(
     dedupe: Dedupe = "none",
     wait: bool = False,
 ) -> Report:
-    """Writes the documents of `inputs` (see find_files) to `out`: `tokenizer.model`, `train/`, `validation/`,
+    """Writes the documents of `inputs` (see find_files) to `out`: the tokenizer's files, `train/`, `validation/`,
     `report.json`, and `rejected.jsonl`, which names each input that is not in the corpus.
 
     `text_field` is the field of JSON rows and the column of tables that holds the text. Which split a document is in
@@ -65,7 +66,7 @@ def prepare(
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction must be between 0 and 1, is {validation_fraction}")
     check_library(dedupe)
-    model = Tokenizer(tokenizer)
+    model = open_tokenizer(tokenizer)
     skipped: list[Rejection] = []
     files = find_files(inputs, skipped.append)
     recipe = Recipe(
@@ -85,7 +86,7 @@ def prepare(
                     records = read_records(files, text_field, build.state.position)
                     chunks = encode_records(records, Encoding(tokenizer, text_field, dedupe == "near"), processes)
                     build.fill(chunks, _sum_sizes(files), progress)
-                    return build.finish(out, tokenizer)
+                    return build.finish(out)
             finally:
                 if _is_taken(out) or not Journal.exists(partial):  # nothing to go on from
                     shutil.rmtree(partial)
@@ -122,6 +123,7 @@ class _Build:
     def __init__(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer, skipped: Sequence[Rejection]):
         """Goes on from the last commit in `folder`, if there was one; DataError if it was of another recipe."""
         self._folder = folder
+        self._tokenizer = tokenizer
         self._journal = Journal(folder)
         self.state = _State(recipe=recipe)
         if self._journal.state is not None:
@@ -132,9 +134,11 @@ class _Build:
         self._corpus.mkdir(exist_ok=True)
         self._rejections = self._journal.log("rejected.jsonl")
         self._duplicates = Duplicates(self._journal, recipe.dedupe)
-        self._train, self._validation = (
-            SplitWriter(self._corpus / split, self._journal, tokenizer, recipe.shard_tokens, counts)
-            for split, counts in (("train", self.state.train), ("validation", self.state.validation))
+        self._train = SplitWriter(
+            self._corpus, "train", self._journal, tokenizer, recipe.shard_tokens, self.state.train
+        )
+        self._validation = SplitWriter(
+            self._corpus, "validation", self._journal, tokenizer, recipe.shard_tokens, self.state.validation
         )
         if self._journal.state is None:
             for rejection in skipped:
@@ -159,7 +163,7 @@ class _Build:
                 )
                 progress(Progress(documents, text_bytes, tokens, chunk[-1][0].read_bytes, total_bytes))
 
-    def finish(self, out: Path, tokenizer: Path) -> Report:
+    def finish(self, out: Path) -> Report:
         """Publishes the corpus as `out`."""
         train, validation, rejected = self.state.train, self.state.validation, self.state.rejected
         if not (train.documents and validation.documents):
@@ -172,7 +176,7 @@ class _Build:
             )
         self._train.close()
         self._validation.close()
-        write_whole(self._corpus / "tokenizer.model", tokenizer.read_bytes())
+        self._tokenizer.save(self._corpus)
         write_whole(self._corpus / "rejected.jsonl", self._rejections.read())
         report = Report(recipe=self.state.recipe, train=train, validation=validation, rejected=rejected)
         write_whole(self._corpus / _REPORT_NAME, report.model_dump_json(indent=1).encode())
@@ -211,8 +215,7 @@ def _reuse(out: Path, recipe: Recipe) -> Report:
         raise DataError(f"{out}: holds something that is no finished corpus: name another folder") from error
     if report is None:
         raise DataError(f"{out}: holds a corpus with {difference}: name another folder or remove this one")
-    for split in ("train", "validation"):
-        Corpus(out / split)
+    Corpus.open_splits(out)
     return report.model_copy(update={"reused": True})
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from triplane.data.errors import DataError
+from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.prepare import Progress, prepare
 from triplane.data.sources import find_files
-from triplane.data.tokenizer import Tokenizer
 
 
 def ensure_corpus(
@@ -30,7 +30,7 @@ def ensure_corpus(
     files = find_files(tars, lambda rejection: None)
     if others := [file.name for file in files if file.format != ".tar"]:
         raise DataError(f"{others[0]}: not a tar: prepare it with `triplane prepare` and name the corpus")
-    key = [Tokenizer(tokenizer).digest, text_field, validation_fraction, shard_tokens]
+    key = [open_tokenizer(tokenizer).digest, text_field, validation_fraction, shard_tokens]
     key += [(file.path, file.size, file.version) for file in files]
     folder = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     prepare(

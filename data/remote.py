@@ -40,14 +40,21 @@ def is_url(location: object) -> bool:
     return "://" in str(location)
 
 
-def read_url(url: str, retry: Retry, sha256: str | None = None) -> bytes:
-    """The content of a small file; DataError names `url` and what happened on each try."""
+def read_url(url: str, retry: Retry, most_bytes: int, sha256: str | None = None) -> bytes:
+    """The content of a file of at most `most_bytes`; DataError names `url` and what happened on each try."""
     buffer = io.BytesIO()
-    download(url, buffer, retry, sha256=sha256)
+    download(url, buffer, retry, sha256, most_bytes=most_bytes)
     return buffer.getvalue()
 
 
-def download(url: str, out: BinaryIO, retry: Retry, sha256: str | None = None, size_bytes: int | None = None) -> None:
+def download(
+    url: str,
+    out: BinaryIO,
+    retry: Retry,
+    sha256: str | None = None,
+    size_bytes: int | None = None,
+    most_bytes: int | None = None,
+) -> None:
     """Fills `out` with the content of `url`, which must have this checksum and size if they are given.
 
     A failed try starts from the first byte. After the last one DataError names `url` and what happened on each.
@@ -58,7 +65,7 @@ def download(url: str, out: BinaryIO, retry: Retry, sha256: str | None = None, s
             longest = min(_LONGEST_WAIT_S, retry.first_wait_s * 2 ** (attempt - 1))
             time.sleep(random.uniform(longest / 2, longest))
         try:
-            _try(url, out, retry.timeout_s, sha256, size_bytes)
+            _try(url, out, retry.timeout_s, sha256, size_bytes, most_bytes or size_bytes)
             return
         except TransferError as error:
             failures.append(error)
@@ -69,14 +76,16 @@ def download(url: str, out: BinaryIO, retry: Retry, sha256: str | None = None, s
     raise DataError(f"{url}: cannot be fetched: {happened}: {advice}") from failures[-1]
 
 
-def _try(url: str, out: BinaryIO, timeout_s: float, sha256: str | None, size_bytes: int | None) -> None:
+def _try(
+    url: str, out: BinaryIO, timeout_s: float, sha256: str | None, size_bytes: int | None, most_bytes: int | None
+) -> None:
     out.seek(0)
     hasher, received = hashlib.sha256(), 0
     for chunk in _chunks(url, timeout_s, size_bytes):
         hasher.update(chunk)
         received += len(chunk)
-        if size_bytes is not None and received > size_bytes:
-            raise _WrongContentError(f"more than {size_bytes:,} bytes")
+        if most_bytes is not None and received > most_bytes:
+            raise _WrongContentError(f"more than {most_bytes:,} bytes")
         out.write(chunk)
     if size_bytes is not None and received < size_bytes:
         raise TransferError(f"cut after {received:,} of {size_bytes:,} bytes")

@@ -12,7 +12,7 @@ import numpy as np
 from triplane.data.files import replacing
 from triplane.data.index import index_shard
 from triplane.data.journal import Journal
-from triplane.data.manifest import Manifest, Shard, StoredFile, Tokens, token_dtype
+from triplane.data.manifest import Manifest, Shard, Split, StoredFile, Tokens, token_dtype
 from triplane.data.report import Counts
 from triplane.data.tokenizer import Tokenizer
 
@@ -27,9 +27,13 @@ class SplitWriter:
     What is not in a shard yet waits in the journal's logs and not in memory.
     """
 
-    def __init__(self, folder: Path, journal: Journal, tokenizer: Tokenizer, shard_tokens: int, counts: Counts):
+    def __init__(
+        self, parent: Path, split: Split, journal: Journal, tokenizer: Tokenizer, shard_tokens: int, counts: Counts
+    ):
         """Goes on from the journal's last commit, whose finished shards are read and compared with their checksums."""
+        folder = parent / split
         folder.mkdir(parents=True, exist_ok=True)
+        self._split = split
         self.counts = counts
         self._folder = folder
         self._tokenizer = tokenizer
@@ -62,9 +66,12 @@ class SplitWriter:
         if self._tokens.size:
             self._finish_shard()
         manifest = Manifest(
+            split=self._split,
             tokenizer_digest=self._tokenizer.digest,
+            tokenizer_files=tuple(self._tokenizer.files),
             vocab_size=self._tokenizer.vocab_size,
             bos_id=self._tokenizer.bos_id,
+            eos_id=self._tokenizer.eos_id,
             text_bytes=self.counts.text_bytes,
             shards=tuple(self._shards),
         )

@@ -94,7 +94,7 @@ def tokenizer_train(
 def prepare(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="The corpus folder to write.")],
-    tokenizer: Annotated[Path, typer.Option(help="The model file of a trained tokenizer.")],
+    tokenizer: Annotated[Path, typer.Option(help="A sentencepiece model, a tokenizer.json, or their folder.")],
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.02,
     shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard.", min=1)] = 16_777_216,
     processes: Annotated[int, typer.Option(help="Tokenizing processes, 0: one a CPU; same result.", min=0)] = 0,

@@ -13,7 +13,7 @@ from triplane.data.inspect import describe
 from triplane.data.prepare import prepare as prepare_corpus
 from triplane.data.prepare import read_documents
 from triplane.data.records import Rejection
-from triplane.data.tokenizer import train_tokenizer as train_sentencepiece
+from triplane.data.tokenizer_training import train_tokenizer as train_sentencepiece
 from triplane.launcher.preparation import PreparationBar, show_report
 
 _SHOWN_REJECTIONS = 10
@@ -67,8 +67,8 @@ def show_corpus(console: Console, folder: Path, documents: int, verify: bool) ->
     for line in _describe_lines(describe(folder, documents), indent=0):
         console.print(line, markup=False)
     if verify:
-        for split in ("train", "validation"):
-            Corpus(folder / split).verify()
+        for corpus in Corpus.open_splits(folder):
+            corpus.verify()
         console.print("every byte is as it was written")
 
 

@@ -15,7 +15,7 @@ from triplane.launcher.errors import ConfigError
 def inspect(path: str, documents: int, verify: bool) -> None:
     """Prints what is in a corpus, a run's newest checkpoint, or a checkpoint."""
     console = Console(highlight=False, soft_wrap=True)
-    if Path(path, "tokenizer.model").exists():
+    if Path(path, "train").exists():
         show_corpus(console, Path(path), documents, verify)
         return
     from triplane.launcher.model_commands import show_checkpoint  # imports torch

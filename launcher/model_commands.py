@@ -13,7 +13,7 @@ from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.baseline import unigram_loss
 from triplane.data.loader import SequenceDataset
-from triplane.data.opening import open_sources, tokenizer_path, validation_plan
+from triplane.data.opening import find_tokenizer, open_sources, validation_plan
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
 from triplane.launcher.preflight import config_of, find_checkpoint
@@ -45,8 +45,8 @@ class TrainedModel:
         return cls(checkpoint, config_of(checkpoint.state["run"]))
 
     @property
-    def tokenizer_model(self) -> Path:
-        return tokenizer_path(self.config.data, Path(self.config.run_dir))
+    def tokenizer(self) -> Tokenizer:
+        return find_tokenizer(self.config.data, Path(self.config.run_dir))
 
     def load(self) -> tuple[Transformer, torch.device]:
         """The whole model, fp32, on a GPU if there is one."""
@@ -72,7 +72,7 @@ def evaluate(run: str, sequences: int | None) -> None:
 def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Prints the prompt and its continuation."""
     trained = TrainedModel.open(run)
-    tokenizer = Tokenizer(trained.tokenizer_model)
+    tokenizer = trained.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     model, _ = trained.load()
     added = generate_tokens(next_logits(model), ids, tokens, temperature, top_k, seed, tokenizer.eos_id)
@@ -98,7 +98,7 @@ def export(run: str, out: Path, dtype: str) -> None:
     weights = CheckpointWeights(trained.checkpoint)
     config = trained.config
     report = export_weights(
-        weights, config.model, config.data.seq_len, trained.tokenizer_model, out, DTYPES[dtype], provenance
+        weights, config.model, config.data.seq_len, trained.tokenizer, out, DTYPES[dtype], provenance
     )
     _print(f"{out}: {report}")
 

@@ -30,10 +30,11 @@ _FIXED = (
 
 
 def check_data(config: RunConfig, sources: Sources) -> list[str]:
-    """A tokenizer that does not fit the model."""
+    """A tokenizer that does not fit the model. Imported weights may have more embeddings than there are tokens."""
     problems: list[str] = []
     tokenizer = sources.tokenizer
-    if tokenizer.vocab_size != config.model.vocab_size:
+    spare = config.model.vocab_size - tokenizer.vocab_size
+    if spare < 0 or (spare and config.checkpoint.initial is None):
         problems.append(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {config.data.sources[0].corpus} has "
             f"{tokenizer.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"

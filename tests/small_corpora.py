@@ -8,7 +8,8 @@ from pathlib import Path
 from triplane.data.corpus import Corpus
 from triplane.data.prepare import prepare
 from triplane.data.report import Report
-from triplane.data.tokenizer import Tokenizer, train_tokenizer
+from triplane.data.tokenizer import Tokenizer
+from triplane.data.tokenizer_training import train_tokenizer
 
 _ODD_WORDS = ["<s>", "</s>", "2026", "x=1", "Straße", "東京", "🙂", "\u2581", "\t", "\r\n", "\n\n", "", "e\u0301"]
 

@@ -14,6 +14,7 @@ from triplane.checkpoint import export as export_module
 from triplane.checkpoint import hf_folder, hf_weights, verify
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.export import export
+from triplane.data.open_tokenizer import open_tokenizer
 from triplane.model.build import load_model
 from triplane.model.config import RopeScaling
 from triplane.model.errors import ModelError
@@ -50,7 +51,7 @@ def publish(tokenizer_model, tmp_path):
     def run(dtype=torch.float32, weights=None, **changes):
         config = small_config(vocab_size=VOCAB, **changes)
         weights = random_weights(config) if weights is None else weights
-        report = export(weights, config, 64, tokenizer_model, tmp_path / "model", dtype, PROVENANCE)
+        report = export(weights, config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", dtype, PROVENANCE)
         return config, weights, report, tmp_path / "model"
 
     return run
@@ -171,8 +172,8 @@ def test_what_only_transformers_reads_otherwise_is_not_published(publish, monkey
 
 
 def test_another_tokenization_is_not_published(publish, monkeypatch, tmp_path):
-    def write_without_split(tokenizer_model, folder):
-        write_hf_tokenizer(tokenizer_model, folder)
+    def write_without_split(tokenizer, folder):
+        write_hf_tokenizer(tokenizer, folder)
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": False}))
 
@@ -225,7 +226,9 @@ def test_an_existing_folder_is_refused(publish, tmp_path):
 def test_another_models_tokenizer_or_weights_are_refused(publish, tokenizer_model, tmp_path):
     config = small_config(vocab_size=VOCAB + 1)
     with pytest.raises(CheckpointError, match="has 400 tokens, the model 401"):
-        export(random_weights(config), config, 64, tokenizer_model, tmp_path / "model", torch.float32, {})
+        export(
+            random_weights(config), config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", torch.float32, {}
+        )
     with pytest.raises(ModelError, match="missing from the weights"):
         publish(weights={})
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from triplane.data.errors import DataError
 from triplane.data.hf_tokenizer import write_hf_tokenizer
+from triplane.data.open_tokenizer import open_tokenizer
 
 ODD_TEXTS = [
     "",
@@ -86,7 +87,7 @@ def tokenizers(request, documents, tmp_path_factory):
     """Sentencepiece's and Hugging Face's tokenizer of the same model."""
     folder = tmp_path_factory.mktemp("tokenizer")
     model = train(folder / "source.model", documents[: len(documents) // 2], vocab_size=4096, **request.param)
-    write_hf_tokenizer(model, folder)
+    write_hf_tokenizer(open_tokenizer(model), folder)
     return sentencepiece.SentencePieceProcessor(model_file=str(model)), AutoTokenizer.from_pretrained(folder)
 
 
@@ -147,4 +148,4 @@ def test_special_tokens_are_known_and_never_read_from_text(tokenizers):
 def test_tokenizers_without_an_equal_are_refused(changes, named, documents, tmp_path):
     model = train(tmp_path / "source.model", documents[:3], vocab_size=500, **changes)
     with pytest.raises(DataError, match=named):
-        write_hf_tokenizer(model, tmp_path / "out")
+        write_hf_tokenizer(open_tokenizer(model), tmp_path / "out")

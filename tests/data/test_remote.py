@@ -12,7 +12,7 @@ from small_corpora import Prepared
 from triplane.data.cache import Cache
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
-from triplane.data.folder import join, tokenizer_model
+from triplane.data.folder import join
 from triplane.data.remote import Retry, read_url
 
 _RETRY = Retry(retries=3, timeout_s=0.5, first_wait_s=0.01)
@@ -59,8 +59,7 @@ def test_over_http_each_file_is_fetched_once(
     corpus = Corpus(f"{server.url}/{split}", cache)
     assert set(server.requests) == {f"{split}/manifest.json"}
     _assert_reads_alike(corpus, Corpus(prepared.folder / split))
-    path = tokenizer_model(server.url, corpus.tokenizer_digest, cache)
-    assert path.read_bytes() == (prepared.folder / "tokenizer.model").read_bytes()
+    assert corpus.open_tokenizer().digest == prepared.tokenizer.digest
     files = [path.relative_to(prepared.folder) for path in (prepared.folder / split).iterdir()]
     assert server.requests == dict.fromkeys(map(str, [*files, "tokenizer.model"]), 1)
 
@@ -136,7 +135,7 @@ def test_a_cut_manifest_or_tokenizer_is_tried_again(prepared: Prepared, server: 
     server.faults = {"manifest.json": deque(["cut"]), "tokenizer.model": deque(["corrupt", "cut"])}
     corpus = Corpus(f"{server.url}/train", cache)
     assert corpus.digest == prepared.train.digest
-    tokenizer_model(server.url, corpus.tokenizer_digest, cache)
+    assert corpus.open_tokenizer().digest == prepared.tokenizer.digest
     assert server.requests == {"train/manifest.json": 2, "tokenizer.model": 3}
 
 
@@ -157,7 +156,7 @@ def test_damage_on_the_cache_s_disk_is_found(prepared: Prepared, server: FaultyS
 )
 def test_a_protocol_that_is_not_installed(url: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read_url(url, _RETRY)
+        read_url(url, _RETRY, 100)
 
 
 def test_join() -> None:

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_shard(folder, number, np.split(draw.integers(0, 60_000, _SHARD_TOKENS), 200), np.dtype(np.uint16))
         for number in range(_SHARDS)
     ]
-    manifest = Manifest(tokenizer_digest="", vocab_size=60_000, bos_id=1, text_bytes=1, shards=tuple(shards))
+    manifest = Manifest(tokenizer_digest="0" * 64, vocab_size=60_000, bos_id=1, text_bytes=1, shards=tuple(shards))
     manifest.save(folder)
     return folder
 

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpora import Prepared
 
+from triplane.data.blocks import Block
 from triplane.data.errors import DataError
-from triplane.data.tokenizer import Tokenizer, train_tokenizer
+from triplane.data.open_tokenizer import open_tokenizer
+from triplane.data.tokenizer_training import train_tokenizer
 
 _ODD_TEXTS = [
     "",
@@ -71,10 +73,10 @@ def test_a_tokenizer_that_alters_text_is_refused(tmp_path: Path, prepared: Prepa
             byte_fallback=True, normalization_rule_name="nfkc",
         )  # fmt: skip
     with pytest.raises(DataError, match="readme: the tokenizer alters it at character 2: ' b' comes back as 'b'"):
-        Tokenizer(path).encode_exactly("a  b", "readme")
+        open_tokenizer(path).encode_exactly(Block("", "a  b", 0), "readme")
 
 
 def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(b"not a model")
-    with pytest.raises(DataError, match=r"t\.model: not a readable sentencepiece model"):
-        Tokenizer(tmp_path / "t.model")
+    with pytest.raises(DataError, match=r"t\.model: neither a sentencepiece model nor a Hugging Face tokenizer\.json"):
+        open_tokenizer(tmp_path / "t.model")

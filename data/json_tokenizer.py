@@ -1,0 +1,133 @@
+"""A Hugging Face `tokenizer.json` as a tokenizer, by the `tokenizers` library."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+from triplane.data.blocks import AHEAD_CHARS, SafePairs
+from triplane.data.errors import DataError
+from triplane.data.tokenizer import Tokenizer
+
+JSON_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
+MAP_NAME = "special_tokens_map.json"
+
+_KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+"""What well-known tokenizers call the end of a text, asked for only where no file says it."""
+_CUTS = [re.compile(cut) for cut in (r"(?<=\S\n)(?=\S)", r"(?<=\w)(?=\s)", r"(?<=\w)(?=[^\w\s])")]
+"""Where words are split by the rules in use, best first: line ends, words before spaces, other ends of words."""
+_TRIES = 32
+_SEARCHED_CHARS = 1 << 13
+
+
+class JsonTokenizer(Tokenizer):
+    """Special tokens that are spelled out in text stay text."""
+
+    context_chars = AHEAD_CHARS // 4
+
+    def __init__(self, files: Mapping[str, bytes], where: str):
+        """`files` are JSON_NAME and, if they exist, CONFIG_NAME and MAP_NAME. Raises DataError, which names `where`,
+        if the library cannot read them or nothing tells which token ends a text."""
+        try:
+            self._library = tokenizers.Tokenizer.from_buffer(files[JSON_NAME])
+        except ValueError as error:
+            raise DataError(f"{where}: not a readable tokenizer.json: {' '.join(str(error).split())}") from error
+        self._library.encode_special_tokens = True
+        self._library.no_truncation()
+        self._library.no_padding()
+        if getattr(self._library.model, "dropout", None):
+            self._library.model.dropout = None
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        content = json.loads(files[JSON_NAME])
+        config, map_ = (_object(files.get(name, b"{}"), f"{where}: {name}") for name in (CONFIG_NAME, MAP_NAME))
+        special = [token["content"] for token in content["added_tokens"] if token["special"]]
+        begin, end = _template_ends(content["post_processor"])
+        eos = _first(vocabulary, _named(config, "eos_token"), _named(map_, "eos_token"), end, *_KNOWN_EOS, *special[:1])
+        if eos is None:
+            raise DataError(
+                f'{where}: no token ends a text: name one as "eos_token" in a {CONFIG_NAME} beside tokenizer.json'
+            )
+        bos = _first(vocabulary, _named(config, "bos_token"), _named(map_, "bos_token"), begin) or eos
+        self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+        for token in (bos, eos):
+            if vocabulary[token] in self.encode_whole(token):
+                raise DataError(
+                    f"{where}: {token}, which begins or ends a text, is read from text that spells it out: mark it as "
+                    f'"special" among the "added_tokens" of tokenizer.json'
+                )
+        named = json.dumps({**config, "bos_token": bos, "eos_token": eos}, ensure_ascii=False, indent=1) + "\n"
+        self.files = {JSON_NAME: files[JSON_NAME], CONFIG_NAME: named.encode()}
+        self.digest = hashlib.sha256(files[JSON_NAME] + f"{bos}\n{eos}".encode()).hexdigest()
+        # Without words, tokens are joined over the whole text: a cut must be where no token could be.
+        self._pairs = None if content["pre_tokenizer"] else SafePairs(vocabulary)
+
+    def encode_whole(self, text: str) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._library.decode(ids, skip_special_tokens=True)
+        return text
+
+    def hf_files(self) -> dict[str, bytes]:
+        return dict(self.files)
+
+    def find_cut(self, text: str, start: int, stop: int) -> int | None:
+        if self._pairs:
+            stop = self._pairs.find_cut(text, start, stop) or start
+            return stop if stop > start and self._is_unseen(text, stop) else None
+        return next((cut for cut in _candidates(text, start, stop) if self._is_unseen(text, cut)), None)
+
+    def _is_unseen(self, text: str, cut: int) -> bool:
+        """Whether the tokens around the cut are those of the text."""
+        before = self.encode_whole(text[max(0, cut - self.context_chars) : cut])
+        around = self.encode_whole(text[max(0, cut - self.context_chars) : cut + AHEAD_CHARS])
+        return around[: len(before)] == before
+
+
+def _candidates(text: str, start: int, stop: int) -> Iterator[int]:
+    first = max(start, stop - _SEARCHED_CHARS)
+    for pattern in _CUTS:
+        found = [match.start() for match in pattern.finditer(text, first, stop + 1) if first < match.start() <= stop]
+        yield from found[: -_TRIES - 1 : -1]
+
+
+def _object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: not a JSON object")
+    return value
+
+
+def _named(config: Mapping[str, Any], key: str) -> str | None:
+    """The token's text, which may stand in an object of its own."""
+    token = config.get(key)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _template_ends(post_processor: Any) -> tuple[str | None, str | None]:
+    """What the template for one text puts before and after it."""
+    if not isinstance(post_processor, dict):
+        return None, None
+    for processor in (post_processor, *post_processor.get("processors", ())):
+        template = processor.get("single") or []
+        kinds = [next(iter(part)) for part in template]
+        if "Sequence" in kinds:
+            tokens = [part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in template]
+            at = kinds.index("Sequence")
+            return (tokens[0] if at else None), (tokens[-1] if at < len(kinds) - 1 else None)
+    return None, None
+
+
+def _first(vocabulary: Mapping[str, int], *tokens: str | None) -> str | None:
+    return next((token for token in tokens if token is not None and token in vocabulary), None)

@@ -1,0 +1,65 @@
+"""A sentencepiece model as a tokenizer."""
+
+import hashlib
+from functools import cached_property
+
+import sentencepiece
+
+from triplane.data.blocks import SafePairs
+from triplane.data.errors import DataError
+from triplane.data.tokenizer import Tokenizer
+
+SENTENCEPIECE_NAME = "tokenizer.model"
+_SPACE = "\u2581"
+"""Stands for a space inside sentencepiece, which would therefore decode a real one to a space."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Takes BPE and unigram models; those that do not normalize text are encoded in blocks."""
+
+    def __init__(self, model: bytes, where: str):
+        """Raises DataError if `model` is no sentencepiece model with bos and eos; `where` names it."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"{where}: neither a sentencepiece model nor a Hugging Face tokenizer.json") from error
+        self.files = {SENTENCEPIECE_NAME: model}
+        self.digest = hashlib.sha256(model).hexdigest()
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise DataError(f"{where}: the tokenizer lacks bos or eos, which mark where documents start and end")
+        self._space_ids: list[int] = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        # Where text gets a leading space, a block that is not the first needs something before it that takes it.
+        self.context_chars = 1 if self._processor.normalize("a") != "a" else 0
+
+    def encode_whole(self, text: str) -> list[int]:
+        first, *rest = text.split(_SPACE)
+        ids: list[int] = self._processor.encode(first)
+        for part in rest:
+            ids += self._space_ids + self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._processor.decode(ids)
+        return text
+
+    def hf_files(self) -> dict[str, bytes]:
+        from triplane.data.hf_tokenizer import converted  # loads protobuf
+
+        return converted(self.files[SENTENCEPIECE_NAME])
+
+    def find_cut(self, text: str, start: int, stop: int) -> int | None:
+        return self._pairs.find_cut(text, start, stop) if self._pairs else None
+
+    @cached_property
+    def _pairs(self) -> SafePairs | None:
+        """None for a model that normalizes: it may join or drop the characters around any cut."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        normalizer = ModelProto.FromString(self.files[SENTENCEPIECE_NAME]).normalizer_spec
+        if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+            return None
+        processor = self._processor
+        ids = range(self.vocab_size)
+        return SafePairs(processor.id_to_piece(i) for i in ids if not processor.is_control(i))

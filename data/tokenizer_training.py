@@ -1,0 +1,83 @@
+"""Trains a sentencepiece tokenizer whose decoding gives back the text exactly."""
+
+import hashlib
+import heapq
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from triplane.data.blocks import Block
+from triplane.data.errors import DataError
+from triplane.data.files import write_whole
+from triplane.data.open_tokenizer import open_tokenizer
+from triplane.data.tokenizer import Tokenizer
+
+_PIECE_CHARS = 1 << 16
+"""Longer documents are cut for training, so that one huge file can be sampled as well."""
+_ODD_TEXT = "<s>a</s><unk><0x41>  b\r\n\t\0\u2581\ufeff\U0001f642e\u0301 "
+"""What tokenizers are known to alter."""
+
+
+def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sample_bytes: int = 10_000_000) -> Tokenizer:
+    """Trains byte-pair encoding on a sample of `documents` and writes the model to `path`.
+
+    The same documents give the same file, in whatever order they come. Raises DataError if there is no text or too
+    little for `vocab_size`, or if the tokenizer alters text.
+    """
+    sample = _sample(documents, sample_bytes)
+    if not sample:
+        raise DataError(f"{path}: no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            required_chars="\u2581",  # else text with few spaces loses them: each becomes bytes, which decode to U+2581
+            allow_whitespace_only_pieces=True,  # indentation: a third fewer tokens in source code
+            split_digits=True,
+            max_sentence_length=4 * _PIECE_CHARS,
+            num_threads=1,  # the model file names the number
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rpartition("] ")[2]  # what is before it is the place in the C++ source
+        raise DataError(f"{path}: no tokenizer of {vocab_size} ids from this text: {reason}") from error
+    write_whole(path, model.getvalue())
+    tokenizer = open_tokenizer(path)
+    try:
+        for i, text in enumerate([_ODD_TEXT, *sample[:100]]):
+            tokenizer.encode_exactly(Block("", text, 0), f"training text {i}" if i else "a text of ours")
+    except DataError:
+        path.unlink()
+        raise
+    return tokenizer
+
+
+def _sample(documents: Iterable[str], max_bytes: int) -> list[str]:
+    """The pieces of documents whose hashes are smallest, at least one and up to `max_bytes`."""
+    kept: list[tuple[int, bytes]] = []
+    size, end = 0, 1 << 64
+    for document in documents:
+        for start in range(0, len(document), _PIECE_CHARS):
+            piece = document[start : start + _PIECE_CHARS].encode()
+            rank = int.from_bytes(hashlib.blake2b(piece, digest_size=8).digest(), "little")
+            if rank >= end:
+                continue
+            heapq.heappush(kept, (-rank, piece))
+            size += len(piece)
+            while size > max_bytes and len(kept) > 1:
+                negative_rank, dropped = heapq.heappop(kept)
+                size, end = size - len(dropped), -negative_rank
+    return [piece.decode() for _, piece in sorted(kept, reverse=True)]
