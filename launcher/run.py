@@ -37,10 +37,10 @@ from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
 from triplane.training.failure import record_failure
 from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
-from triplane.training.history import record_event
 from triplane.training.loop import Corpora, Settings, Trainer
 from triplane.training.optimizer import adamw
 from triplane.training.report import Report
+from triplane.training.run_log import record_event
 from triplane.training.state import State
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from triplane.parallel.apply import LocalModel
 from triplane.parallel.mesh import Mesh
+from triplane.parallel.norm import squared_norm
 from triplane.parallel.placement import Fragment, fragments
 
 _BUCKET_ELEMENTS = 32 * 1024**2
@@ -81,11 +82,11 @@ class ReplicatedOptimizer:
 
     def _gradient_norm(self) -> Tensor:
         """Over the whole model: shards add up over tp and pp, copies count once."""
-        gradients = [p.parameter.grad for p in self.placements if p.primary and p.parameter.grad is not None]
-        squared = nn.utils.get_total_norm(gradients).square()
+        primary = [placed.parameter for placed in self.placements if placed.primary]
+        squared = squared_norm(map(self.gradient, primary), self.mesh.device)
         if self.mesh.model is not None:
             dist.all_reduce(squared, group=self.mesh.model)
-        return squared.sqrt()
+        return squared.sqrt().float()
 
     def fragments(self) -> Iterator[Fragment]:
         """The state on this rank; the ranks of dp x cp take turns in writing parameters."""

@@ -4,12 +4,14 @@ Adam's eps is 1e-3: at 1e-8, rounding noise in gradients near zero is amplified 
 apart by 1e-3 while the gradients agree.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from statistics import median
 from time import perf_counter
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET, Batch
@@ -24,7 +26,9 @@ from triplane.training.config import OptimizerConfig
 from triplane.training.optimizer import adamw
 
 SEQUENCES, SEQ_LEN = 8, 48
-_CLIP, _SEED = 0.5, 3
+SEED = 3
+"""Decides the initial weights and the data."""
+_CLIP = 0.5
 _OPTIMIZER = OptimizerConfig(eps=1e-3)
 _MICRO_BATCH_SIZE = 2
 
@@ -44,10 +48,14 @@ class Trace:
     """After the last step: whole, or the boxes that a rank holds."""
     tokens_per_s: float
 
+    def after(self, step: int) -> "Trace":
+        """Without what the first `step` steps reported."""
+        return replace(self, losses=self.losses[step:], norms=self.norms[step:])
+
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest absolute differences between two traces."""
+    """How far two traces are apart: by the largest absolute differences, or by root mean squares."""
 
     loss: float
     norm: float
@@ -63,10 +71,10 @@ class Difference:
         return all(found <= allowed for found, allowed in zip(astuple(self), astuple(tolerance)))
 
 
-def proof_model(tie_embeddings: bool = False) -> ModelConfig:
+def proof_model(tie_embeddings: bool = False, vocab_size: int = 61) -> ModelConfig:
     """Every feature in little: grouped queries, biases, an odd vocabulary, z-loss, layers that stages cannot share."""
     return ModelConfig(
-        vocab_size=61,
+        vocab_size=vocab_size,
         dim=32,
         n_layers=5,
         n_heads=8,
@@ -80,7 +88,7 @@ def proof_model(tie_embeddings: bool = False) -> ModelConfig:
     )
 
 
-def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int]) -> Batch:
+def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], seed: int = SEED) -> Batch:
     """Sequences of two packed documents, or of one in every third step, with fewer targets in some than in others.
 
     No loss crosses a boundary. Documents are longer than the shares of context parallelism.
@@ -89,7 +97,7 @@ def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int]) -> Batch
     targets: list[Tensor] = []
     bounds = [0]
     for number in numbers:
-        generator = torch.Generator().manual_seed(1000 * step + number)
+        generator = torch.Generator().manual_seed(1_000_000 * (seed - SEED) + 1000 * step + number)
         drawn = torch.randint(0, config.vocab_size, (SEQ_LEN + 1,), generator=generator)
         text = drawn.cumsum(0) // 3 % config.vocab_size
         following = text[1:].clone()
@@ -104,21 +112,23 @@ def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int]) -> Batch
     return Batch.build(torch.cat(tokens), torch.cat(targets), bounds)
 
 
-def train_plainly(config: ModelConfig, steps: int) -> Trace:
+def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
     """The reference: a loop in plain torch over the plain model, one process, fp32, whole batches."""
     model = Transformer(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             offsets, sizes = (0,) * parameter.dim(), tuple(parameter.shape)
-            parameter.copy_(initial_weight(config, _SEED, name, parameter.shape, offsets, sizes))
+            parameter.copy_(initial_weight(config, seed, name, parameter.shape, offsets, sizes))
     optimizer = adamw(_OPTIMIZER, ((parameter, parameter.shape) for parameter in model.parameters()))
     losses, norms = [], []
     start_s = perf_counter()
     for step in range(steps):
-        batch = proof_batch(config, step, range(SEQUENCES))
+        batch = proof_batch(config, step, range(SEQUENCES), seed)
         loss = model(batch).objective / (batch.targets_T != IGNORED_TARGET).sum()
         loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), _CLIP)))
+        norm = _norm(model.parameters())
+        norms.append(float(norm))
+        nn.utils.clip_grads_with_norm_(model.parameters(), _CLIP, norm)
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step)
         optimizer.step()
@@ -132,14 +142,16 @@ def train_plainly(config: ModelConfig, steps: int) -> Trace:
     return Trace(losses, norms, state, _tokens_per_s(steps, start_s))
 
 
-def proof_engine(mesh: Mesh, config: ModelConfig, layout: ParallelConfig, dtype: torch.dtype) -> Engine:
+def proof_engine(
+    mesh: Mesh, config: ModelConfig, layout: ParallelConfig, dtype: torch.dtype, seed: int = SEED
+) -> Engine:
     """A rank's engine, with the weights that `train_plainly` starts from."""
     engine = Engine(config, layout, mesh, dtype, SEQ_LEN, _CLIP, partial(adamw, _OPTIMIZER))
-    engine.initialize(_SEED)
+    engine.initialize(seed)
     return engine
 
 
-def train_on_mesh(engine: Engine, steps: range) -> Trace:
+def train_on_mesh(engine: Engine, steps: range, seed: int = SEED) -> Trace:
     """The same steps by an engine."""
     dp = engine.mesh.dp
     assert SEQUENCES % dp.size == 0, dp.size
@@ -150,7 +162,7 @@ def train_on_mesh(engine: Engine, steps: range) -> Trace:
     start_s = perf_counter()
     for step in steps:
         numbers = [range(start, start + each) for start in range(first, first + share, each)]
-        batches = [proof_batch(engine.config, step, some).to(engine.mesh.device) for some in numbers]
+        batches = [proof_batch(engine.config, step, some, seed).to(engine.mesh.device) for some in numbers]
         loss = engine.forward_backward(batches)
         norms.append(float(engine.step(_learning_rate(step))))
         losses.append(float(loss.cross_entropy + loss.z))
@@ -159,22 +171,55 @@ def train_on_mesh(engine: Engine, steps: range) -> Trace:
     return Trace(losses, norms, boxes, rate)
 
 
-def difference(trace: Trace, one: Trace) -> Difference:
-    """How far a rank's trace is from that of one process."""
-    assert isinstance(trace.state, list) and isinstance(one.state, dict)
+def largest_difference(trace: Trace, one: Trace) -> Difference:
+    """The largest absolute differences of a rank's trace from that of one process."""
     weight = moment = 0.0
-    for box in trace.state:
-        spans = tuple(slice(start, start + size) for start, size in zip(box.offsets, box.data.shape))
-        largest = float((box.data - one.state[box.key][spans]).abs().max())
+    for box, differing in _differing(trace, one):
+        largest = float(differing.abs().max())
         if box.kind == "weight":
             weight = max(weight, largest)
         else:
             moment = max(moment, largest)
-    return Difference(_largest(trace.losses, one.losses), _largest(trace.norms, one.norms), weight, moment)
+    loss, norm = (max(map(abs, values)) for values in (_losses(trace, one), _norms(trace, one)))
+    return Difference(loss, norm, weight, moment)
 
 
-def _largest(ours: list[float], theirs: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+def typical_difference(trace: Trace, one: Trace, device: torch.device) -> Difference:
+    """Medians over steps of loss and relative norm, root mean squares over all weights and moments. Collective.
+
+    They vary far less from seed to seed than the largest differences do.
+    """
+    totals = torch.zeros(2, 2, dtype=torch.float64)  # (weight, moment) x (sum of squares, elements)
+    for box, differing in _differing(trace, one):
+        if box.primary:
+            totals[int(box.kind != "weight")] += torch.tensor([float(differing.square().sum()), differing.numel()])
+    totals = totals.to(device)
+    dist.all_reduce(totals)
+    weight, moment = (totals[:, 0] / totals[:, 1]).sqrt().tolist()
+    norms = [differing / norm for differing, norm in zip(_norms(trace, one), one.norms)]
+    return Difference(median(map(abs, _losses(trace, one))), median(map(abs, norms)), weight, moment)
+
+
+def _differing(trace: Trace, one: Trace) -> Iterator[tuple[Fragment, Tensor]]:
+    """Each box of a rank, and how far its elements are from those of one process, fp64."""
+    assert isinstance(trace.state, list) and isinstance(one.state, dict)
+    for box in trace.state:
+        spans = tuple(slice(start, start + size) for start, size in zip(box.offsets, box.data.shape))
+        yield box, box.data.double() - one.state[box.key][spans]
+
+
+def _losses(trace: Trace, one: Trace) -> list[float]:
+    return [ours - theirs for ours, theirs in zip(trace.losses, one.losses, strict=True)]
+
+
+def _norms(trace: Trace, one: Trace) -> list[float]:
+    return [ours - theirs for ours, theirs in zip(trace.norms, one.norms, strict=True)]
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Over all gradients, summed in fp64: torch's own fp32 norm is wrong for large tensors."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt().float()
 
 
 def _learning_rate(step: int) -> float:

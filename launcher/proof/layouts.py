@@ -1,4 +1,4 @@
-"""The layouts that `triplane prove` trains: every axis alone, in pairs, and together."""
+"""The layouts that `triplane prove` trains: every axis alone, in pairs, and together; and large tensors."""
 
 import json
 from collections.abc import Callable
@@ -42,6 +42,21 @@ _LARGE: list[dict[str, Any]] = [
 ]
 """Three axes and more, and one axis over eight ranks."""
 
+LARGE_VOCABULARY = 65_537
+_LARGE_TENSORS: list[dict[str, Any]] = [
+    {"large": True} | setting
+    for setting in (
+        {"zero": 0},
+        {"dp": 2},
+        {"dp": 2, "zero": 0},
+        {"dp": 2, "zero": 2},
+        {"dp": 2, "zero": 3},
+        {"offload_optimizer": True},
+        {"tp": 2},
+        {"pp": 2, "zero": 0, "tied": True},
+    )
+]
+"""Each way to sum a gradient's norm, over tables of 2 M elements: a sum that loses precision with size shows there."""
 
 _TIED: list[dict[str, Any]] = [
     {"zero": 0},
@@ -61,6 +76,9 @@ _RESHARDED: list[dict[str, Any]] = [
 ]
 """Each saves for all others."""
 
+_OF_CASE = {"tied": False, "precision": "fp32", "large": False}
+"""Settings besides the layout, and their defaults."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -69,6 +87,8 @@ class Case:
     layout: ParallelConfig
     tied: bool
     precision: str
+    large: bool = False
+    """Whether the vocabulary is large."""
 
     @property
     def ranks(self) -> int:
@@ -76,8 +96,19 @@ class Case:
         return self.layout.ranks_of_one * self.layout.dp
 
     def describe(self) -> str:
-        more = [self.layout.describe(), "tied" if self.tied else "", self.precision if self.precision != "fp32" else ""]
-        return ", ".join(filter(None, more))
+        return ", ".join(
+            [
+                self.layout.describe(),
+                *(["tied"] if self.tied else []),
+                *(["large vocabulary"] if self.large else []),
+                *([self.precision] if self.precision != "fp32" else []),
+            ]
+        )
+
+    def model(self, model: ModelConfig) -> ModelConfig:
+        """`model` with the head and the vocabulary of this case."""
+        size = {"vocab_size": LARGE_VOCABULARY} if self.large else {}
+        return model.model_copy(update={"tie_embeddings": self.tied} | size)
 
 
 RunsHere = Callable[[Case], bool]
@@ -88,7 +119,7 @@ def full_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case
     """Every choice alone, every pair of choices that go together, and the large ones."""
     alone = [choice for choices in _CHOICES for choice in choices]
     pairs = [a | b for first, second in combinations(_CHOICES, 2) for a, b in product(first, second)]
-    cases = [_case(model, setting, ranks, runs_here) for setting in [{}, *alone, *pairs, *_LARGE]]
+    cases = [_case(model, setting, ranks, runs_here) for setting in [{}, *alone, *pairs, *_LARGE, *_LARGE_TENSORS]]
     return list(dict.fromkeys(case for case in cases if case is not None))
 
 
@@ -106,7 +137,8 @@ def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Cas
             candidates.append((case, {pair for pair in pairs if bf16 in pair} if bf16 in chosen else pairs))
     missing = set().union(*(pairs for _, pairs in candidates))
     shared_heads = _case(model, {"tp": 4}, ranks, runs_here)  # more ranks than key and value heads
-    cover = [] if shared_heads is None else [shared_heads]
+    large = [_case(model, setting, ranks, runs_here) for setting in _LARGE_TENSORS]
+    cover = [case for case in (shared_heads, *large) if case is not None]
     while missing:
         # Of those that cover the most, one with few ranks, which is quick.
         case, pairs = max(candidates, key=lambda candidate: (len(candidate[1] & missing), -candidate[0].ranks))
@@ -135,9 +167,9 @@ def own_case(
 def _case(model: ModelConfig, setting: dict[str, Any], ranks: int, runs_here: RunsHere) -> Case | None:
     """None if the choices do not fit the machine or each other."""
     options = dict(setting)
-    tied, precision = options.pop("tied", False), options.pop("precision", "fp32")
+    tied, precision, large = (options.pop(key, default) for key, default in _OF_CASE.items())
     layout = ParallelConfig(**({"dp": 1, "timeout_s": 300.0} | options))
-    case = Case(layout, tied, precision)
+    case = Case(layout, tied, precision, large)
     if case.ranks > ranks or list(layout_problems(model, layout, precision)):
         return None
     return case if runs_here(case) else None

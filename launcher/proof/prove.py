@@ -9,7 +9,7 @@ from typing import Any
 from triplane.launcher.config import load_config
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.proof.layouts import Case, full_proof, own_case, quick_proof
-from triplane.launcher.proof.proving import TIMEOUT_S, Machine, tolerance, train_case, worst
+from triplane.launcher.proof.proving import TIMEOUT_S, Machine, tolerances, train_case, worst
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.training.proof import (
@@ -19,7 +19,7 @@ from triplane.training.proof import (
     train_plainly,
 )
 
-_STEPS = 10
+_STEPS, _LARGE_STEPS = 10, 2
 _LINE = "{:<7} {:>5} {:>8} {:>8} {:>8} {:>9}  {}"
 
 
@@ -63,17 +63,14 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
 
 def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Result]:
     print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
-    references: dict[bool, Trace] = {}
-    tolerances: dict[tuple[bool, str], Difference] = {}
+    references: dict[ModelConfig, Trace] = {}
+    allowed = tolerances(cases, model, range(_STEPS), machine)
     results = []
     for case in cases:
-        head = _with_head(model, case.tied)
-        if case.tied not in references:
-            references[case.tied] = train_plainly(head, _STEPS)
-        one, kind = references[case.tied], (case.tied, case.precision)
-        if kind not in tolerances:
-            tolerances[kind] = tolerance(head, case.precision, one, machine)
-        results.append(_result(head, case, one, tolerances[kind], machine))
+        own = case.model(model)
+        if own not in references:
+            references[own] = train_plainly(own, _LARGE_STEPS if case.large else _STEPS)
+        results.append(_result(own, case, references[own], allowed[case], machine))
         print(_line(results[-1]), flush=True)
     return results
 
@@ -86,10 +83,6 @@ def _result(model: ModelConfig, case: Case, one: Trace, allowed: Difference, mac
     except (RanksFailedError, queue.Empty) as error:
         return Result(case, None, allowed, 0.0, str(error) or f"no answer in {TIMEOUT_S} s")
     return Result(case, worst(found for found, _ in answers), allowed, min(rate for _, rate in answers))
-
-
-def _with_head(model: ModelConfig, tied: bool) -> ModelConfig:
-    return model.model_copy(update={"tie_embeddings": tied})
 
 
 def _shrunken(model: ModelConfig) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 import json
 import queue
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
@@ -12,12 +12,12 @@ from triplane.checkpoint.folder import checkpoint_of
 from triplane.checkpoint.location import Location
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.proof.layouts import Case, resharding_proof
-from triplane.launcher.proof.proving import TIMEOUT_S, Machine, tolerance, worst
+from triplane.launcher.proof.proving import TIMEOUT_S, Machine, measured, tolerances, worst
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
 from triplane.training.hardware import DTYPES
-from triplane.training.proof import Difference, Trace, difference, proof_model, train_plainly
+from triplane.training.proof import Difference, Trace, proof_model, train_plainly
 from triplane.training.resharding import train_between
 
 _CUT, _STEPS = 3, 6
@@ -42,7 +42,7 @@ def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
 def _prove(model: ModelConfig, tied: bool, machine: Machine, folder: Path) -> list[dict[str, Any]]:
     cases = dict(zip(ascii_uppercase, resharding_proof(model, machine.ranks, tied, machine.runs)))
     one = train_plainly(model, _STEPS)
-    allowed = {name: tolerance(model, case.precision, one, machine) for name, case in cases.items()}
+    allowed = tolerances(list(cases.values()), model, range(_CUT, _STEPS), machine)
     print(f"{'tied' if tied else 'untied'} head; saved under:")
     for name, case in cases.items():
         print(f"  {name} {case.describe()}", flush=True)
@@ -52,11 +52,11 @@ def _prove(model: ModelConfig, tied: bool, machine: Machine, folder: Path) -> li
     rows = []
     for name, case in cases.items():
         others = [other for other in cases if other != name]
-        saved = [checkpoint_of(folder / other, _CUT) for other in others]
+        rounder = [cases[other] if cases[other].precision == "bf16" else case for other in others]
+        saved = [(checkpoint_of(folder / other, _CUT), kept.precision) for other, kept in zip(others, rounder)]
         found, error = _load(model, case, one, saved, machine)
-        for other, differing in zip(others, found):
-            limit = worst([allowed[name], allowed[other]])
-            rows.append(_row(cases[other], case, differing, limit, error))
+        for other, differing, rounding in zip(others, found, rounder):
+            rows.append(_row(cases[other], case, differing, allowed[rounding], error))
         shown = iter(rows[-len(others) :])
         cells = [f"{'':>{_WIDTH}}" if other == name else _cell(next(shown)) for other in cases]
         print(f"  {name} {' '.join(cells)}".rstrip(), *filter(None, [error]), sep="\n", flush=True)
@@ -68,9 +68,9 @@ def _run(machine: Machine, case: Case, function: Any, *args: Any) -> list[Any]:
 
 
 def _load(
-    model: ModelConfig, case: Case, one: Trace, saved: list[Location], machine: Machine
+    model: ModelConfig, case: Case, one: Trace, saved: list[tuple[Location, str]], machine: Machine
 ) -> tuple[list[Difference | None], str]:
-    """The largest differences of any rank for each checkpoint, or why there are none."""
+    """The differences of the worst rank for each checkpoint and precision of the comparison, or why there are none."""
     try:
         ranks = _run(machine, case, _train_on, model, case, one, saved)
     except (RanksFailedError, queue.Empty) as error:
@@ -82,10 +82,15 @@ def _save(mesh: Mesh, model: ModelConfig, case: Case, folder: Path) -> None:
     train_between(mesh, model, case.layout, DTYPES[case.precision], range(_CUT), save=folder)
 
 
-def _train_on(mesh: Mesh, model: ModelConfig, case: Case, one: Trace, saved: list[Location]) -> list[Difference]:
-    rest = replace(one, losses=one.losses[_CUT:], norms=one.norms[_CUT:])
+def _train_on(
+    mesh: Mesh, model: ModelConfig, case: Case, one: Trace, saved: list[tuple[Location, str]]
+) -> list[Difference]:
+    rest = one.after(_CUT)
     steps, dtype = range(_CUT, _STEPS), DTYPES[case.precision]
-    return [difference(train_between(mesh, model, case.layout, dtype, steps, load=path), rest) for path in saved]
+    return [
+        measured(train_between(mesh, model, case.layout, dtype, steps, load=path), rest, precision, mesh)
+        for path, precision in saved
+    ]
 
 
 def _row(saved: Case, loaded: Case, found: Difference | None, limit: Difference, error: str) -> dict[str, Any]:

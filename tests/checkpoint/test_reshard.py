@@ -7,7 +7,7 @@ import torch
 from resharding import LAYOUTS
 
 from triplane.launcher.forked import run_ranks
-from triplane.training.proof import Trace, difference, proof_model, train_plainly
+from triplane.training.proof import Trace, largest_difference, proof_model, train_plainly
 from triplane.training.resharding import train_between
 
 ORDER = [
@@ -44,7 +44,7 @@ def test_a_run_through_all_layouts_is_the_run_of_one_process(tied: bool, tmp_pat
         load = tmp_path / f"step_{step + 1}"
     for trace in traces:
         whole = Trace(one.losses[-1:], one.norms[-1:], one.state, 0.0)
-        assert difference(trace, whole).largest < TOLERANCE
+        assert largest_difference(trace, whole).largest < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["zero1 dp2", "zero1 tp2 pp2", "dp2", "zero3 dp2", "pp2 v2 dp2"])
