@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import BinaryIO, TextIO
 
 from triplane.data.errors import BusyError, DataError, NoLocksError
 
-_LOCK_NAME = "lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCK = "lock"
+"""Name of the file in a folder that is, or was, held."""
 
 
 @contextmanager
@@ -56,15 +59,33 @@ def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
         lock = None
         while lock is None:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder / _LOCK_NAME, wait)
+            lock = _lock(folder / LOCK, wait)
     except BlockingIOError as error:
         raise BusyError(f"{folder}: another process is at work in there: wait for it to end") from error
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in _NO_LOCKS:
             raise NoLocksError(f"{folder}: this file system has no locks") from error
         raise DataError(f"{error.filename or folder}: cannot write there: {error.strerror}") from error
     with lock:
         yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process holds `folder`; True where the file system cannot say.
+
+    For processes that do not hold it themselves: closing the file would release their own lock.
+    """
+    try:
+        with open(folder / LOCK, "rb") as file:
+            whole_file = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
+            found: int = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, whole_file))[0]
+            return found != fcntl.F_UNLCK
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        raise
 
 
 def _lock(path: Path, wait: bool) -> TextIO | None:

@@ -19,8 +19,8 @@ from triplane.checkpoint.folder import latest, step_of
 from triplane.checkpoint.location import Location
 from triplane.launcher.cores import cores_of_ranks
 from triplane.launcher.monitor.report import REPORT, report_problem
-from triplane.training.failure import Failure, take_failure
-from triplane.training.history import record_event
+from triplane.training.failure import LOGS, Failure, take_failure
+from triplane.training.run_log import record_event
 from triplane.training.stopping import LAUNCHER
 
 _USER_ERROR = 2
@@ -204,7 +204,7 @@ class _Logs(LogsSpecs):
     """Rank 0 prints on the console; what ranks warn of goes into `logs/rank_N.START.log`."""
 
     def __init__(self, run_dir: Path):
-        super().__init__(str(run_dir / "logs"))
+        super().__init__(str(run_dir / LOGS))
 
     @property
     def root_log_dir(self) -> str:

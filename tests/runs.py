@@ -1,10 +1,35 @@
-"""A run config small enough to train in a second."""
+"""A run config small enough to train in a second, and a run folder that another process holds."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from small_corpora import Prepared
 
+from triplane.data.files import locked_folder
 from triplane.launcher.config import RunConfig
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[None]:
+    """Within, a process that does nothing else holds the lock of `folder`."""
+    (ready, told), (waits, ends) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(ends)
+        with locked_folder(folder, wait=False):
+            os.write(told, b".")
+            os.read(waits, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        yield
+    finally:
+        os.write(ends, b".")
+        os.waitpid(child, 0)
+        for end in (ready, told, waits, ends):
+            os.close(end)
 
 
 def small_run(prepared: Prepared, run_dir: Path, **changes: dict) -> RunConfig:

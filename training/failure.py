@@ -7,7 +7,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_LOGS = "logs"
+LOGS = "logs"
+"""Folder in a run folder: what each rank and start printed. Its launcher holds it while ranks run."""
 
 
 @dataclass(frozen=True)
@@ -49,4 +50,4 @@ def take_failure(run_dir: Path, rank: int) -> Failure | None:
 
 
 def _path(run_dir: Path, rank: int) -> Path:
-    return run_dir / _LOGS / f"rank_{rank}.failure.json"
+    return run_dir / LOGS / f"rank_{rank}.failure.json"

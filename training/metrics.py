@@ -1,15 +1,15 @@
 """What a run reports, and its record in `metrics.jsonl` and TensorBoard."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from triplane.training.run_log import METRICS_LOG, SAMPLES_LOG, cut_log, open_log
 from triplane.training.units import format_count
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class MetricsWriter:
 
         # A start from nothing repeats the validation before the first step, if there is one.
         first_step = resume_step + 1 if resume_step else 0
-        self._lines, self._samples = (
-            _continued(run_dir / name, first_step) for name in ("metrics.jsonl", "samples.jsonl")
-        )
+        for name in (METRICS_LOG, SAMPLES_LOG):
+            cut_log(run_dir / name, first_step)
+        self._lines, self._samples = (open_log(run_dir / name) for name in (METRICS_LOG, SAMPLES_LOG))
         self._open_board = partial(SummaryWriter, str(run_dir / "tensorboard"))
         self._board: SummaryWriter | None = self._open_board(purge_step=first_step)
         if resume_step == 0:
@@ -126,22 +126,6 @@ class MetricsWriter:
         yield board
         board.flush()
         self._board = board
-
-
-def _continued(path: Path, first_step: int) -> TextIO:
-    if path.exists():
-        _drop_from(path, first_step)
-    return path.open("a", buffering=1, encoding="utf-8")
-
-
-def _drop_from(path: Path, first_step: int) -> None:
-    """Rewrites the file without the lines from `first_step` on and without a last line that was cut off."""
-    kept = path.with_suffix(".jsonl.partial")
-    with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as output:
-        output.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step)
-        output.flush()
-        os.fsync(output.fileno())
-    os.replace(kept, path)
 
 
 def _layout() -> dict[str, dict[str, list[object]]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from triplane.checkpoint.store import Save
-from triplane.training.history import record_event
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
 from triplane.training.prometheus import Endpoint
+from triplane.training.run_log import record_event
 
 
 class Report:

@@ -4,12 +4,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from triplane.data.files import is_held
 from triplane.launcher.config import load_config
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.monitor.run_status import RunStatus, find_runs, read_status, steps_done
 from triplane.launcher.preflight import CONFIG
 from triplane.launcher.slurm import client as slurm
 from triplane.launcher.slurm.snapshot import JOB_ID, SCRIPT, last_submission
+from triplane.training.failure import LOGS
+from triplane.training.stopping import STOP
 from triplane.training.units import format_duration
 
 _POLL_S = 0.5
@@ -38,19 +41,32 @@ def runs_in(folder: Path) -> list[Path]:
     raise LaunchError(f"{folder}: no run in it or below it; give a run folder or one with some below")
 
 
+def read_runs(folder: Path) -> tuple[list[RunStatus], list[str]]:
+    """The runs at or below `folder`, and a line on each that cannot be read."""
+    runs, unreadable = [], []
+    for run_dir in runs_in(folder):
+        try:
+            runs.append(read_status(run_dir))
+        except LaunchError as error:
+            unreadable.append(str(error))
+    return runs, unreadable
+
+
 def status(folder: Path) -> None:
     """Prints a line on each run at or below `folder`."""
     rows = [("run", "state", "step", "loss", "checkpoint", "restarts", "last word")]
-    for run_dir in runs_in(folder):
-        run = read_status(run_dir)
+    runs, unreadable = read_runs(folder)
+    for run in runs:
         loss = f"{run.metrics['loss']:.4f}" if "loss" in run.metrics else "-"
         checkpoint = "-" if run.checkpoint_step is None else str(run.checkpoint_step)
         age = "-" if run.updated_s is None else f"{format_duration(time.time() - run.updated_s)} ago"
         progress = f"{run.step}/{run.steps}"
-        rows.append((str(run_dir), state_of(run), progress, loss, checkpoint, str(run.restarts), age))
+        rows.append((str(run.run_dir), state_of(run), progress, loss, checkpoint, str(run.restarts), age))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
+    for row in rows if runs else []:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
+    for line in unreadable:
+        print(line)
 
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
@@ -73,7 +89,7 @@ def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
 
 
 def _newest_log(run_dir: Path, rank: int | None) -> Path:
-    folder, pattern = run_dir / "logs", "job.log" if rank is None else f"rank_{rank}.*.log"
+    folder, pattern = run_dir / LOGS, "job.log" if rank is None else f"rank_{rank}.*.log"
     if found := list(folder.glob(pattern)):
         return max(found, key=lambda file: file.stat().st_mtime_ns)
     there = ", ".join(sorted(file.name for file in folder.glob("*.log")))
@@ -91,15 +107,15 @@ def cancel(run_dir: Path) -> None:
         print(f"job {job.id} is cancelled; `triplane resume {run_dir}` goes on from the last checkpoint")
         return
     run = read_status(run_dir)
-    if run.last_event is None or run.last_event["event"] == "end":
-        raise LaunchError(f"{run_dir}: no job of this run is queued, and it does not run: {state_of(run)}")
-    stop = run_dir / "stop"
+    if not is_running(run_dir):
+        raise LaunchError(f"{run_dir}: no job of this run is queued, and it is not running: {state_of(run)}")
+    stop = run_dir / STOP
     stop.touch()
     deadline_s = time.monotonic() + _OBEY_S + 3 * run.metrics.get("step_time_s", 0.0)
     while stop.exists():
         if time.monotonic() > deadline_s:
             stop.unlink()
-            raise LaunchError(f"{run_dir}: nobody obeyed the file {stop}, which is removed again: it does not run")
+            raise LaunchError(f"{run_dir}: no process responded to {stop} in time; it is removed again")
         time.sleep(_POLL_S)
     print(f"{run_dir} has saved and left")
 
@@ -122,14 +138,26 @@ def resume(run_dir: Path) -> None:
     print(f"job {job_id}: {run_dir} goes on by {submission / SCRIPT}")
 
 
+def is_running(run_dir: Path) -> bool:
+    """Whether a process, of this machine or another, trains in the folder or starts ranks for it."""
+    return is_held(run_dir) or is_held(run_dir / LOGS)
+
+
+def may_move(run: RunStatus) -> bool:
+    """Whether the run is being trained, or waits to be."""
+    return not run.done and (is_running(run.run_dir) or active_job(run.run_dir) is not None)
+
+
 def state_of(run: RunStatus) -> str:
-    """Of its job, if Slurm knows it, or else by its own last word."""
+    """That of its job, if Slurm knows it, or else what its lock and its last event say."""
     if run.done:
         return "done"
     if job := job_of(run.run_dir):
         if job.state == "PENDING":
             return f"job {job.id} PENDING ({job.reason})"
         return f"job {job.id} {job.state}" + (f" on {job.nodes}" if job.state == "RUNNING" else "")
+    if is_running(run.run_dir):
+        return "running"
     if run.last_event is None:
         return "not begun"
-    return {"end": "stopped", "failure": "failed"}.get(run.last_event["event"], "begun")
+    return {"end": "stopped", "failure": "failed"}.get(run.last_event["event"], "died")

@@ -6,8 +6,9 @@ from triplane.data.errors import DataError
 from triplane.data.files import write_whole
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.monitor.report_html import page
-from triplane.launcher.monitor.run_status import json_lines, read_status
+from triplane.launcher.monitor.run_status import read_status
 from triplane.launcher.preflight import CONFIG
+from triplane.training.run_log import EVENTS, HISTORY, METRICS_LOG, METRICS_RECORDS, SAMPLES, SAMPLES_LOG, read_log
 
 REPORT = "report.html"
 """In the run folder."""
@@ -35,9 +36,8 @@ def report_problem(run_dir: Path) -> str | None:
 def write_report(run_dir: Path, out: Path) -> None:
     """Raises LaunchError if `run_dir` is not the folder of a run."""
     status = read_status(run_dir)
-    lines, events, samples = (
-        list(json_lines(run_dir / name)) for name in ("metrics.jsonl", "history.jsonl", "samples.jsonl")
-    )
+    lines = read_log(run_dir / METRICS_LOG, METRICS_RECORDS)
+    events, samples = read_log(run_dir / HISTORY, EVENTS), read_log(run_dir / SAMPLES_LOG, SAMPLES)
     config = run_dir / CONFIG
     html = page(status, lines, events, samples, config.read_text() if config.exists() else "")
     write_whole(out, html.encode())

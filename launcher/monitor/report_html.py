@@ -2,17 +2,18 @@
 
 import math
 import time
-import tomllib
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from triplane.launcher.monitor.chart import Mark, chart
-from triplane.launcher.monitor.run_status import RunStatus
+from triplane.launcher.monitor.run_status import RunStatus, ShownConfig
 from triplane.training.metrics import METRICS
+from triplane.training.run_log import Event, Metrics, Sample
 from triplane.training.units import format_count, format_duration
 
-Lines = Sequence[dict[str, Any]]
+Lines = Sequence[Metrics]
+Events = Sequence[Event]
+Samples = Sequence[Sample]
 
 _CURVES = (
     ("Loss", "nats/token", {"loss": "training", "validation_loss": "validation"}),
@@ -71,12 +72,12 @@ summary { cursor: pointer }
 """
 
 
-def page(status: RunStatus, metrics: Lines, events: Lines, samples: Lines, config: str) -> str:
+def page(status: RunStatus, metrics: Lines, events: Events, samples: Samples, config: str) -> str:
     """The whole page; the lines are those of metrics.jsonl, history.jsonl and samples.jsonl, `config` is TOML."""
     sections = (
         ("Curves", _curves(metrics, [_mark(event) for event in events if event["event"] in ("resume", *_BAD)])),
         ("History", _history(events)),
-        ("Data", _data(config)),
+        ("Data", _data(status.config)),
         ("Samples", _samples(samples)),
         ("Config", f'<details class="card"><summary>config.toml</summary><pre>{escape(config)}</pre></details>'),
     )
@@ -89,13 +90,13 @@ def page(status: RunStatus, metrics: Lines, events: Lines, samples: Lines, confi
     )
 
 
-def _head(status: RunStatus, metrics: Lines, events: Lines) -> str:
+def _head(status: RunStatus, metrics: Lines, events: Events) -> str:
     shown = status.metrics
     starts = [event for event in events if event["event"] in ("start", "resume")]
     how = ""
     if starts:
         last = starts[-1]["details"]
-        how = f"{last['layout']} on {last['ranks']} ranks, {last['precision']}; "
+        how = f"{last.get('layout', '?')} on {last.get('ranks', '?')} ranks, {last.get('precision', '?')}; "
     written = time.strftime("%d %B %Y %H:%M UTC", time.gmtime())
     state = "done" if status.done else "not done"
     tiles = [(f"of {status.steps:,} steps", f"{status.step:,}")]
@@ -149,11 +150,11 @@ def _points(metrics: Lines, name: str) -> list[tuple[float, float]]:
     return [(line["step"], line[name]) for line in metrics if name in line and math.isfinite(line[name])]
 
 
-def _mark(event: dict[str, Any]) -> Mark:
+def _mark(event: Event) -> Mark:
     return Mark(event["step"], event["event"], event["event"] in _BAD)
 
 
-def _history(events: Lines) -> str:
+def _history(events: Events) -> str:
     """All but the saves that went well, which are counted."""
     rows = []
     for event in events:
@@ -168,17 +169,15 @@ def _history(events: Lines) -> str:
     return f"<p>{counted}</p>{_table(('UTC', 'step', 'event'), rows)}" if events else ""
 
 
-def _data(config: str) -> str:
+def _data(config: ShownConfig) -> str:
     """The share of each source at the start, and in each later phase."""
-    data = tomllib.loads(config).get("data", {})
-    sources = data.get("sources", [])
-    mixes = [("share", [source["weight"] for source in sources])]
-    for phase in data.get("phases", []):
-        if "weights" in phase:
-            mixes.append((f"from sequence {phase['from_sequence']:,}", phase["weights"]))
+    mixes = [("share", [source.weight for source in config.data.sources])]
+    mixes += [
+        (f"from sequence {phase.from_sequence:,}", phase.weights) for phase in config.data.phases if phase.weights
+    ]
     rows = [
-        (escape(source["corpus"]), *(_share(weights[i] / sum(weights)) for _, weights in mixes))
-        for i, source in enumerate(sources)
+        (escape(source.corpus), *(_share(weights[i] / sum(weights)) for _, weights in mixes if i < len(weights)))
+        for i, source in enumerate(config.data.sources)
     ]
     return _table(("source", *(name for name, _ in mixes)), rows) if rows else ""
 
@@ -187,7 +186,7 @@ def _share(share: float) -> str:
     return f'{share:.1%}<div class="bar" style="width:{100 * share:.1f}%"></div>'
 
 
-def _samples(samples: Lines) -> str:
+def _samples(samples: Samples) -> str:
     cards = "".join(
         f'<div class="card"><span class="soft">step {line["step"]:,}</span><pre>{escape(line["sample"])}</pre></div>'
         for line in samples[-_SAMPLES:]

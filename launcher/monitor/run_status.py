@@ -1,18 +1,48 @@
 """Where a run stands, from what it has written into its folder."""
 
-import json
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import BaseModel, PositiveInt, ValidationError
+
+from triplane.data.files import LOCK, is_held
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.preflight import CONFIG, DONE
 from triplane.launcher.slurm.snapshot import last_submission
+from triplane.training.failure import LOGS
+from triplane.training.run_log import EVENTS, HISTORY, METRICS_LOG, METRICS_RECORDS, Event, read_log
 
 _TAIL_BYTES = 1 << 16
 """Of metrics.jsonl: hundreds of steps."""
+_MARKS = (HISTORY, CONFIG, LOCK, "jobs/*/job_id")
+"""Files that only a run folder has."""
+
+
+class _Source(BaseModel):
+    corpus: str
+    weight: float = 1.0
+
+
+class _Phase(BaseModel):
+    from_sequence: int
+    weights: list[float] | None = None
+
+
+class _Data(BaseModel):
+    sources: list[_Source] = []
+    phases: list[_Phase] = []
+
+
+class _Training(BaseModel):
+    steps: PositiveInt
+
+
+class ShownConfig(BaseModel):
+    """The keys of a run's config that are shown. Configs of other versions have them too, whatever else they have."""
+
+    training: _Training
+    data: _Data = _Data()
 
 
 @dataclass(frozen=True)
@@ -20,11 +50,10 @@ class RunStatus:
     """Of one run."""
 
     run_dir: Path
+    config: ShownConfig
     done: bool
     step: int
     """The last one that was logged."""
-    steps: int
-    """In the whole run."""
     metrics: dict[str, float]
     """The last value of each metric, by its name in `training.metrics.METRICS`."""
     updated_s: float | None
@@ -37,71 +66,80 @@ class RunStatus:
     """Since the last start."""
     restarts: int
     """How often it has gone on from a checkpoint."""
-    last_event: dict[str, Any] | None
+    last_event: Event | None
     """The last line of history.jsonl."""
+
+    @property
+    def steps(self) -> int:
+        """In the whole run."""
+        return self.config.training.steps
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Raises LaunchError if the folder is not that of a run."""
-    lines = list(_last_lines(run_dir / "metrics.jsonl"))
-    events = list(json_lines(run_dir / "history.jsonl"))
+    """Raises LaunchError if the folder has no config, or one that cannot be read."""
+    lines = read_log(run_dir / METRICS_LOG, METRICS_RECORDS, _TAIL_BYTES)
+    events = read_log(run_dir / HISTORY, EVENTS)
     saves = [event for event in events if event["event"] == "save"]
     starts = [event for event in events if event["event"] in ("start", "resume")]
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     return RunStatus(
         run_dir=run_dir,
+        config=_config(run_dir),
         done=steps_done(run_dir) > 0,
-        step=lines[-1]["step"] if lines else 0,
-        steps=_steps(run_dir),
+        step=int(lines[-1]["step"]) if lines else 0,
         metrics=metrics,
-        updated_s=max((line["time"] for line in [*lines[-1:], *events[-1:]]), default=None),
+        updated_s=max([line["time"] for line in lines[-1:]] + [event["time"] for event in events[-1:]], default=None),
         checkpoint_step=saves[-1]["step"] if saves else None,
         checkpoint_s=saves[-1]["time"] if saves else None,
-        ranks=starts[-1]["details"]["ranks"] if starts else None,
+        ranks=starts[-1]["details"].get("ranks") if starts else None,
         restarts=sum(event["event"] == "resume" for event in events),
         last_event=events[-1] if events else None,
     )
 
 
-def _steps(run_dir: Path) -> int:
-    """By the config of the last start, or of a job that has not begun."""
+def _config(run_dir: Path) -> ShownConfig:
+    """That of the last start, or of a job that has not begun."""
     submission = last_submission(run_dir)
     for folder in filter(None, (run_dir, submission)):
         if (folder / CONFIG).exists():
-            steps: int = tomllib.loads((folder / CONFIG).read_text())["training"]["steps"]
-            return steps
-    raise LaunchError(f"{run_dir}: not the folder of a run: it has no {CONFIG}")
+            return _read_config(folder / CONFIG)
+    if is_held(run_dir) or is_held(run_dir / LOGS):
+        raise LaunchError(f"{run_dir}: the run is starting: it has no {CONFIG} yet")
+    raise LaunchError(f"{run_dir}: not the folder of a run: it has no {CONFIG}, or its start was refused")
+
+
+def _read_config(path: Path) -> ShownConfig:
+    try:
+        return ShownConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, problem = ".".join(map(str, first["loc"])), first["msg"]
+        raise LaunchError(f"{path}: not the config of a run: {key}: {problem}; restore the file") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
+        raise LaunchError(f"{path}: not the config of a run: {error}; restore the file") from None
 
 
 def steps_done(run_dir: Path) -> int:
     """The steps of a run that has taken its last one; 0 for others."""
     done = run_dir / DONE
-    return int(done.read_text()) if done.exists() else 0
+    text = done.read_text(errors="replace").strip() if done.exists() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders at and below `folder`, those that were submitted but have not begun too."""
-    marks = ("history.jsonl", "jobs/*/job_id")
-    found = {folder for mark in marks for _ in folder.glob(mark)}
-    return sorted(found or {path for below in folder.glob("*/") for path in find_runs(below)})
-
-
-def _last_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        if file.tell():
-            file.readline()  # the rest of a line that began before
-        yield from _whole(file.read())
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Those of a file that need not be there, without one that is being written."""
-    if path.exists():
-        yield from _whole(path.read_bytes())
-
-
-def _whole(text: bytes) -> Iterator[dict[str, Any]]:
-    """Without a last line that is being written."""
-    return (json.loads(line) for line in text.split(b"\n")[:-1])
+    """The run folders at and below `folder`, each real folder once; those that are starting or only submitted too."""
+    found: list[Path] = []
+    seen: set[Path] = set()
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        if (real := here.resolve()) in seen:  # reached by another link
+            continue
+        seen.add(real)
+        if any(next(here.glob(mark), None) for mark in _MARKS):
+            found.append(here)
+        else:
+            waiting += here.glob("*/")
+    return sorted(found)

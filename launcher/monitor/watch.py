@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from triplane.launcher.monitor.jobs import runs_in, state_of
-from triplane.launcher.monitor.run_status import RunStatus, read_status
+from triplane.launcher.monitor.jobs import may_move, read_runs, state_of
+from triplane.launcher.monitor.run_status import RunStatus
 from triplane.training.units import format_count, format_duration
 
 _REFRESH_S = 2.0
@@ -25,13 +26,14 @@ _PADDING = 3
 
 
 def watch(folder: Path) -> None:
-    """Shows the runs at or below `folder`, until all are done or Ctrl-C."""
+    """Shows the runs at or below `folder`, until none runs or waits any more, or Ctrl-C."""
     with Live(auto_refresh=False) as live:
         try:
             while True:
-                runs = [read_status(run_dir) for run_dir in runs_in(folder)]
-                live.update(_table(runs, live.console.width), refresh=True)
-                if all(run.done for run in runs):
+                runs, unreadable = read_runs(folder)
+                shown = [_table(runs, live.console.width)] if runs else []
+                live.update(Group(*shown, *unreadable), refresh=True)
+                if not any(may_move(run) for run in runs):
                     return
                 time.sleep(_REFRESH_S)
         except KeyboardInterrupt:

@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 from triplane.launcher.config import RunConfig
-from triplane.launcher.monitor.run_status import json_lines
 from triplane.launcher.plan.problems import checkpoint_bytes
 from triplane.launcher.slurm.client import Partition
+from triplane.training.run_log import EVENTS, HISTORY, METRICS_LOG, METRICS_RECORDS, read_log
 
 _WRITE_BYTES_PER_S = 200e6
 """Of one node, if the run has not shown yet how long a save takes."""
@@ -59,7 +59,7 @@ class Order:
     @cached_property
     def warning_s(self) -> int:
         """How long before its limit a job begins to save: twice what a step and a save took at most so far."""
-        lines = list(json_lines(self.run_dir / "metrics.jsonl"))[-1000:]
+        lines = read_log(self.run_dir / METRICS_LOG, METRICS_RECORDS)[-1000:]
         step_s = max((line.get("step_time_s", 0) for line in lines), default=0)
         saves_s = [line["checkpoint_time_s"] for line in lines if "checkpoint_time_s" in line]
         estimate_s = checkpoint_bytes(self.config) / _WRITE_BYTES_PER_S / self.fewest_nodes
@@ -96,7 +96,7 @@ def batch_script(order: Order, submission: Path) -> str:
         "warning_s": str(order.warning_s),
         "fewest_nodes": str(order.fewest_nodes),
         "max_crashes": str(order.config.faults.max_restarts),
-        "saves": str(sum(event["event"] == "save" for event in json_lines(order.run_dir / "history.jsonl"))),
+        "saves": str(sum(event["event"] == "save" for event in read_log(order.run_dir / HISTORY, EVENTS))),
     }
     values = {name: shlex.quote(value) for name, value in values.items()}
     values["options"] = "\n".join(f"#SBATCH --{name}={shlex.quote(value)}" for name, value in options.items() if value)

@@ -16,6 +16,7 @@ from triplane.launcher.slurm import client as slurm
 from triplane.launcher.slurm.batch_script import Order, Request, batch_script
 from triplane.launcher.slurm.snapshot import JOB_ID, SCRIPT, next_submission, take_snapshot
 from triplane.launcher.train import problems
+from triplane.training.failure import LOGS
 
 _START_S = 60
 """Until the first step: imports, the check of the nodes, reading the checkpoint."""
@@ -47,7 +48,7 @@ def submit(path: Path, overrides: list[str], request: Request, dry_run: bool) ->
 
 def _queue(order: Order, submission: Path, script: str) -> str:
     """Leaves nothing behind if Slurm refuses."""
-    logs = order.run_dir / "logs"  # Slurm makes none
+    logs = order.run_dir / LOGS  # Slurm makes none
     made = [_first_missing(submission), _first_missing(logs)]
     try:
         submission.mkdir(parents=True)

@@ -11,8 +11,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from triplane.training.history import record_event
 from triplane.training.metrics import MetricsWriter
+from triplane.training.run_log import record_event
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import small_run
+from runs import held_by_another, small_run
 from small_corpora import Prepared
 
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.monitor.jobs import cancel, logs, resume, status
 from triplane.launcher.monitor.run_status import read_status
 from triplane.launcher.toml import to_toml
+from triplane.training.run_log import METRICS_LOG, open_log, record_event
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_runs_below_a_folder_have_a_line_each(run_dir: Path, capsys: pytest.Capt
     status(run_dir.parent)
     head, line = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["run", "state", "step", "loss"]
-    assert line.split()[1:6] == ["begun", "12/40", "3.8000", "10", "1"]
+    assert line.split()[1:6] == ["died", "12/40", "3.8000", "10", "1"]
     (run_dir / "DONE").write_text("40\n")
     status(run_dir)
     assert "done" in capsys.readouterr().out
@@ -106,11 +107,66 @@ def test_what_is_not_there_is_said(run_dir: Path, tmp_path: Path) -> None:
         resume(run_dir)
 
 
-def test_nobody_obeys_for_a_run_that_is_dead(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triplane.launcher.monitor.jobs._OBEY_S", 0.1)
-    with pytest.raises(LaunchError, match="nobody obeyed"):
+def test_a_run_that_died_is_told_at_once(run_dir: Path) -> None:
+    with pytest.raises(LaunchError, match="it is not running: died"):
         cancel(run_dir)
     assert not (run_dir / "stop").exists()
+
+
+def test_a_held_folder_is_a_run_that_is_running(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    for held in (run_dir, run_dir / "logs"):
+        with held_by_another(held):
+            status(run_dir)
+            assert capsys.readouterr().out.splitlines()[1].split()[1] == "running"
+    with held_by_another(run_dir), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("triplane.launcher.monitor.jobs._OBEY_S", 0.1)
+        with pytest.raises(LaunchError, match="no process responded to"):
+            cancel(run_dir)
+    assert not (run_dir / "stop").exists()
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "history.jsonl"])
+@pytest.mark.parametrize("broken", [b'{"time": 1', b"\0\0\0", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"step": "x"}'])
+def test_a_broken_line_of_a_log_spoils_no_other(run_dir: Path, log: str, broken: bytes) -> None:
+    whole = read_status(run_dir)
+    with (run_dir / log).open("rb+") as lines:
+        content = b"".join(lines.read().splitlines(keepends=True)[:4])
+        lines.seek(0)
+        lines.truncate()
+        lines.write(broken + b"\n" + content + broken)
+    assert read_status(run_dir).checkpoint_step == whole.checkpoint_step
+    record_event(run_dir, "rollback", 10)
+    with open_log(run_dir / METRICS_LOG) as lines:
+        lines.write(json.dumps({"step": 14, "time": 1.0, "loss": 2.0}) + "\n")
+    run = read_status(run_dir)
+    assert (run.step, run.metrics["loss"]) == (14, 2.0)
+    assert run.last_event and run.last_event["event"] == "rollback"
+
+
+def test_what_cannot_be_read_is_told_beside_the_other_runs(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    configs = {"garbage": "\0", "other": "a = 1", "odd": "[training]\nsteps = 'x'", "refused": None}
+    for name, text in configs.items():
+        folder = run_dir.parent / name
+        folder.mkdir()
+        (folder / "history.jsonl").touch()
+        if text is not None:
+            (folder / "config.toml").write_text(text)
+    (run_dir / "DONE").write_bytes(b"\xff")
+    status(run_dir.parent)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:2]] == ["state", "died"]
+    assert [line.split(":")[0].removeprefix(f"{run_dir.parent}/") for line in lines[2:]] == [
+        "garbage/config.toml",
+        "odd/config.toml",
+        "other/config.toml",
+        "refused",
+    ]
+
+
+def test_a_loop_of_links_shows_each_run_once(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (run_dir.parent / "again").symlink_to("..")
+    status(run_dir.parent)
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_run_on_this_machine_saves_and_leaves(prepared: Prepared, tmp_path: Path) -> None:
@@ -127,5 +183,5 @@ def test_a_run_on_this_machine_saves_and_leaves(prepared: Prepared, tmp_path: Pa
         finally:
             process.kill()
     assert read_status(tmp_path / "run").last_event["event"] == "end"
-    with pytest.raises(LaunchError, match="it does not run: stopped"):
+    with pytest.raises(LaunchError, match="it is not running: stopped"):
         cancel(tmp_path / "run")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from triplane.launcher.monitor.report import write_report
-from triplane.training.history import record_event
 from triplane.training.metrics import MetricsWriter
+from triplane.training.run_log import record_event
 
 CONFIG = """
 training = { steps = 5000 }

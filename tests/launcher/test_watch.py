@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+from runs import held_by_another
+
 from triplane.data.files import write_whole
 from triplane.launcher.monitor.run_status import read_status
-from triplane.launcher.monitor.watch import _table
-from triplane.training.history import record_event
+from triplane.launcher.monitor.watch import _table, watch
 from triplane.training.metrics import MetricsWriter
+from triplane.training.run_log import record_event
 
 
 def shown_by(master: int, text: str, seconds: float = 60) -> str:
@@ -42,13 +44,19 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
     record_event(tmp_path, "save", 20, checkpoint="step_20")
     writer = MetricsWriter(tmp_path, 0)
     writer.log(25, {"loss": 3.25, "tokens_per_s": 12_345, "mfu": 0.4123, "step_time_s": 2.0})
-    child, master = pty.fork()
-    if not child:
-        os.environ.update(COLUMNS="200", LINES="40", TERM="xterm")
-        os.execv(sys.executable, [sys.executable, "-m", "triplane", "status", str(tmp_path), "--watch"])
-    first = shown_by(master, "last word")
+    with held_by_another(tmp_path):
+        child, master = pty.fork()
+        if not child:
+            os.environ.update(COLUMNS="200", LINES="40", TERM="xterm")
+            os.execv(sys.executable, [sys.executable, "-m", "triplane", "status", str(tmp_path), "--watch"])
+        first = shown_by(master, "last word")
+        record_event(tmp_path, "resume", 20, layout="dp 4", ranks=4, precision="fp32")
+        writer.log(100, {"loss": 3.0})
+        writer.close()
+        write_whole(tmp_path / "DONE", b"100\n")
+        last = shown_by(master, "100/100")
     for name, value in (
-        ("state", "begun"),
+        ("state", "running"),
         ("step", "25/100"),
         ("loss", "3.2500"),
         ("tokens/s", "12.3 k"),
@@ -59,10 +67,11 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
         ("ranks", "2"),
     ):
         assert re.search(rf"│ {name} +│ {value} +│", first), f"{name} {value}: {first}"
-    record_event(tmp_path, "resume", 20, layout="dp 4", ranks=4, precision="fp32")
-    writer.log(100, {"loss": 3.0})
-    writer.close()
-    write_whole(tmp_path / "DONE", b"100\n")
-    last = shown_by(master, "100/100")
     assert re.search(r"│ state +│ done +│", last)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_table_ends_when_the_runs_have_died(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("training = { steps = 100 }\n")
+    record_event(tmp_path, "start", 0, layout="dp 2", ranks=2, precision="fp32")
+    watch(tmp_path)
