@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,8 +80,12 @@ def _step() -> None:
         matrix @ matrix
 
 
+def _state(step: int) -> dict[str, Any]:
+    return {"step": step, "consumed_sequences": 0, "tokens_seen": 0, "run": {}}
+
+
 def _step_beside_a_save(store: CheckpointStore, step: int, fragments: list[Fragment]) -> None:
-    store.save(step, fragments, {})
+    store.save(step, fragments, _state(step))
     _step()
     store.wait_until_copied()
 
@@ -107,7 +112,7 @@ def measure(mesh: Mesh, folder: Path, mib: int, repeats: int) -> dict[str, list[
             if kind is None:
                 taken["raw write"] = _timed(lambda path=path: _write(path, fragments))
                 continue
-            stores[kind].save(2 * step, fragments, {})
+            stores[kind].save(2 * step, fragments, _state(2 * step))
             (saves[kind],) = stores[kind].ended(wait=True)
             assert saves[kind].error is None, saves[kind].error
             dist.barrier()

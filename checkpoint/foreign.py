@@ -1,14 +1,26 @@
-"""Reads small files that came from elsewhere: whatever is wrong with one is a line."""
+"""Files that came from elsewhere, and the names in them: whatever is wrong with one is a line."""
 
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from triplane.checkpoint.errors import CheckpointError
 
 _MOST_BYTES = 64 * 2**20
 """Of a JSON file that is read whole."""
+
+
+def _plain(name: str) -> str:
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise ValueError("not a plain file name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+"""Of a file beside the one that names it, and of nothing elsewhere."""
 
 
 def regular_file(path: Path) -> int:

@@ -1,5 +1,6 @@
 """Where checkpoints lie: in a file system of this machine, or at an fsspec URL; what is done to files in either."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import BinaryIO, TypeAlias, cast
 from upath import UPath
 
 from triplane.checkpoint.errors import CheckpointError, OutOfReachError
+from triplane.checkpoint.foreign import regular_file
 from triplane.data.files import sync
 from triplane.data.remote import in_short, is_url
 
@@ -48,15 +50,26 @@ def reaching(path: Location) -> Iterator[None]:
 
 
 def entries(folder: Location) -> dict[str, int]:
-    """The names in a folder, with the bytes of files; none if there is no such folder."""
+    """The names in a folder, with the bytes of files, -1 of a link to nowhere; none if there is no such folder."""
     try:
         if isinstance(folder, Path):
-            return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+            return {entry.name: _size(entry) for entry in os.scandir(folder)}
         with reaching(folder):
             listed = folder.fs.ls(folder.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP):
+            raise
+        raise CheckpointError(f"{folder}: {error.strerror}; make it readable") from error
     return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] or 0 for entry in listed}
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
 
 
 def fill(path: Location, begin: int, target: memoryview) -> Iterator[memoryview]:
@@ -78,9 +91,14 @@ def fill(path: Location, begin: int, target: memoryview) -> Iterator[memoryview]
 
 
 def read(path: Location) -> bytes:
-    """A whole small file."""
-    with reaching(path):
-        return path.read_bytes()
+    """A whole small file; raises CheckpointError if this user may not, or if it is a pipe or a link to nowhere."""
+    if isinstance(path, Path):
+        regular_file(path)
+    try:
+        with reaching(path):
+            return path.read_bytes()
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; make it readable") from error
 
 
 @contextmanager

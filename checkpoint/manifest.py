@@ -8,14 +8,26 @@ How many ranks wrote it is not part of its meaning.
 
 import hashlib
 import json
+import math
+from collections import defaultdict
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from triplane.checkpoint.errors import CheckpointError, DamagedError
+from triplane.checkpoint.foreign import FileName
 from triplane.checkpoint.location import Location, entries, read, writing
+from triplane.model.schema import first_problem
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+_Dims = Annotated[tuple[_Count, ...], Field(max_length=8)]
+_Span = Annotated[list[_Count], Field(min_length=2, max_length=2)]
+_ELEMENT_BYTES = 4
+"""All that is saved is fp32."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +35,12 @@ class Box:
     """A part of a global tensor in a file."""
 
     key: str
-    shape: tuple[int, ...]
+    shape: _Dims
     """Of the global tensor."""
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    crc32: int
+    offsets: _Dims
+    sizes: _Dims
+    file: FileName
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
     """Of the box's bytes."""
 
 
@@ -47,31 +59,74 @@ class Manifest:
         return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text})
 
 
+class _Progress(BaseModel, strict=True, extra="allow"):
+    """The run's progress, and what a run of a newer version says besides."""
+
+    step: _Count
+    consumed_sequences: _Count
+    tokens_seen: _Count
+    skipped: list[_Span] = []
+    recent: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = []
+    validation_loss: float | None = None
+    run: dict[str, Any]
+
+
+class _Outer(BaseModel, strict=True):
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    body: str
+
+
+class _Format(BaseModel, strict=True):
+    format: int
+
+
+class _Body(BaseModel, strict=True, extra="forbid"):
+    """The text under the checksum, which says only that nothing has changed it by accident."""
+
+    format: int
+    state: _Progress
+    file_bytes: dict[FileName, _Count]
+    boxes: list[Box]
+
+
 def read_manifest(folder: Location) -> Manifest:
-    """Reads and verifies a manifest; the files beside it must have the sizes that it says."""
+    """Reads and verifies a manifest; the files beside it must have the sizes that it says, and room for its boxes."""
     path = folder / MANIFEST
     found = entries(folder)
     if MANIFEST not in found:
         raise DamagedError(f"{folder}: no {MANIFEST}, so this is not a finished checkpoint; take another")
     try:
-        outer = json.loads(read(path))
-        text = outer["body"]
-        if hashlib.sha256(text.encode()).hexdigest() != outer["sha256"]:
+        outer = _Outer.model_validate_json(read(path))
+        if hashlib.sha256(outer.body.encode()).hexdigest() != outer.sha256:
             raise ValueError("checksum differs")
-        body = json.loads(text)
-    except (ValueError, KeyError, TypeError) as error:
+        version = _Format.model_validate_json(outer.body).format
+        if version != FORMAT:
+            raise CheckpointError(f"{path}: format {version}, but this version of triplane reads {FORMAT}")
+        body = _Body.model_validate_json(outer.body)
+        _check_room(body)
+    except ValidationError as error:
+        raise DamagedError(f"{path}: damaged ({first_problem(error)}); take another checkpoint") from error
+    except (CheckpointError, OSError):
+        raise
+    except (ValueError, MemoryError) as error:
         raise DamagedError(f"{path}: damaged ({error}); take another checkpoint") from error
-    if body["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {body['format']}, but this version of triplane reads {FORMAT}")
-    for name, expected in body["file_bytes"].items():
+    for name, expected in body.file_bytes.items():
         if found.get(name) != expected:
-            found_text = f"{found[name]} bytes" if name in found else "missing"
+            found_text = f"{found[name]} bytes" if found.get(name, -1) >= 0 else "missing"
             raise DamagedError(f"{folder / name}: {found_text}, expected {expected} bytes; take another checkpoint")
-    boxes = [
-        Box(b["key"], tuple(b["shape"]), tuple(b["offsets"]), tuple(b["sizes"]), b["file"], b["crc32"])
-        for b in body["boxes"]
-    ]
-    return Manifest(body["state"], boxes, body["file_bytes"])
+    return Manifest(body.state.model_dump(exclude_unset=True), body.boxes, body.file_bytes)
+
+
+def _check_room(body: _Body) -> None:
+    """Raises ValueError unless every box is in a listed file, and no file is too small for its boxes."""
+    needed: dict[str, int] = defaultdict(int)
+    for box in body.boxes:
+        if not len(box.shape) == len(box.offsets) == len(box.sizes):
+            raise ValueError(f"{box.key}: a box of {len(box.sizes)} dims in a tensor of {len(box.shape)}")
+        needed[box.file] += math.prod(box.sizes) * _ELEMENT_BYTES
+    for name, size in needed.items():
+        if size > body.file_bytes.get(name, -1):
+            raise ValueError(f"{name}: has {body.file_bytes.get(name, 'no')} bytes, but boxes of {size}")
 
 
 def write_manifest(folder: Location, manifest: Manifest) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError, DamagedError
 from triplane.checkpoint.location import Location
-from triplane.checkpoint.manifest import Box, read_manifest
+from triplane.checkpoint.manifest import MANIFEST, Box, read_manifest
 from triplane.checkpoint.tensors import TensorFile
+from triplane.checkpoint.tiling import tiles
 from triplane.parallel.placement import Fragment
 
 
@@ -52,14 +53,16 @@ class Checkpoint:
         shape = self.shapes.get(key)
         if shape is None:
             raise CheckpointError(f"{self.folder}: holds no {key}; it was written by another model")
+        self._check_tiling(key)
         whole = torch.empty(shape)
         kind, _, name = key.partition("/")
         self.fill([Fragment(kind, name, whole.shape, (0,) * whole.dim(), whole, primary=False)])
         return whole
 
     def verify(self) -> None:
-        """Reads everything; raises at the first byte that differs from what was written."""
-        for boxes in self._boxes.values():
+        """Reads everything; raises at the first tensor with a gap, or byte that differs from what was written."""
+        for key, boxes in self._boxes.items():
+            self._check_tiling(key)
             for box in boxes:
                 self._read(box)
 
@@ -69,7 +72,7 @@ class Checkpoint:
         if not boxes or boxes[0].shape != shape:
             found = f"has shape {list(boxes[0].shape)}" if boxes else "is absent"
             raise CheckpointError(f"{self.folder}: {key} {found}, but this model needs {list(shape)}")
-        missing = sum(target.data.numel() for target in targets)
+        self._check_tiling(key)
         for box in boxes:
             overlaps = [(target, overlap) for target in targets if (overlap := _overlap(box, target))]
             if not overlaps:
@@ -77,11 +80,17 @@ class Checkpoint:
             saved = self._read(box)
             for target, overlap in overlaps:
                 source, destination = _slices(overlap, box.offsets), _slices(overlap, target.offsets)
-                part = saved[source]
-                target.data[destination].copy_(part)
-                missing -= part.numel()
-        if missing:
-            raise DamagedError(f"{self.folder}: {key} lacks {missing} elements; take another checkpoint")
+                target.data[destination].copy_(saved[source])
+
+    def _check_tiling(self, key: str) -> None:
+        """Raises DamagedError unless the boxes of a tensor hold each of its elements once."""
+        boxes = self._boxes[key]
+        shape = boxes[0].shape
+        if any(box.shape != shape for box in boxes) or not tiles(shape, ((box.offsets, box.sizes) for box in boxes)):
+            raise DamagedError(
+                f"{self.folder / MANIFEST}: damaged ({key}: its {len(boxes)} boxes leave a gap or overlap); take "
+                f"another checkpoint"
+            )
 
     def _read(self, box: Box) -> Tensor:
         """The box, in memory that the next read overwrites."""

@@ -4,16 +4,23 @@ import json
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError, DamagedError, OutOfReachError
+from triplane.checkpoint.foreign import regular_file
 from triplane.checkpoint.location import Location, fill, writing
 from triplane.checkpoint.manifest import Box
+from triplane.model.schema import first_problem
 from triplane.parallel.placement import Fragment
 
 _LENGTH_BYTES = 8
 """Before the header: its length, little-endian."""
+_MOST_HEADER_BYTES = 100_000_000
+"""As the safetensors library allows."""
 
 
 def write_tensors(path: Location, fragments: Sequence[Fragment]) -> tuple[list[Box], int]:
@@ -25,7 +32,7 @@ def write_tensors(path: Location, fragments: Sequence[Fragment]) -> tuple[list[B
     for fragment, array in zip(fragments, arrays):
         span = [end, end := end + array.nbytes]
         entry = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
-        header[_entry(fragment.key, fragment.offsets)] = entry
+        header[_entry_name(fragment.key, fragment.offsets)] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     with ThreadPoolExecutor(1) as thread, writing(path) as file:
@@ -41,37 +48,53 @@ def write_tensors(path: Location, fragments: Sequence[Fragment]) -> tuple[list[B
     return boxes, _LENGTH_BYTES + len(text) + end
 
 
+class _Entry(BaseModel, strict=True):
+    dtype: Literal["F32"]
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+_Header = TypeAdapter(dict[str, _Entry])
+
+
 class TensorFile:
-    """A file of boxes."""
+    """A file of boxes. Raises DamagedError if its header is not one."""
 
     def __init__(self, path: Location, size_bytes: int):
         self.path = path
         try:
+            if isinstance(path, Path):
+                regular_file(path)
             length = int.from_bytes(self._read(0, _LENGTH_BYTES), "little")
-            if length > size_bytes:
-                raise ValueError(f"a header of {length} bytes")
-            self._entries = json.loads(self._read(_LENGTH_BYTES, length))
-        except (OSError, ValueError) as error:
+            self._start = _LENGTH_BYTES + length
+            if self._start > size_bytes or length > _MOST_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes in a file of {size_bytes}")
+            self._entries = _Header.validate_json(self._read(_LENGTH_BYTES, length))
+        except ValidationError as error:
+            raise self._unreadable(first_problem(error)) from error
+        except (OSError, ValueError, MemoryError) as error:
             raise self._unreadable(error) from error
-        self._start = _LENGTH_BYTES + length
+        self._data_bytes = size_bytes - self._start
 
     def read(self, box: Box, into: Tensor) -> None:
         """Fills `into`, which has the box's sizes, and verifies what it reads."""
-        target = into.numpy().data.cast("B")
-        checksum = missing = 0
+        target = into.numpy().data.cast("B") if into.numel() else memoryview(b"")
+        entry = self._entries.get(_entry_name(box.key, box.offsets))
+        if entry is None:
+            raise self._unreadable(f"no {box.key} of offsets {list(box.offsets)}")
+        begin, end = entry.data_offsets
+        if entry.shape != list(box.sizes) or end - begin != len(target) or not 0 <= begin <= end <= self._data_bytes:
+            raise self._unreadable(f"{box.key}: bytes {begin} to {end} of {self._data_bytes}, for {list(box.sizes)}")
+        checksum = 0
+        missing = len(target)
         try:
-            entry = self._entries[_entry(box.key, box.offsets)]
-            begin, end = entry["data_offsets"]
-            missing = len(target)
-            if entry["dtype"] != "F32" or entry["shape"] != list(box.sizes) or end - begin != missing:
-                raise ValueError(f"{entry} for {box.key} of {list(box.sizes)}")
             for part in fill(self.path, self._start + begin, target):
                 checksum = zlib.crc32(part, checksum)
                 missing -= len(part)
-            if missing:
-                raise ValueError(f"ends within {box.key}")
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except OSError as error:
             raise self._unreadable(error) from error
+        if missing:
+            raise self._unreadable(f"ends within {box.key}")
         if checksum != box.crc32:
             raise DamagedError(
                 f"{self.path}: {box.key} is damaged (CRC-32 {checksum:08x}, written as {box.crc32:08x}); take another "
@@ -83,7 +106,7 @@ class TensorFile:
         found = sum(map(len, fill(self.path, begin, memoryview(buffer))))
         return bytes(buffer[:found])
 
-    def _unreadable(self, error: Exception) -> CheckpointError:
+    def _unreadable(self, error: Exception | str) -> CheckpointError:
         if isinstance(error, PermissionError):
             return CheckpointError(f"{self.path}: {error}; make it readable")
         if isinstance(error, OutOfReachError):
@@ -91,6 +114,6 @@ class TensorFile:
         return DamagedError(f"{self.path}: unreadable ({error}); take another checkpoint")
 
 
-def _entry(key: str, offsets: Sequence[int]) -> str:
+def _entry_name(key: str, offsets: Sequence[int]) -> str:
     """A box's name within the file."""
     return f"{key}@{','.join(map(str, offsets))}"

@@ -22,7 +22,6 @@ from triplane.model.build import load_model
 from triplane.model.generate import generate as generate_tokens
 from triplane.model.generate import next_logits
 from triplane.model.transformer import Transformer
-from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Axis
 from triplane.training.batches import Feed
 from triplane.training.evaluation import evaluate_model, validation_loss
@@ -42,7 +41,7 @@ class TrainedModel:
         checkpoint = Checkpoint(find_checkpoint(path))
         if source := checkpoint.state["run"].get("imported_from"):
             raise CheckpointError(f"{path}: only the weights of {source}, without a run; train with checkpoint.initial")
-        return cls(checkpoint, config_of(checkpoint.state["run"]))
+        return cls(checkpoint, config_of(checkpoint.state["run"], checkpoint.folder))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -118,10 +117,10 @@ def show_checkpoint(console: Console, path: str, verify: bool) -> None:
     console.print(f"{checkpoint.folder}: step {state['step']:,}, {state['tokens_seen']:,} tokens seen", markup=False)
     if (loss := state.get("validation_loss")) is not None:
         console.print(f"validation loss {loss:.4f} nats a token", highlight=False)
-    if layout := run.get("parallel"):
-        written_by = f"written by {ParallelConfig(**layout).describe()}"
+    if source := run.get("imported_from"):
+        written_by = f"imported from {source}"
     else:
-        written_by = f"imported from {run['imported_from']}"
+        written_by = f"written by {config_of(run, checkpoint.folder).parallel.describe()}"
     console.print(f"{written_by}; loads into every layout", markup=False)
     kinds: dict[str, int] = {}
     for key in checkpoint.shapes:

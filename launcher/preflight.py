@@ -2,7 +2,9 @@
 
 import tomllib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.folder import fresh_start_problem, latest, newest_manifest
@@ -11,6 +13,8 @@ from triplane.checkpoint.manifest import MANIFEST, read_manifest
 from triplane.data.opening import Sources
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import DataChange, data_change
+from triplane.model.config import ModelConfig
+from triplane.model.schema import first_problem
 
 CONFIG = "config.toml"
 """In the run folder: every choice, as resolved."""
@@ -27,6 +31,18 @@ _FIXED = (
     "data.lanes",
 )
 """Keys that a run may not change when it is resumed: they define the weights' shapes and the order of the data."""
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class _BesideConfig(BaseModel, strict=True):
+    """What a `run_record` says that is no choice of the run."""
+
+    corpus_digests: list[str]
+
+
+class _CheckpointFolder(BaseModel, strict=True):
+    folder: str | None = None
 
 
 def check_data(config: RunConfig, sources: Sources) -> list[str]:
@@ -55,6 +71,10 @@ def check_run_dir(
         problem = None if allow_fresh_start else fresh_start_problem(folder)
         return [problem] if problem else list(_check_initial(config))
     newest, state = found[0], found[1].state
+    try:
+        config_of(state["run"], newest)
+    except CheckpointError as error:
+        return [str(error)]
     theirs, ours = flatten(state["run"]), flatten(record)
     keys = sorted(theirs.keys() | ours.keys())
     differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]
@@ -86,7 +106,7 @@ def find_checkpoint(text: str) -> Location:
         return place
     elsewhere = None
     if CONFIG in found:
-        elsewhere = tomllib.loads(read(place / CONFIG).decode()).get("checkpoint", {}).get("folder")
+        elsewhere = _configured_folder(place / CONFIG)
     if elsewhere:
         place = location(elsewhere)
     elif _CHECKPOINTS in found:
@@ -96,13 +116,28 @@ def find_checkpoint(text: str) -> Location:
     return newest
 
 
+def _configured_folder(path: Location) -> str | None:
+    """`checkpoint.folder` in the config of a run."""
+    try:
+        config = tomllib.loads(read(path).decode())
+        folder: str | None = _CheckpointFolder.model_validate(config.get("checkpoint", {})).folder
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: checkpoint.{first_problem(error)}") from error
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not TOML: {error}") from error
+    return folder
+
+
 def _check_initial(config: RunConfig) -> Iterator[str]:
     """Initial weights that are not there, or of another network."""
     initial = config.checkpoint.initial
     if initial is None:
         return
     try:
-        theirs = read_manifest(find_checkpoint(initial)).state["run"]["model"]
+        found = find_checkpoint(initial)
+        theirs = model_of(read_manifest(found).state["run"], found).model_dump(mode="json")
     except CheckpointError as error:
         yield f"checkpoint.initial: {error}"
         return
@@ -121,9 +156,25 @@ def run_record(config: RunConfig, sources: Sources) -> dict[str, Any]:
     return {**config.model_dump(mode="json"), "corpus_digests": sources.digests}
 
 
-def config_of(record: dict[str, Any]) -> RunConfig:
-    """The config in a `run_record`."""
-    return RunConfig.model_validate({key: value for key, value in record.items() if key != "corpus_digests"})
+def config_of(record: dict[str, Any], where: Location) -> RunConfig:
+    """The config in the `run_record` of the checkpoint `where`; CheckpointError if this version cannot read it."""
+    _of_this_version(_BesideConfig, record, where)
+    content = {key: value for key, value in record.items() if key not in _BesideConfig.model_fields}
+    return _of_this_version(RunConfig, content, where)
+
+
+def model_of(record: dict[str, Any], where: Location) -> ModelConfig:
+    """The network in the `run_record`, or in what stands for it in an imported checkpoint; raises CheckpointError."""
+    return _of_this_version(ModelConfig, record.get("model"), where)
+
+
+def _of_this_version(schema: type[T], content: object, where: Location) -> T:
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{where}: written by another version of triplane: {first_problem(error)}; use that version"
+        ) from error
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,6 +25,7 @@ from triplane.launcher.preflight import (
     DONE,
     change_since,
     checkpoints_folder,
+    config_of,
     find_checkpoint,
     flatten,
     run_record,
@@ -158,7 +159,7 @@ def _write_report(run_dir: Path, report: Report) -> None:
 
 def _saved_precision(folder: Location) -> Precision | None:
     newest = newest_manifest(folder)
-    return cast(Precision, newest[1].state["run"]["training"]["precision"]) if newest else None
+    return cast(Precision, config_of(newest[1].state["run"], newest[0]).training.precision) if newest else None
 
 
 def _restore(

@@ -9,6 +9,8 @@ def first_problem(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"no {key}"
+    if first["type"] == "extra_forbidden":
+        return f"the key {key} is unknown"
     reason = first["msg"].removeprefix("Value error, ")
     if not key:
         return "no table of keys" if first["type"] == "model_type" else reason

@@ -54,3 +54,8 @@ def packed(documents: list[Tensor]) -> Batch:
 def random_documents(config: ModelConfig, lengths: list[int], seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(config.vocab_size, (n,), generator=generator) for n in lengths]
+
+
+def state_after(step: int) -> dict:
+    """The least that a checkpoint says of its run."""
+    return {"step": step, "consumed_sequences": 0, "tokens_seen": 0, "run": {}}

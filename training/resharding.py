@@ -32,7 +32,8 @@ def train_between(
     trace = train_on_mesh(engine, steps)
     if save is not None:
         store = CheckpointStore(save, CheckpointConfig(keep_last=100))
-        store.save(steps.stop, engine.optimizer.fragments(), {})
+        state = {"step": steps.stop, "consumed_sequences": 0, "tokens_seen": 0, "run": {}}
+        store.save(steps.stop, engine.optimizer.fragments(), state)
         (saved,) = store.ended(wait=True)
         if saved.error:
             raise OSError(saved.error)

@@ -147,8 +147,8 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to itself": (_loop, r"model.safetensors: Too many levels"),
     "short": (lambda hf: (hf / "model.safetensors").write_bytes(b"short"), r"model.safetensors: unreadable"),
     "bin only": (_bin_only, r"pytorch_model.bin is not read: save the model as safetensors"),
-    "outside": (lambda hf: _shard(hf, {"lm_head.weight": "../x.safetensors"}), "no plain file name"),
-    "absolute": (lambda hf: _shard(hf, {"lm_head.weight": "/x.safetensors"}), "no plain file name"),
+    "outside": (lambda hf: _shard(hf, {"lm_head.weight": "../x.safetensors"}), "not a plain file name"),
+    "absolute": (lambda hf: _shard(hf, {"lm_head.weight": "/x.safetensors"}), "not a plain file name"),
     "map a list": (lambda hf: _shard(hf, []), r"index.json: weight_map is \[\]"),
     "index a list": (
         lambda hf: _shard(hf, {}) or (hf / "model.safetensors.index.json").write_text("[]"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from save_phases import PHASES, plant
+from small_models import state_after
 
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.folder import latest
@@ -41,5 +42,5 @@ def _save(mesh: Mesh, folder: Path, step: int, phase: str | None = None) -> None
     data = torch.full((ELEMENTS,), float(step))
     fragment = Fragment("weight", "w", torch.Size((ELEMENTS * RANKS,)), (ELEMENTS * mesh.rank,), data, primary=True)
     store = CheckpointStore(folder, CheckpointConfig(keep_last=1))
-    store.save(step, [fragment], {"step": step})
+    store.save(step, [fragment], state_after(step))
     store.ended(wait=True)

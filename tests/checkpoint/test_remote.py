@@ -11,6 +11,7 @@ from runs import small_run
 from save_phases import REMOTE_PHASES, plant
 from servers import s3_server
 from small_corpora import Prepared
+from small_models import state_after
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 from typer.testing import CliRunner
 
@@ -190,6 +191,6 @@ def _save(mesh: Mesh, folder: str, step: int, phase: str | None = None) -> Save:
     data = torch.full((ELEMENTS,), float(step))
     fragment = Fragment("weight", "w", torch.Size((ELEMENTS * RANKS,)), (ELEMENTS * mesh.rank,), data, primary=True)
     store = CheckpointStore(location(folder), CheckpointConfig(keep_last=1))
-    store.save(step, [fragment], {"step": step})
+    store.save(step, [fragment], state_after(step))
     (save,) = store.ended(wait=True)
     return save

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from resharding import LAYOUTS
+from small_models import state_after
 
 from triplane.checkpoint import store as store_module
 from triplane.checkpoint.config import CheckpointConfig
@@ -145,12 +146,12 @@ def _save_twice_while_the_disk_fills(mesh: Mesh, folder: Path, before: str) -> l
 
     setattr(store_module, before, fill_disk)
     store = CheckpointStore(folder, CheckpointConfig(keep_last=2))
-    store.save(2, [_fragment(mesh, 2)], {})
+    store.save(2, [_fragment(mesh, 2)], state_after(2))
     saves = store.ended(wait=True)
     dist.barrier()
     ballast.unlink(missing_ok=True)
     setattr(store_module, before, action)
-    store.save(3, [_fragment(mesh, 3)], {})
+    store.save(3, [_fragment(mesh, 3)], state_after(3))
     return saves + store.ended(wait=True)
 
 
@@ -183,7 +184,7 @@ def _save_twice_to_a_slow_disk(mesh: Mesh, folder: Path, asynchronous: bool) -> 
     for step in (1, 2):
         fragment.data.fill_(step)
         start_s = perf_counter()
-        store.save(step, [fragment], {})
+        store.save(step, [fragment], state_after(step))
         store.wait_until_copied()
         took_s.append(perf_counter() - start_s)
         fragment.data.fill_(-1)
@@ -203,6 +204,6 @@ def _fragment(mesh: Mesh, step: int, elements: int = 10_000) -> Fragment:
 
 def _save(mesh: Mesh, folder: Path, step: int, elements: int = 10_000, state: dict | None = None) -> Save:
     store = CheckpointStore(folder, CheckpointConfig(keep_last=2))
-    store.save(step, [_fragment(mesh, step, elements)], state or {})
+    store.save(step, [_fragment(mesh, step, elements)], state or state_after(step))
     (save,) = store.ended(wait=True)
     return save

@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_is_planned_from_its_checkpoint(prepared: Prepared, t
     folder = tmp_path / "checkpoints" / "step_6"
     folder.mkdir(parents=True)
     record = run_record(config, open_sources(config.data, tmp_path))
-    write_manifest(folder, Manifest({"step": 6, "consumed_sequences": 48, "run": record}, [], {}))
+    write_manifest(folder, Manifest({"step": 6, "consumed_sequences": 48, "tokens_seen": 0, "run": record}, [], {}))
     assert problems(config, ranks=1) == []
     assert done_steps(config) == 6
     whole, rest = (estimate(config, 1, GPUS["h100"], done) for done in (0, 6))
