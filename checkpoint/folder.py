@@ -49,6 +49,12 @@ def newest_manifest(folder: Location) -> tuple[Location, Manifest] | None:
     return None
 
 
+def newest_step(folder: Location) -> int:
+    """The step of the newest checkpoint under `folder`, whole or damaged; 0 if there is none."""
+    newest = latest(folder)
+    return step_of(newest) if newest else 0
+
+
 def begin(folder: Location, step: int) -> Location:
     """Removes what killed saves have left, and makes a folder to write the files of a checkpoint to."""
     final = checkpoint_of(folder, step)

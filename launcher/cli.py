@@ -15,6 +15,7 @@ from triplane.launcher.errors import ConfigError, LaunchError
 from triplane.model.errors import ModelError
 from triplane.parallel.errors import LayoutError
 from triplane.training.errors import TrainingError
+from triplane.training.exits import Exit
 
 USER_ERRORS = (CheckpointError, ConfigError, DataError, LaunchError, LayoutError, ModelError, TrainingError)
 """What a user can mend: one line a problem."""
@@ -134,7 +135,7 @@ def train(
         from triplane.launcher.dry_run import dry_run as run_dry
 
         run_dry(config, overrides or [], ranks)
-        leave(0)
+        leave(Exit.OK)
     if ranks is not None:
         raise ConfigError("--ranks is for --dry-run: a run has the ranks that its layout needs, parallel.dp and so on")
     from triplane.launcher.train import train
@@ -420,12 +421,12 @@ def main() -> None:
         mistake = _mistake(error)
         if mistake is None:  # printed as Python would, but gloo's threads must not see the exit that follows
             traceback.print_exc()
-            leave(1)
+            leave(Exit.FAILED)
         rank = os.environ.get("RANK", "0")
         prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
         for line in mistake.splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
-        leave(os.EX_TEMPFAIL if isinstance(error, BusyError) else 2)
+        leave(Exit.TRY_AGAIN if isinstance(error, BusyError) else Exit.MISTAKE)
 
 
 def _mistake(error: Exception) -> str | None:

@@ -15,19 +15,18 @@ from types import FrameType
 import torch
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
 
-from triplane.checkpoint.folder import latest, step_of
+from triplane.checkpoint.folder import newest_step
 from triplane.checkpoint.location import Location
 from triplane.launcher.cores import cores_of_ranks
 from triplane.launcher.monitor.report import REPORT, report_problem
-from triplane.training.failure import LOGS, Failure, take_failure
+from triplane.training.exits import Exit
+from triplane.training.failure import LOGS, NOWHERE, Failure, take_failure
 from triplane.training.run_log import record_event
 from triplane.training.stopping import LAUNCHER
 
-_USER_ERROR = 2
 _GRACE_S = 5
 """After the first failure: ranks that notice it by themselves say what befell them before they are killed."""
 _POLL_S = 0.05
-_NOWHERE = "at an unknown step"
 
 
 def run_local_ranks(
@@ -40,19 +39,17 @@ def run_local_ranks(
     """
     ranks = LocalRanks(count, arguments, run_dir)
     for restarts_left in range(max_restarts, -1, -1):
-        before = latest(checkpoints)
+        before = newest_step(checkpoints)
         failure = ranks.run()
         if failure is None:
             return ranks.exit_code
-        if ranks.exit_code == _USER_ERROR:
+        if ranks.exit_code == Exit.MISTAKE:
             print("\n".join(f"triplane: {line}" for line in failure.message.splitlines()), file=sys.stderr)
         else:
             print(f"triplane: {failure}; see {ranks.log_file(failure.rank)}", file=sys.stderr)
-        newest = latest(checkpoints)
-        step = step_of(newest) if newest else 0
-        cause = f"{failure.kind}: {failure.message}"
-        record_event(run_dir, "failure", step, rank=failure.rank, host=failure.host, where=failure.where, error=cause)
-        if ranks.stopped_by or ranks.exit_code == _USER_ERROR or newest == before or not restarts_left:
+        step = newest_step(checkpoints)
+        failure.record(run_dir, step)
+        if ranks.stopped_by or ranks.exit_code == Exit.MISTAKE or step == before or not restarts_left:
             break
         print(f"triplane: starting again from step {step}; {restarts_left - 1} restarts left", file=sys.stderr)
         record_event(run_dir, "restart", step, restarts_left=restarts_left - 1)
@@ -106,8 +103,8 @@ class LocalRanks:
         first = min(failures, key=lambda failure: failure.time)
         code = codes[first.rank]
         self.exit_code = code if code > 0 else 128 - code
-        if first.where == _NOWHERE:  # what was killed cannot say where it stood; those that waited for it can
-            first = replace(first, where=next((peer.where for peer in failures if peer.where != _NOWHERE), _NOWHERE))
+        if first.where == NOWHERE:  # what was killed cannot say where it stood; those that waited for it can
+            first = replace(first, where=next((peer.where for peer in failures if peer.where != NOWHERE), NOWHERE))
         return first
 
     def log_file(self, rank: int) -> Path:
@@ -138,7 +135,7 @@ class LocalRanks:
         name = signal.Signals(-code).name
         # NCCL aborts a rank when another is gone.
         when = float("inf") if -code == signal.SIGABRT else 0.0
-        return Failure(rank, socket.gethostname(), _NOWHERE, "killed", f"by {name}", when)
+        return Failure(rank, socket.gethostname(), NOWHERE, "killed", f"by {name}", when)
 
 
 class _Processes(SubprocessContext):

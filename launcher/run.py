@@ -1,15 +1,17 @@
 """One rank of a training run: builds the parts from the config and hands them to the trainer."""
 
 import os
+import socket
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.folder import fresh_start_problem, newest_manifest
+from triplane.checkpoint.folder import fresh_start_problem, newest_manifest, newest_step
 from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import Damage, Resumed, fill_from_newest
@@ -36,31 +38,64 @@ from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
-from triplane.training.failure import record_failure
+from triplane.training.failure import Story, failure_of, lost_peers
 from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
 from triplane.training.loop import Corpora, Settings, Trainer
 from triplane.training.optimizer import adamw
 from triplane.training.report import Report
 from triplane.training.run_log import record_event
 from triplane.training.state import State
+from triplane.training.stopping import LAUNCHER
+from triplane.training.stopwatch import Stopwatch
+from triplane.training.watchdog import Watchdog
+
+_START_S = 1800.0
+"""A start, which may read a large checkpoint, and an end may take so long, whatever limit steps have."""
 
 
 def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
     """Joins the other ranks and trains."""
+    run_dir, folder = Path(config.run_dir), checkpoints_folder(config)
+    story = Story(run_dir, rank.rank, rank.world_size, LAUNCHER in os.environ, lambda: newest_step(folder))
     try:
         device = _take_device(rank)
         if config.parallel.fp8 and (problem := fp8_problem(device)):
             raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
         with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
-            train_on(mesh, config, rank.local_size, allow_fresh_start)
+            hosts = [""] * rank.world_size
+            dist.all_gather_object(hosts, socket.gethostname())
+            story.hosts = hosts
+            train_on(mesh, config, rank.local_size, allow_fresh_start, story)
     except Exception as error:
-        where = getattr(error, "__notes__", ["outside of a step"])[0]
-        record_failure(Path(config.run_dir), rank.rank, where, type(error).__name__, str(error))
+        story.tell(failure_of(rank.rank, error), aftermath=lost_peers(error))
         raise
 
 
-def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_start: bool = False) -> None:
+def train_on(
+    mesh: Mesh,
+    config: RunConfig,
+    local_ranks: int = 1,
+    allow_fresh_start: bool = False,
+    story: Story | None = None,
+) -> None:
     """Trains from the newest whole checkpoint in the run folder, or from initial weights."""
+    story = story or Story(Path(config.run_dir), mesh.rank, mesh.world_size, watched=True, newest_step=lambda: 0)
+    with Watchdog(config.faults.hang_timeout_s, mesh.rank, Stopwatch(mesh.device), story.tell) as watchdog:
+        with watchdog.work("start", 0, at_least_s=_START_S):
+            trainer, state = _prepare(mesh, config, local_ranks, allow_fresh_start, watchdog)
+        state = trainer.run(state)
+        with watchdog.work("end", state.step, at_least_s=_START_S):
+            trainer.report.event(state.step, "end", steps=config.training.steps)
+            if state.step >= config.training.steps:
+                on_rank_0(lambda: _write_done(config))
+            on_rank_0(lambda: _write_report(Path(config.run_dir), trainer.report))
+            trainer.report.close(state.step)
+
+
+def _prepare(
+    mesh: Mesh, config: RunConfig, local_ranks: int, allow_fresh_start: bool, watchdog: Watchdog
+) -> tuple[Trainer, State]:
+    """Builds the parts of a run, and takes its state from the newest checkpoint. Collective."""
     folder = checkpoints_folder(config)
     config = _resolve(config, folder, mesh)
     dtype = DTYPES[config.training.precision]
@@ -109,13 +144,9 @@ def train_on(mesh: Mesh, config: RunConfig, local_ranks: int = 1, allow_fresh_st
         lambda: _restore(engine, config, folder, allow_fresh_start)[0],
         record,
         report,
+        watchdog,
     )
-    state = trainer.run(state)
-    report.event(state.step, "end", steps=config.training.steps)
-    if state.step >= config.training.steps:
-        on_rank_0(lambda: _write_done(config))
-    on_rank_0(lambda: _write_report(Path(config.run_dir), report))
-    report.close(state.step)
+    return trainer, state
 
 
 def _take_device(rank: Rank) -> torch.device:

@@ -15,12 +15,14 @@ from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError
 from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
+from triplane.training.failure import forget_failures
 
 
 def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool) -> int:
     """Trains what the config says; returns the exit code."""
     config = load_config(path, overrides)
     rank = current_rank(os.environ)
+    forget_failures(Path(config.run_dir), rank.rank if rank else 0)
     ranks = _local_ranks(config) if rank is None else rank.world_size
     if rank is None or rank.rank == 0:
         for source in config.data.sources:

@@ -1,19 +1,33 @@
-"""What a rank that fails leaves in the run folder, so that the first cause can be told from what followed."""
+"""What a rank that fails leaves in the run folder, and how the first cause is told from what followed it."""
 
 import json
 import os
 import socket
+import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from triplane.training.run_log import record_event
 
 LOGS = "logs"
 """Folder in a run folder: what each rank and start printed. Its launcher holds it while ranks run."""
+FIRST_CAUSE = "first_cause"
+"""File in there with one line: the first cause of the last start's failure. Whoever makes it tells it."""
+NOWHERE = "at an unknown step"
+_GRACE_S = 3.0
+"""How long a rank that lost its peers waits for one of them to tell why."""
+_POLL_S = 0.05
+
+
+class Where(str):
+    """A note on an exception that says where in the run it arose; other notes are of others."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Of one rank."""
+    """That of one rank."""
 
     rank: int
     host: str
@@ -28,12 +42,33 @@ class Failure:
         first_line = self.message.partition("\n")[0]
         return f"rank {self.rank} on {self.host} failed first, {self.where}: {self.kind}: {first_line}"
 
+    def record(self, run_dir: Path, step: int) -> None:
+        """Adds it to the history as the first cause; `step` is that of the newest checkpoint."""
+        cause = f"{self.kind}: {self.message}"
+        record_event(run_dir, "failure", step, rank=self.rank, host=self.host, where=self.where, error=cause)
 
-def record_failure(run_dir: Path, rank: int, where: str, kind: str, message: str) -> None:
+
+def failure_of(rank: int, error: BaseException) -> Failure:
+    """The failure that `error` is, where `Watchdog.work` has noted that it arose."""
+    notes = (note for note in getattr(error, "__notes__", []) if isinstance(note, Where))
+    return Failure(
+        rank, socket.gethostname(), next(notes, "outside of a step"), type(error).__name__, str(error), time.time()
+    )
+
+
+def lost_peers(error: BaseException) -> bool:
+    """Whether the error only says that other ranks are gone."""
+    from torch.distributed import DistError  # only where ranks have failed
+
+    return isinstance(error, DistError | ConnectionError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection "))
+    )
+
+
+def record_failure(run_dir: Path, failure: Failure) -> None:
     """Replaces what the rank left earlier; whoever reads it sees all of it or nothing."""
-    path = _path(run_dir, rank)
+    path = _path(run_dir, failure.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    failure = Failure(rank, socket.gethostname(), where, kind, message, time.time())
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(failure)))
     os.replace(partial, path)
@@ -47,6 +82,68 @@ def take_failure(run_dir: Path, rank: int) -> Failure | None:
     failure = Failure(**json.loads(path.read_text()))
     path.unlink()
     return failure
+
+
+def forget_failures(run_dir: Path, rank: int) -> None:
+    """Removes what an earlier start left; before anything of this one can fail."""
+    _path(run_dir, rank).unlink(missing_ok=True)
+    if rank == 0:
+        (run_dir / LOGS / FIRST_CAUSE).unlink(missing_ok=True)
+
+
+class Story:
+    """How the failures of a start are told. Each rank that fails calls `tell`.
+
+    `triplane train` knows how each rank that it started has ended, and tells the first cause itself: ranks only leave
+    it theirs. Under torchrun and srun the first rank whose error is its own tells it. Those that only lost their peers
+    leave it the time to, and then name one that has left no word, since it was killed.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, world_size: int, watched: bool, newest_step: Callable[[], int]):
+        """`watched` by `triplane train`; `newest_step` is that of the newest checkpoint."""
+        self.run_dir = run_dir
+        self.rank = rank
+        self.hosts: Sequence[str] = ["an unknown host"] * world_size
+        """That of each rank, once the ranks have met."""
+        self._watched = watched
+        self._newest_step = newest_step
+
+    def tell(self, failure: Failure, aftermath: bool = False) -> None:
+        """Records the failure of this rank, and the first cause if it is this rank's turn; `aftermath`: lost peers."""
+        record_failure(self.run_dir, failure)
+        if self._watched:
+            return
+        first = self._silent(failure) if aftermath else failure
+        if first is not None and self._claim(first):
+            if len(self.hosts) > 1:  # else the error itself follows
+                print(f"triplane: {first}", file=sys.stderr, flush=True)
+            first.record(self.run_dir, self._newest_step())
+
+    def _silent(self, failure: Failure) -> Failure | None:
+        """The failure of a rank that cannot tell it; None if another rank has told the first cause meanwhile."""
+        deadline_s = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline_s:
+            if (self.run_dir / LOGS / FIRST_CAUSE).exists():
+                return None
+            time.sleep(_POLL_S)
+        silent = [rank for rank in range(len(self.hosts)) if not _path(self.run_dir, rank).exists()]
+        if not silent:
+            return failure
+        word = "it left no word: it was killed, or its machine is gone"
+        return replace(failure, rank=silent[0], host=self.hosts[silent[0]], kind="killed", message=word)
+
+    def _claim(self, first: Failure) -> bool:
+        """Makes the file with the first cause, whole; False if another rank has."""
+        claim = self.run_dir / LOGS / FIRST_CAUSE
+        mine = claim.with_name(f"{FIRST_CAUSE}.{self.rank}")
+        mine.write_text(f"{first}\n")
+        try:
+            os.link(mine, claim)
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink()
+        return True
 
 
 def _path(run_dir: Path, rank: int) -> Path:

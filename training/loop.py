@@ -33,7 +33,6 @@ from triplane.training.report import Report
 from triplane.training.schedule import learning_rate, warmup_steps
 from triplane.training.state import State
 from triplane.training.stopping import Stopping, request_name
-from triplane.training.stopwatch import Stopwatch
 from triplane.training.watchdog import Watchdog
 
 _SAMPLE_TOKENS = 48
@@ -78,6 +77,7 @@ class Trainer:
         restore: Callable[[], State],
         run_record: dict[str, Any],
         report: Report,
+        watchdog: Watchdog,
     ):
         """`restore` loads the newest checkpoint, or the initial weights if there is none; collective."""
         self.engine = engine
@@ -90,7 +90,8 @@ class Trainer:
         self.report = report
         self.unsaved: str | None = None
         """Why the last save failed."""
-        self.watch = Stopwatch(engine.mesh.device)
+        self.watchdog = watchdog
+        self.watch = watchdog.stopwatch
         self.agreement = Agreement(engine.mesh.device)
         first_step_tokens = settings.training.global_batch_size * corpora.seq_len_at(0)
         self.warmup_steps = warmup_steps(settings.schedule, first_step_tokens)
@@ -103,13 +104,11 @@ class Trainer:
             self.report.message(f"step {state.step} of {settings.training.steps} is done already")
             return state
         stopping = Stopping(settings.run_dir, rank)
-        with (
-            Watchdog(settings.faults.hang_timeout_s, settings.run_dir, rank, self.watch) as watchdog,
-            Profiler(settings.profile, settings.run_dir, rank) as profiler,
-        ):
-            return self._run(state, last, stopping, watchdog, profiler)
+        with Profiler(settings.profile, settings.run_dir, rank) as profiler:
+            return self._run(state, last, stopping, profiler)
 
-    def _run(self, state: State, last: int, stopping: Stopping, watchdog: Watchdog, profiler: Profiler) -> State:
+    def _run(self, state: State, last: int, stopping: Stopping, profiler: Profiler) -> State:
+        watchdog = self.watchdog
         size = self.settings.training.global_batch_size
         batches = self._batches_from(state, last)
         logged = state
@@ -128,7 +127,8 @@ class Trainer:
                         due.add("save")
             state, bad = self._judge(state, verdicts)
             if bad is not None:
-                state, stop = self._roll_back(state, *bad), 0
+                with watchdog.work("rollback", step):
+                    state, stop = self._roll_back(state, *bad), 0
                 logged = state
                 batches = self._batches_from(state, last)
                 continue
@@ -152,7 +152,8 @@ class Trainer:
                 with watchdog.work("checkpoint", step):
                     self.save(state, validated)
             self._report_saves()
-        self._finish_saves()
+        with watchdog.work("checkpoint", state.step):
+            self._finish_saves()
         if stop:
             name = request_name(stop)
             self.report.event(state.step, "signal", name=name)

@@ -2,37 +2,42 @@
 
 import faulthandler
 import os
+import socket
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from threading import Event, Thread
 from typing import Self
 
-from triplane.training.failure import record_failure
+from triplane.training.exits import Exit
+from triplane.training.failure import Failure, Where
 from triplane.training.stopwatch import Stopwatch
-
-EXIT_CODE = os.EX_TEMPFAIL
-"""Of a rank that hung: start it again."""
 
 _PERIOD_S = 0.5
 _LEAST_S = 60.0
 _MEDIANS = 10.0
+_FIRST_S = 1800.0
+"""Limit of the first work of a kind, which may compile or fetch."""
 _REMEMBERED = 64
 
 
 class Watchdog:
-    """Watches from a thread how long this rank takes for a kind of work, once the first of its kind is done."""
+    """Watches from a thread how long this rank takes for a kind of work.
 
-    def __init__(self, timeout_s: float | None, run_dir: Path, rank: int, stopwatch: Stopwatch):
+    The limit is `timeout_s`, or by default ten times the median of what the kind has taken, but a minute at least, and
+    half an hour for its first.
+    """
+
+    def __init__(self, timeout_s: float | None, rank: int, stopwatch: Stopwatch, tell: Callable[[Failure], None]):
+        """`tell` records a hang, before the process ends."""
         self._timeout_s = timeout_s
-        self._run_dir = run_dir
         self._rank = rank
+        self._tell = tell
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
-        self._stopwatch = stopwatch
+        self.stopwatch = stopwatch
         self._kind, self._step = "", 0
         self._limit_s = float("inf")
         self._waited_s = 0.0
@@ -46,17 +51,17 @@ class Watchdog:
         self._closed.set()
 
     @contextmanager
-    def work(self, kind: str, step: int) -> Iterator[None]:
-        """Watches the block; an error from it gets a note of where it arose."""
+    def work(self, kind: str, step: int, at_least_s: float = 0.0) -> Iterator[None]:
+        """Watches the block, which may take `at_least_s`; an error from it gets a note of where it arose."""
         seconds = self._seconds[kind]
         self._kind, self._step, self._waited_s = kind, step, 0.0
-        if seconds:
-            self._limit_s = self._timeout_s or max(_LEAST_S, _MEDIANS * median(seconds))
+        usual_s = max(_LEAST_S, _MEDIANS * median(seconds)) if seconds else _FIRST_S
+        self._limit_s = max(at_least_s, self._timeout_s or usual_s)
         start_s = time.monotonic()
         try:
             yield
         except Exception as error:
-            error.add_note(self._where)
+            error.add_note(Where(self._where))
             raise
         finally:
             self._limit_s = float("inf")
@@ -64,7 +69,8 @@ class Watchdog:
 
     @property
     def _where(self) -> str:
-        return f"in step {self._step}, {self._stopwatch.current.removesuffix('_time_s') or self._kind}"
+        when = f"in step {self._step}" if self._step else "before the first step"
+        return f"{when}, {self.stopwatch.current.removesuffix('_time_s') or self._kind}"
 
     def _watch(self) -> None:
         before_s = time.monotonic()
@@ -80,5 +86,5 @@ class Watchdog:
         message = f"no progress for {self._waited_s:.0f} s"
         print(f"hang {self._where}: {message}; where each thread stands:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-        record_failure(self._run_dir, self._rank, self._where, "hang", message)
-        os._exit(EXIT_CODE)
+        self._tell(Failure(self._rank, socket.gethostname(), self._where, "hang", message, time.time()))
+        os._exit(Exit.TRY_AGAIN)

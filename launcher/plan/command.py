@@ -13,6 +13,7 @@ from triplane.launcher.plan.problems import checkpoint_bytes, done_steps, kept_c
 from triplane.launcher.plan.search import Found, changes, nearest, search
 from triplane.launcher.plan.show import Show
 from triplane.model.count import count_parameters, flops_per_token
+from triplane.training.exits import Exit
 
 _DAY_S = 86_400
 
@@ -64,7 +65,7 @@ def plan(
     show.problems(found, hint)
     if json_path is not None:
         json_path.write_text(json.dumps(record | {"problems": found, "hint": hint}, indent=1) + "\n", encoding="utf-8")
-    return 1 if found else 0
+    return Exit.FAILED if found else Exit.OK
 
 
 def _figures(config: RunConfig, done: int) -> dict[str, float]:

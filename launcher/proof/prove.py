@@ -12,6 +12,7 @@ from triplane.launcher.proof.layouts import Case, full_proof, own_case, quick_pr
 from triplane.launcher.proof.proving import TIMEOUT_S, Machine, tolerances, train_case, worst
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.training.exits import Exit
 from triplane.training.proof import (
     Difference,
     Trace,
@@ -58,7 +59,7 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
         json_path.write_text(json.dumps([_record(result) for result in results], indent=1) + "\n")
     passed = sum(result.passed for result in results)
     print(f"{passed} of {len(results)} layouts train the model that one process trains")
-    return 0 if passed == len(results) else 1
+    return Exit.OK if passed == len(results) else Exit.FAILED
 
 
 def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Result]:

@@ -16,6 +16,7 @@ from triplane.launcher.proof.proving import TIMEOUT_S, Machine, measured, tolera
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
+from triplane.training.exits import Exit
 from triplane.training.hardware import DTYPES
 from triplane.training.proof import Difference, Trace, proof_model, train_plainly
 from triplane.training.resharding import train_between
@@ -36,7 +37,7 @@ def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
         json_path.write_text(json.dumps(rows, indent=1) + "\n")
     passed = sum(row["passed"] for row in rows)
     print(f"{passed} of {len(rows)} checkpoints train on, under another layout, as one process does")
-    return 0 if passed == len(rows) else 1
+    return Exit.OK if passed == len(rows) else Exit.FAILED
 
 
 def _prove(model: ModelConfig, tied: bool, machine: Machine, folder: Path) -> list[dict[str, Any]]:

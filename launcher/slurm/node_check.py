@@ -21,9 +21,8 @@ import torch.distributed as dist
 import triplane
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
+from triplane.training.exits import Exit
 
-EXIT_CODE = 3
-"""Some node is out of line."""
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 _LEAST_DISK_GIB = 1.0
 _LEAST_SHARED_MEMORY_GIB = 0.125
@@ -87,7 +86,7 @@ def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
                 lines.writelines(f"{node}\n" for node in bad[0])
     dist.broadcast_object_list(bad)
     dist.destroy_process_group()
-    return EXIT_CODE if bad[0] else 0
+    return Exit.BAD_NODE if bad[0] else Exit.OK
 
 
 def out_of_line(facts: list[Facts]) -> dict[str, list[str]]:

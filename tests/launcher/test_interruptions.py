@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -174,14 +175,37 @@ def test_a_rank_that_dies_is_named_and_all_start_again_if_there_was_progress(fol
     assert events[:5] == [("start", 0), ("save", 50), ("failure", 50), ("restart", 50), ("resume", 50)]
 
 
-def test_torchrun_starts_the_ranks_and_starts_them_again(folder: Path) -> None:
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    with started(folder, launch=launch, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as process:
+TORCHRUN = (
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "--max-restarts=1",
+    "--shutdown-timeout=5",
+)
+STRIKES = {
+    "killed": (signal.SIGKILL, "rank 1", "killed: it left no word"),
+    "hung": (signal.SIGSTOP, "rank 0", "hang: no progress for"),
+}
+
+
+@pytest.mark.parametrize("kind", STRIKES)
+def test_torchrun_starts_the_ranks_again_and_the_first_cause_is_told(kind: str, folder: Path) -> None:
+    number, rank, cause = STRIKES[kind]
+    overrides = ("faults.hang_timeout_s=4",)
+    with started(folder, *overrides, launch=TORCHRUN, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as process:
         until(lambda: step_of(folder) > 55, process)
-        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        os.kill(ranks_of(process)[1], number)
         code, errors = finish(process)
     assert code == 0, errors
-    assert [event["event"] for event in history(folder) if event["event"] != "save"] == ["start", "resume", "end"]
+    events = [event for event in history(folder) if event["event"] != "save"]
+    assert [event["event"] for event in events] == ["start", "failure", "resume", "end"]
+    (told,) = (line for line in errors.splitlines() if "failed first" in line)
+    assert told.startswith(f"triplane: {rank} on {socket.gethostname()} failed first, in step ") and cause in told
+    details = events[1]["details"]
+    assert f"rank {details['rank']}" == rank and details["host"] == socket.gethostname()
+    assert details["where"].startswith("in step ") and cause in f"{details['error']}"
+    assert events[1]["step"] == 50
 
 
 def test_a_rank_that_hangs_is_found_and_all_start_again(folder: Path) -> None:

@@ -27,9 +27,10 @@ def ranks(tmp_path: Path, script: str, count: int = 2) -> LocalRanks:
     preamble = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from triplane.training.failure import record_failure\n"
+        "from triplane.training.failure import Failure, record_failure\n"
         "rank = int(os.environ['RANK'])\n"
-        f"def fail(kind, message): record_failure(Path({str(tmp_path)!r}), rank, 'in step 7', kind, message)\n"
+        "def fail(kind, message):\n"
+        f"    record_failure(Path({str(tmp_path)!r}), Failure(rank, 'here', 'in step 7', kind, message, time.time()))\n"
     )
     ranks.command = [sys.executable, "-c", preamble + script]
     return ranks

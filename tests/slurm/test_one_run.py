@@ -1,6 +1,7 @@
 """One run on a real Slurm through everything that befalls it, against the same run on this machine without a break."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,14 @@ def test_the_loss_is_that_of_a_run_without_a_break(cluster: Cluster, folder: Pat
 
     progress = len(run.events("save"))
     until(lambda: len(run.events("save")) > progress, "a checkpoint")
-    cluster.run_on(run.nodes[1], "kill", "-KILL", ranks_on(cluster, run.nodes[1])[1])
+    struck = run.nodes[1]
+    cluster.run_on(struck, "kill", "-KILL", ranks_on(cluster, struck)[1])
     run.goes_on()
-    assert "crash 1 of 3" in run.said
+    assert re.search(rf"rank [23] on {struck} failed first, in step \d+.*: killed: .*; crash 1 of 3", run.said), (
+        run.said
+    )
+    (killed,) = run.events("failure")
+    assert killed["details"]["host"] == struck and killed["step"] == run.events("save")[-1]["step"]
     run.trains()
 
     urgent = cluster.output(
@@ -66,6 +72,7 @@ def test_the_loss_is_that_of_a_run_without_a_break(cluster: Cluster, folder: Pat
     run.goes_on()
     assert "task 0: Exited with exit code 75" in run.said
     assert run.said.count("crash 1 of 3") == 2
+    assert "failed first" in run.said.splitlines()[-1] and "hang: no progress for" in run.said
     assert "hang in step" in (folder / f"run/logs/rank_0.job_{job}.5.log").read_text()
     run.trains()
     assert f"rank_0.job_{job}.6.log\n" in run.triplane("logs", "run", "--rank", 0).stdout

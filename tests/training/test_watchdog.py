@@ -4,14 +4,16 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from triplane.training.failure import take_failure
+from triplane.training.exits import Exit
+from triplane.training.failure import Where, failure_of, record_failure, take_failure
 from triplane.training.stopwatch import Stopwatch
-from triplane.training.watchdog import EXIT_CODE, Watchdog
+from triplane.training.watchdog import Watchdog
 
 
 def in_child(run_dir: Path, body: Callable[[Watchdog, Stopwatch], None]) -> int:
@@ -19,7 +21,7 @@ def in_child(run_dir: Path, body: Callable[[Watchdog, Stopwatch], None]) -> int:
     child = os.fork()
     if not child:
         stopwatch = Stopwatch(torch.device("cpu"))
-        with Watchdog(1.0, run_dir, 3, stopwatch) as watchdog:
+        with Watchdog(1.0, 3, stopwatch, partial(record_failure, run_dir)) as watchdog:
             body(watchdog, stopwatch)
         os._exit(0)
     return child
@@ -37,7 +39,7 @@ def steps(watchdog: Watchdog, stopwatch: Stopwatch, *seconds: float) -> None:
 
 def test_a_hang_is_told_with_stacks(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     started_s = time.monotonic()
-    assert exit_code(in_child(tmp_path, lambda *both: steps(*both, 0.01, 30))) == EXIT_CODE
+    assert exit_code(in_child(tmp_path, lambda *both: steps(*both, 0.01, 30))) == Exit.TRY_AGAIN
     assert time.monotonic() - started_s < 10
     failure = take_failure(tmp_path, 3)
     assert failure is not None and str(failure).endswith(
@@ -47,14 +49,29 @@ def test_a_hang_is_told_with_stacks(tmp_path: Path, capfd: pytest.CaptureFixture
     assert take_failure(tmp_path, 3) is None
 
 
-def test_the_first_of_a_kind_may_take_long(tmp_path: Path) -> None:
+def test_a_hang_in_the_first_step_is_told(tmp_path: Path) -> None:
+    assert exit_code(in_child(tmp_path, lambda *both: steps(*both, 30))) == Exit.TRY_AGAIN
+    failure = take_failure(tmp_path, 3)
+    assert failure is not None and failure.where == "in step 1, optimizer"
+
+
+def test_a_start_may_take_longer_than_a_step(tmp_path: Path) -> None:
     def body(watchdog: Watchdog, stopwatch: Stopwatch) -> None:
-        steps(watchdog, stopwatch, 2.5, 0.01)  # compiles
-        with watchdog.work("validation", 2):
+        with watchdog.work("start", 0, at_least_s=60):
             time.sleep(2.5)
         time.sleep(2.5)  # between
 
     assert exit_code(in_child(tmp_path, body)) == 0
+
+
+def test_a_start_that_hangs_is_told(tmp_path: Path) -> None:
+    def body(watchdog: Watchdog, stopwatch: Stopwatch) -> None:
+        with watchdog.work("start", 0, at_least_s=1):
+            time.sleep(30)
+
+    assert exit_code(in_child(tmp_path, body)) == Exit.TRY_AGAIN
+    failure = take_failure(tmp_path, 3)
+    assert failure is not None and failure.where == "before the first step, start"
 
 
 def test_a_process_that_was_stopped_and_goes_on_has_not_hung(tmp_path: Path) -> None:
@@ -67,7 +84,10 @@ def test_a_process_that_was_stopped_and_goes_on_has_not_hung(tmp_path: Path) -> 
 
 
 def test_an_error_is_noted_with_where_it_arose(tmp_path: Path) -> None:
-    watchdog = Watchdog(None, tmp_path, 0, Stopwatch(torch.device("cpu")))
+    watchdog = Watchdog(None, 0, Stopwatch(torch.device("cpu")), print)
+    error = ZeroDivisionError("none")
+    error.add_note("a library's own")
     with pytest.raises(ZeroDivisionError) as caught, watchdog.work("validation", 7):
-        print(1 / 0)
-    assert caught.value.__notes__ == ["in step 7, validation"]
+        raise error
+    assert caught.value.__notes__ == ["a library's own", Where("in step 7, validation")]
+    assert failure_of(0, caught.value).where == "in step 7, validation"
