@@ -1,6 +1,8 @@
 """Grouped-query attention over the segments of a batch. Shape legend in batch.py."""
 
+from inspect import signature
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
+from triplane.model.documents import attend_documents
 from triplane.model.rope import rotate
+
+_GROUPED_QUERIES: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""torch 2.11 takes fewer key and value heads than query heads without being told."""
 
 
 class Attention(nn.Module):
@@ -44,21 +50,22 @@ class SegmentAttention(nn.Module):
 def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
     """Causal attention within each segment, by a flash kernel on every device; (T, H, K)."""
     if batch.uniform:
-        return _attend_equal(q_THK, k_TGK, v_TGK, segments=len(batch.bounds) - 1)
-    if q_THK.is_cuda and q_THK.dtype != torch.float32:
-        bounds, longest = batch.bounds_int32, batch.longest
-        causal = (-1, 0)
-        out = varlen_attn(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, window_size=causal, enable_gqa=True)
-        assert isinstance(out, Tensor)
-        return out
-    # The variable-length kernel takes neither the CPU nor fp32; a call a document beats a mask by two to four times.
-    spans = [slice(a, b) for a, b in pairwise(batch.bounds)]
-    return torch.cat([_attend_equal(q_THK[s], k_TGK[s], v_TGK[s], segments=1) for s in spans])
+        return _attend_equal(q_THK, k_TGK, v_TGK, batch.longest)
+    if not q_THK.is_cuda:
+        return attend_documents(q_THK, k_TGK, v_TGK, batch.bounds_int32, batch.longest)[0]
+    if q_THK.dtype == torch.float32:  # which no variable-length kernel takes; calls in turn beat a mask
+        spans = [slice(a, b) for a, b in pairwise(batch.bounds)]
+        return torch.cat([_attend_equal(q_THK[s], k_TGK[s], v_TGK[s], s.stop - s.start) for s in spans])
+    bounds, longest = batch.bounds_int32, batch.longest
+    causal = (-1, 0)
+    out = varlen_attn(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, window_size=causal, **_GROUPED_QUERIES)
+    assert isinstance(out, Tensor)
+    return out
 
 
-def _attend_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: int) -> Tensor:
+def _attend_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, length: int) -> Tensor:
     """Segments of one length, as the batch dim of SDPA."""
-    q, k, v = (x.view(segments, -1, *x.shape[1:]).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+    q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
     shared = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     return out.transpose(1, 2).flatten(0, 1)

@@ -4,21 +4,17 @@ import shutil
 
 import torch
 
-from triplane.model.transformer import Block, Transformer
+from triplane.model.transformer import Transformer
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compiles each block in place, at its first call; parameter names stay.
+    """Compiles each block in place, at its first call; names of modules and parameters stay.
 
-    Blocks share their code, so one compilation serves all, and a second one any number of tokens. Attention itself
-    is left out: its kernels are fused already, and each set of documents' bounds would be another graph.
+    Blocks share their code, so one compilation serves all, and a second one any number of tokens.
     Call it after modules have been swapped.
     """
     for block in model.blocks.values():
-        assert isinstance(block, Block)
-        core = block.attention.core
-        core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign, no-untyped-call]
-        block.compile()
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 
 def has_compiler() -> bool:

@@ -39,7 +39,7 @@ def build_local_model(
     2. tensor: swap in modules that hold a share of each weight;
     3. context: swap the attention that sees a share of the tokens;
     4. fp8: swap the linear layers that are left;
-    5. recompute, then compile: wrap each block;
+    5. recompute and compile: wrap each block;
     6. materialise that share, and tie the head to the embedding where both are here.
 
     The optimizer (zero.py or replicated.py) comes last, around the parameters that are left.
@@ -64,11 +64,14 @@ def build_local_model(
             from triplane.model.fp8 import use_fp8
 
             use_fp8(model)
-        apply_recompute(model, layout.recompute)
+        if layout.recompute == "selective":
+            apply_recompute(model, "selective")
         if layout.compile:
             from triplane.model.compiled import compile_blocks
 
             compile_blocks(model)
+        if layout.recompute == "full":
+            apply_recompute(model, "full")
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         _materialise(model, layout, mesh)
         tied_copy = config.tie_embeddings and model.embedding is None

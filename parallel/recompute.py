@@ -1,11 +1,14 @@
 """Activation checkpointing: what backward computes again instead of keeping it from forward, block by block."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from triplane.model import documents  # noqa: F401  defines an operator that is kept
 from triplane.model.transformer import Transformer
 
 _KEPT = {
@@ -17,20 +20,31 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.triplane.attend_documents.default,
     torch.ops._c10d_functional.all_to_all_single.default,
 }
 """What `selective` keeps: products, attention, and Ulysses' exchange; the rest is cheap to do again."""
 
 
-def apply_recompute(model: Transformer, how: Literal["none", "selective", "full"]) -> None:
-    """Wraps each block. The names of modules and parameters stay."""
-    if how == "none":
-        return
+def apply_recompute(model: Transformer, how: Literal["selective", "full"]) -> None:
+    """Wraps the forward pass of each block. The names of modules and parameters stay.
+
+    A compiler must see what `selective` keeps, so that comes before compiling; `full` goes around the compiled block.
+    """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks.values():
-        block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+        block.forward = _recomputed(block.forward, options)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+    # A function, since a partial of `checkpoint` would be passed over by the compiler.
+    def recomputed(*args: Any) -> Tensor:
+        out: Tensor = checkpoint(forward, *args, **options)
+        return out
+
+    return recomputed
 
 
 def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from triplane.model import flash
 from triplane.model.batch import Batch
-from triplane.parallel import flash
 from triplane.parallel.mesh import Axis
 
 

@@ -43,6 +43,11 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         )
     if layout.recompute == "selective" and zero == 3:
         yield 'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept'
+    if layout.compile and layout.recompute == "selective" and cp > 1 and layout.cp_method == "ring":
+        yield (
+            'compile and recompute "selective" do not go together with cp_method "ring", whose sends end the graph '
+            'inside the block: nothing would be compiled; take recompute "full" or "none"'
+        )
     if layout.compile and zero == 3:
         yield "compile and zero = 3 do not go together: what gathers the weights breaks the graph at every layer"
     if layout.fp8 and tp > 1:

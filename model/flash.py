@@ -1,6 +1,6 @@
 """Flash attention that also gives the log-sum-exp of each query's scores, by which partial results merge.
 
-Shapes are those of model/batch.py, with S keys; lse is (H, T), fp32 or wider.
+Shapes are those of model/batch.py, with S keys; lse is (H, T), fp32 or wider. There is no fp32 kernel on a GPU.
 """
 
 from itertools import pairwise
@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from triplane.parallel.errors import LayoutError
 
 _aten = torch.ops.aten
 
@@ -25,8 +23,7 @@ class Segments(NamedTuple):
 def forward(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
     """Attention (T, H, K) and its lse; without `segments` each query sees each key."""
     if q_THK.is_cuda:
-        if q_THK.dtype == torch.float32:
-            raise LayoutError("ring attention on a GPU has no fp32 kernel; use precision bf16, or Ulysses attention")
+        assert q_THK.dtype != torch.float32, "no flash kernel of a GPU takes fp32"
         lengths = _lengths(q_THK, k_SGK, segments)
         out_THK, lse_HT, *_ = _aten._flash_attention_forward(
             q_THK, k_SGK, v_SGK, *lengths, 0.0, segments is not None, False
