@@ -6,6 +6,7 @@ Needs the extra `bench`. Each reader gives batches of 8 sequences of 2,048 int64
 """
 
 import argparse
+import io
 import json
 import resource
 import shutil
@@ -47,7 +48,9 @@ def _corpus(folder: Path, tokens: int) -> Corpus:
             document[0], document[-1] = 1, 2
             documents.append(document)
             size += length
-        shards.append(write_shard(folder, number, documents, np.dtype(np.uint16)))
+        stored = io.BytesIO(np.concatenate(documents).tobytes())
+        lengths = np.array([len(document) for document in documents], np.uint32)
+        shards.append(write_shard(folder, number, stored, lengths, np.dtype(np.uint16)))
     digest = "0" * 64
     Manifest(tokenizer_digest=digest, vocab_size=_VOCAB_SIZE, bos_id=1, text_bytes=1, shards=tuple(shards)).save(folder)
     return Corpus(folder)

@@ -1,5 +1,6 @@
 """Documents that were seen before, exactly or nearly."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ HASH_BYTES = 16
 _PERMUTATIONS = 128
 _SIGNATURE_BYTES = 4 * _PERMUTATIONS
 _SHINGLE_WORDS = 5
+_WORD_CHARS = 1 << 16
 _SIMILARITY = 0.8
 """Two documents are near when they share this part of their runs of five words (Jaccard, estimated by MinHash)."""
 
@@ -59,14 +61,41 @@ class Duplicates:
         return float(np.mean(np.frombuffer(stored, np.uint32) == np.frombuffer(signature, np.uint32)))
 
 
-def minhash_signature(text: str) -> bytes:
-    """The MinHash of the text's runs of five words."""
-    words = text.split()
-    runs = {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+def minhash_signature(pieces: Iterable[str]) -> bytes:
+    """The MinHash of the runs of five words in the text that `pieces` make."""
     minhash = _new_minhash()
-    minhash.update_batch([run.encode() for run in sorted(runs)])
+    words: list[str] = []
+    is_whole = True
+    for piece in _at_words(pieces):
+        words += piece.split()
+        if len(words) >= _SHINGLE_WORDS:
+            _add_runs(minhash, words)
+            words, is_whole = words[-_SHINGLE_WORDS + 1 :], False
+    if is_whole:
+        _add_runs(minhash, words)
     signature: bytes = minhash.hashvalues.astype(np.uint32).tobytes()
     return signature
+
+
+def _add_runs(minhash: Any, words: list[str]) -> None:
+    runs = {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+    minhash.update_batch([run.encode() for run in sorted(runs)])
+
+
+def _at_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that end between words; a word of more than 64 Ki characters may be cut."""
+    rest = ""
+    for piece in pieces:
+        text = rest + piece
+        if len(text) > _WORD_CHARS and not any(map(str.isspace, text[-_WORD_CHARS:])):
+            yield text
+            rest = ""
+            continue
+        end = next((i for i in range(len(text), 0, -1) if text[i - 1].isspace()), 0)
+        if end:
+            yield text[:end]
+        rest = text[end:]
+    yield rest
 
 
 def check_library(mode: Dedupe) -> None:

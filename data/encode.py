@@ -1,38 +1,43 @@
 """Records to tokens in parallel processes."""
 
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from triplane.data.blocks import UncuttableError
+from triplane.data.blocks import Block
+from triplane.data.content import LONG_BYTES, Limits, too_long
 from triplane.data.dedupe import HASH_BYTES, minhash_signature
 from triplane.data.errors import DataError
 from triplane.data.manifest import Tokens, token_dtype
 from triplane.data.open_tokenizer import open_tokenizer
-from triplane.data.records import Record, text_of
+from triplane.data.records import Record, Unread, text_of, text_pieces
 from triplane.data.tokenizer import Tokenizer
 
 _CHUNK_BYTES = 1 << 18
 """Stored text that a process encodes at once."""
 _CHUNK_RECORDS = 1024
+_PIECE_CHARS = 1 << 16
 
 
 class Encoded(NamedTuple):
     """A document in tokens."""
 
-    tokens: Tokens
-    """bos, those of the text, eos."""
+    parts: Iterable[Tokens]
+    """bos, those of the text, eos; those of a long document are made as they are taken."""
     text_bytes: int
     """UTF-8 bytes of the text."""
     content_hash: bytes
@@ -47,6 +52,7 @@ class Encoding(NamedTuple):
     tokenizer: Path
     text_field: str
     with_signature: bool
+    limits: Limits
 
 
 Outcome = Encoded | str
@@ -58,7 +64,8 @@ def encode_records(
 ) -> Iterator[list[tuple[Record, Outcome]]]:
     """Yields all records, in order, in lists; reads ahead only what keeps `processes` busy.
 
-    Raises DataError if the tokenizer alters a text.
+    The parts of a long document must be taken before the next list is asked for. Raises DataError if the tokenizer
+    alters a text.
     """
     running: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
 
@@ -66,29 +73,49 @@ def encode_records(
         chunk, future = running.popleft()
         return list(zip(chunk, future.result(), strict=True))
 
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _follow_parent) as pool:
-        try:
-            for chunk in _chunks(records):
-                running.append((chunk, pool.submit(_encode, encoding, chunk)))
-                if len(running) > 2 * processes:
+    context = multiprocessing.get_context("fork")
+    with _killed_is_an_error(), ProcessPoolExecutor(processes, context, _follow_parent) as pool:
+        for chunk in _chunks(records):
+            if _is_long(chunk[0]):
+                while running:
                     yield finish_oldest()
-            while running:
+                yield [(chunk[0], _encode_long(pool, encoding, chunk[0], 2 * processes))]
+                continue
+            running.append((chunk, pool.submit(_encode, encoding, chunk)))
+            if len(running) > 2 * processes:
                 yield finish_oldest()
-        except BrokenProcessPool as error:
-            raise DataError("an encoding process was killed, perhaps for memory: use fewer processes") from error
+        while running:
+            yield finish_oldest()
+
+
+@contextmanager
+def _killed_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise DataError("an encoding process was killed, perhaps for memory: use fewer processes") from error
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records together, but a long one alone."""
     chunk: list[Record] = []
     size = 0
     for record in records:
-        chunk.append(record)
-        size += len(record.content or b"")
-        if size >= _CHUNK_BYTES or len(chunk) == _CHUNK_RECORDS:
+        if chunk and (_is_long(record) or size >= _CHUNK_BYTES or len(chunk) == _CHUNK_RECORDS):
             yield chunk
             chunk, size = [], 0
+        if _is_long(record):
+            yield [record]
+            continue
+        chunk.append(record)
+        size += len(record.content) if isinstance(record.content, bytes) else 0
     if chunk:
         yield chunk
+
+
+def _is_long(record: Record) -> bool:
+    content = record.content
+    return not isinstance(content, Unread | bytes) or (isinstance(content, bytes) and len(content) > LONG_BYTES)
 
 
 def _encode(encoding: Encoding, records: list[Record]) -> list[Outcome]:
@@ -96,27 +123,85 @@ def _encode(encoding: Encoding, records: list[Record]) -> list[Outcome]:
 
 
 def _encode_one(encoding: Encoding, record: Record) -> Outcome:
+    model = load_tokenizer(encoding.tokenizer)
     try:
         text = text_of(record, encoding.text_field)
-    except ValueError as error:
-        return str(error)
-    model = _load_tokenizer(encoding.tokenizer)
-    dtype = token_dtype(model.vocab_size)
-    try:
         parts = [model.encode_exactly(block, record.name) for block in model.blocks([text])]
-    except UncuttableError as error:
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
         return str(error)
     content = text.encode()
     return Encoded(
-        np.concatenate([np.array([model.bos_id], dtype), *parts, np.array([model.eos_id], dtype)]),
+        (np.concatenate(list(_framed(model, parts))),),
         len(content),
         hashlib.blake2b(content, digest_size=HASH_BYTES).digest(),
-        minhash_signature(text) if encoding.with_signature else b"",
+        minhash_signature([text]) if encoding.with_signature else b"",
     )
 
 
+def _encode_long(pool: ProcessPoolExecutor, encoding: Encoding, record: Record, ahead: int) -> Outcome:
+    """Writes the text to a file, since what becomes of a document depends on all of it, then encodes it from there."""
+    model = load_tokenizer(encoding.tokenizer)
+    text = tempfile.TemporaryFile(dir=encoding.limits.folder)  # noqa: SIM115 - the parts read it
+    hasher = hashlib.blake2b(digest_size=HASH_BYTES)
+    try:
+        for piece in text_pieces(record, encoding.text_field):
+            for start in range(0, len(piece), _PIECE_CHARS):
+                content = piece[start : start + _PIECE_CHARS].encode()
+                hasher.update(content)
+                text.write(content)
+        size = text.tell()
+        if size > encoding.limits.document_bytes:  # in another encoding it was shorter
+            return too_long(encoding.limits.document_bytes).reason
+        for _ in model.blocks(_pieces(text)):
+            pass  # raises if it cannot be cut, while nothing is written yet
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        return str(error)
+    parts = _encode_parts(pool, encoding, record.name, model.blocks(_pieces(text)), ahead)
+    signature = minhash_signature(_pieces(text)) if encoding.with_signature else b""
+    return Encoded(_framed(model, parts), size, hasher.digest(), signature)
+
+
+def _encode_parts(
+    pool: ProcessPoolExecutor, encoding: Encoding, name: str, blocks: Iterator[Block], ahead: int
+) -> Iterator[Tokens]:
+    running: deque[Future[Tokens]] = deque()
+    with _killed_is_an_error():
+        for block in blocks:
+            running.append(pool.submit(_encode_block, encoding.tokenizer, block, name))
+            if len(running) > ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def _encode_block(tokenizer: Path, block: Block, name: str) -> Tokens:
+    return load_tokenizer(tokenizer).encode_exactly(block, name)
+
+
+def _framed(model: Tokenizer, parts: Iterable[Tokens]) -> Iterator[Tokens]:
+    dtype = token_dtype(model.vocab_size)
+    yield np.array([model.bos_id], dtype)
+    yield from parts
+    yield np.array([model.eos_id], dtype)
+
+
+def _pieces(file: BinaryIO) -> Iterator[str]:
+    """The text of a UTF-8 file from its start on."""
+    file.seek(0)
+    reader = io.TextIOWrapper(file, "utf-8", newline="")
+    try:
+        while piece := reader.read(_PIECE_CHARS):
+            yield piece
+    finally:
+        reader.detach()
+
+
 @cache
-def _load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     return open_tokenizer(path)
 
 

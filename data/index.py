@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import mmap
 import tarfile
 import zlib
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triplane.data.files import write_whole
+
+_CHUNK_BYTES = 1 << 20
 
 
 class ShardIndex(NamedTuple):
@@ -56,8 +57,18 @@ def index_shard(path: Path) -> ShardIndex:
                 offsets.append(file.tell())
                 counts.append(shape[0])
         extents.append(tar.offset)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-            crc32 = [zlib.crc32(view[start:end]) for start, end in itertools.pairwise(extents)]
+        file.seek(extents[0])
+        crc32 = [_crc32(file, end - start) for start, end in itertools.pairwise(extents)]
     return ShardIndex(
         np.array(extents), np.array(offsets), np.array(counts), np.array(crc32, np.uint32), np.concatenate(lengths)
     )
+
+
+def _crc32(file: BinaryIO, size: int) -> int:
+    """Of the next `size` bytes."""
+    found = 0
+    while size > 0:
+        chunk = file.read(min(size, _CHUNK_BYTES))
+        found = zlib.crc32(chunk, found)
+        size -= len(chunk)
+    return found

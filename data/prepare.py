@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
+from triplane.data.content import DEFAULT_LIMITS, Limits
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe, Duplicates, check_library
 from triplane.data.encode import Encoding, Outcome, encode_records
@@ -51,12 +52,14 @@ def prepare(
     *,
     text_field: str = "text",
     dedupe: Dedupe = "none",
+    max_document_bytes: int = DEFAULT_LIMITS.document_bytes,
     wait: bool = False,
 ) -> Report:
     """Writes the documents of `inputs` (see find_files) to `out`: the tokenizer's files, `train/`, `validation/`,
     `report.json`, and `rejected.jsonl`, which names each input that is not in the corpus.
 
-    `text_field` is the field of JSON rows and the column of tables that holds the text. Which split a document is in
+    `text_field` is the field of JSON rows and the column of tables that holds the text. A document of more than
+    `max_document_bytes` is left out. Which split a document is in
     depends on its content alone, so copies of it are all in one. `out` appears when all of it is written; until then
     what is finished stays in `out` with `.partial` added, and the same call goes on from there. If another process
     is writing there, `wait` says whether to wait for its corpus. Raises DataError if `out` holds something else or
@@ -76,6 +79,7 @@ def prepare(
         shard_tokens=shard_tokens,
         text_field=text_field,
         dedupe=dedupe,
+        max_document_bytes=max_document_bytes,
     )
     partial = out.resolve().with_name(f"{out.name}.partial")
     if not _is_taken(out) or partial.exists():
@@ -83,8 +87,10 @@ def prepare(
             try:
                 if not _is_taken(out):
                     build = _Build(partial, recipe, model, skipped)
-                    records = read_records(files, text_field, build.state.position)
-                    chunks = encode_records(records, Encoding(tokenizer, text_field, dedupe == "near"), processes)
+                    limits = Limits(max_document_bytes, partial)
+                    records = read_records(files, text_field, build.state.position, limits)
+                    encoding = Encoding(tokenizer, text_field, dedupe == "near", limits)
+                    chunks = encode_records(records, encoding, processes)
                     build.fill(chunks, _sum_sizes(files), progress)
                     return build.finish(out)
             finally:
@@ -196,7 +202,7 @@ class _Build:
         is_validation = (
             int.from_bytes(outcome.content_hash[:8], "little") < self.state.recipe.validation_fraction * 2**64
         )
-        return (self._validation if is_validation else self._train).add(outcome.tokens, outcome.text_bytes)
+        return (self._validation if is_validation else self._train).add(outcome.parts, outcome.text_bytes)
 
     def _reject(self, rejection: Rejection) -> None:
         self._rejections.append(rejection.model_dump_json().encode() + b"\n")

@@ -3,39 +3,52 @@
 A library that only one kind of file needs is imported when there is one.
 """
 
+import io
 import itertools
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import PurePosixPath
+from stat import S_ISREG
 from typing import IO, Any, Literal
 
 import fsspec
-from fsspec.compression import compr
 
+from triplane.data.content import DEFAULT_LIMITS, Limits, read_content, read_line, read_row, too_long
+from triplane.data.decompression import decompressed
 from triplane.data.errors import DataError
-from triplane.data.records import Position, Record
-from triplane.data.sources import COMPRESSIONS, SourceFile
+from triplane.data.records import Content, Position, Record, Unread
+from triplane.data.sources import SourceFile
 
-_Row = tuple[str, Literal["text", "python", "json"], bytes | None]
+_Row = tuple[str, Literal["text", "python", "json"], Content]
 """The end of its name, its kind and its content."""
 
-_ROWS = 1024
-"""Rows of a table that are in memory at once."""
+_ROWS = 64
+"""Rows of a table that are in memory at once, at least."""
 _DRAIN_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 20
+"""A long name or attribute of a tar member, which is read as a whole."""
+_HEADERS = (b"L", b"K", b"x", b"g", b"X")
+_NO_TEXT = Unread("no text: a null, or a sample without txt and json")
 
 
-def read_records(files: Sequence[SourceFile], text_field: str, start: Position) -> Iterator[Record]:
+def read_records(
+    files: Sequence[SourceFile], text_field: str, start: Position, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[Record]:
     """Yields the records of `files` from `start` on; raises DataError if one can't be read to its end."""
     before_bytes = sum(file.size or 0 for file in files[: start.file])
     for number, file in enumerate(files[start.file :], start.file):
         skipped = start.records if number == start.file else 0
         try:
-            with _open(file.path) as raw, closing(_decompressed(raw, file)) as stream:
-                rows = itertools.islice(_reader(file)(stream, text_field), skipped, None)
+            with _open(file.path) as raw, closing(decompressed(raw, PurePosixPath(file.path).suffix.lower())) as stream:
+                rows = itertools.islice(_reader(file)(stream, text_field, limits), skipped, None)
                 for count, (suffix, kind, content) in enumerate(rows, skipped + 1):
                     yield Record(file.name + suffix, kind, content, Position(number, count), before_bytes + raw.tell())
         except DataError as error:
             raise DataError(f"{file.name}: {error}") from error
+        except MemoryError as error:
+            raise DataError(f"{file.name}: cannot read this input: a part of it does not fit into memory") from error
         except Exception as error:  # each format, compression and protocol has errors of its own
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{file.name}: cannot read this input: {reason}") from error
@@ -44,46 +57,63 @@ def read_records(files: Sequence[SourceFile], text_field: str, start: Position) 
 
 def _open(path: str) -> IO[bytes]:
     if "://" not in path:
-        return open(path, "rb")
+        # What was replaced by a pipe or device since it was found is not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DataError("not a regular file")
+        return open(descriptor, "rb")
     fs, path = fsspec.url_to_fs(path)
     file: IO[bytes] = fs.open(path, "rb")
     return file
 
 
-def _decompressed(raw: IO[bytes], file: SourceFile) -> IO[bytes]:
-    for suffix, compression in COMPRESSIONS.items():
-        if file.path.endswith(suffix):
-            stream: IO[bytes] = compr[compression](raw, mode="rb")
-            return stream
-    return raw
+_Reader = Callable[[IO[bytes], str, Limits], Iterator[_Row]]
 
 
-def _reader(file: SourceFile) -> Callable[[IO[bytes], str], Iterator[_Row]]:
+def _reader(file: SourceFile) -> _Reader:
     return _READERS.get(file.format, _text)
 
 
-def _text(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
-    yield "", "text", stream.read()
+def _text(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
+    yield "", "text", read_content(stream, limits)
 
 
-def _python(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
-    yield "", "python", stream.read()
+def _python(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
+    yield "", "python", read_content(stream, limits)
 
 
-def _lines(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
-    for number, line in enumerate(stream, 1):
+def _lines(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
+    # Streams of other kinds cannot read a line up to a limit, or do it byte by byte.
+    buffered: IO[bytes] = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore
+    for number in itertools.count(1):
+        line = read_line(buffered, limits)
+        if not line:
+            return
+        if number == 1 and isinstance(line, bytes):
+            line = line.removeprefix(b"\xef\xbb\xbf")
         yield f":{number}", "json", line
 
 
-def _parquet(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
+def _parquet(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     from pyarrow.parquet import ParquetFile
 
-    file = ParquetFile(stream)
-    _check_column(file.schema_arrow, text_field)
-    yield from _table_rows(file.iter_batches(_ROWS, columns=[text_field]), text_field)
+    metadata = ParquetFile(stream).metadata
+    _check_column(metadata.schema.to_arrow_schema(), text_field)
+    # A value that is there many times is in memory once; of a column, only the pages that are being read.
+    file = ParquetFile(stream, metadata=metadata, read_dictionary=[text_field], buffer_size=_DRAIN_BYTES)
+    column = file.schema_arrow.get_field_index(text_field)
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        mean_bytes = group.column(column).total_uncompressed_size // max(1, group.num_rows)
+        if mean_bytes > limits.row_bytes:
+            raise DataError(
+                f"row group {number}: {mean_bytes:,} bytes a row, more than the {limits.row_bytes:,} that are read"
+            )
+    yield from _table_rows(file.iter_batches(_ROWS, columns=[text_field]), text_field, limits)
 
 
-def _arrow(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
+def _arrow(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     from pyarrow import ipc
 
     if stream.read(6) == b"ARROW1":
@@ -99,7 +129,7 @@ def _arrow(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
         batches = ipc.open_stream(stream)
         schema = batches.schema
     _check_column(schema, text_field)
-    yield from _table_rows(batches, text_field)
+    yield from _table_rows(batches, text_field, limits)
 
 
 def _check_column(schema: Any, text_field: str) -> None:
@@ -108,23 +138,42 @@ def _check_column(schema: Any, text_field: str) -> None:
     if text_field not in schema.names:
         raise DataError(f'no column "{text_field}"; there are {", ".join(schema.names)}: name one as the text field')
     kind = schema.field(text_field).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind)):
         raise DataError(f'column "{text_field}" holds {kind}, not strings')
 
 
-def _table_rows(batches: Any, text_field: str) -> Iterator[_Row]:
-    from pyarrow import large_binary
+def _table_rows(batches: Any, text_field: str, limits: Limits) -> Iterator[_Row]:
+    from pyarrow import large_binary, types
 
     number = 0
     for batch in batches:
+        column = batch.column(text_field)
+        indices: Any = range(len(column))
+        if types.is_dictionary(column.type):
+            indices, column = column.indices, column.dictionary
         # As bytes, since not every writer checks that strings are UTF-8.
-        for content in batch.column(text_field).cast(large_binary()).to_pylist():
+        values = column.cast(large_binary())
+        for index in indices:
             number += 1
-            yield f":{number}", "text", content
+            at = index if isinstance(index, int) else index.as_py()
+            value = values[at].as_buffer() if at is not None and values[at].is_valid else None
+            yield f":{number}", "text", _NO_TEXT if value is None else _value(value, limits)
+
+
+def _value(value: Any, limits: Limits) -> Content:
+    return too_long(limits.row_bytes) if value.size > limits.row_bytes else value.to_pybytes()
 
 
 class _StrictInfo(tarfile.TarInfo):
-    """Python takes a damaged header, or none, for the end of the archive."""
+    """Python takes a damaged header, or none, for the end of the archive, and reads names of any size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictInfo":
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _HEADERS and info.size > _HEADER_BYTES:
+            raise DataError(f"a header of {info.size:,} bytes, more than the {_HEADER_BYTES:,} that are read")
+        return info
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictInfo":
@@ -136,22 +185,36 @@ class _StrictInfo(tarfile.TarInfo):
             raise DataError(f"damaged: no tar header at byte {tar.offset:,}: {error}") from error
 
 
-def _tar(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
+def _tar(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictInfo) as tar:
-        for key, members in itertools.groupby(filter(tarfile.TarInfo.isreg, tar), lambda member: _split(member)[0]):
-            contents: dict[str, bytes] = {}
+        for key, members in itertools.groupby(_members(tar), lambda member: _split(member)[0]):
+            contents: dict[str, Content] = {}
             for member in members:
                 extension = _split(member)[1]
-                file = tar.extractfile(member)
-                assert file is not None
-                contents[extension] = file.read() if extension in ("txt", "json") else b""
+                if extension in ("txt", "json"):
+                    contents[extension] = _member(tar, member, extension, limits)
             if "txt" in contents:
                 yield f":{key}.txt", "text", contents["txt"]
             elif "json" in contents:
                 yield f":{key}.json", "json", contents["json"]
             else:
-                yield f":{key}", "text", None
+                yield f":{key}", "text", _NO_TEXT
         _check_end(tar)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined] # else all headers of the archive stay in memory
+        if member.isreg():
+            yield member
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, limits: Limits) -> Content:
+    if member.issparse():
+        return Unread("a sparse file, whose size its bytes do not bound")
+    file = tar.extractfile(member)
+    assert file is not None
+    return read_content(file, limits) if extension == "txt" else read_row(file, limits)
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str, str]:
@@ -169,16 +232,18 @@ def _check_end(tar: tarfile.TarFile) -> None:
             raise DataError(f"damaged: more data after the tar's end at byte {tar.offset:,}")
 
 
-def _topics(stream: IO[bytes], text_field: str) -> Iterator[_Row]:
+def _topics(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
         yield f"/{topic}", "text", topics[topic].encode()
 
 
-_READERS: dict[str, Callable[[IO[bytes], str], Iterator[_Row]]] = {
+_READERS: dict[str, _Reader] = {
     ".py": _python,
+    ".json": _lines,
     ".jsonl": _lines,
+    ".ndjson": _lines,
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".tar": _tar,

@@ -1,11 +1,15 @@
 """One stored document: where it is, and how its bytes become text."""
 
+import codecs
 import io
 import json
 import tokenize
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO, Literal, NamedTuple
 
 from pydantic import BaseModel
+
+_CHUNK_BYTES = 1 << 20
 
 
 class Position(NamedTuple):
@@ -17,13 +21,22 @@ class Position(NamedTuple):
     """Records of this file that are finished."""
 
 
+class Unread(NamedTuple):
+    """In place of a content: why there is none."""
+
+    reason: str
+
+
+Content = bytes | BinaryIO | Unread
+"""A long content is a file without a name, which is gone with its last reader."""
+
+
 class Record(NamedTuple):
     """A document as it is stored."""
 
     name: str
     kind: Literal["text", "python", "json"]
-    content: bytes | None
-    """None: there is none, as in a null of a table."""
+    content: Content
     end: Position
     """Where to read on after it."""
     read_bytes: int
@@ -39,23 +52,45 @@ class Rejection(BaseModel, extra="forbid", frozen=True):
 
 def text_of(record: Record, text_field: str) -> str:
     """The text of a record; raises ValueError, whose message is a reason, if it holds none."""
-    if record.content is None:
-        raise ValueError("no text: a null, or a sample without txt and json")
-    try:
-        if record.kind == "json":
-            text = _field(record.content, text_field)
-        elif record.kind == "python":
-            text = _python(record.content)
-        else:
-            text = record.content.decode()
-        text.encode()  # JSON can spell half a surrogate pair, which is no text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not {error.encoding}: {error.reason} at byte {error.start}") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(f"not Unicode: half a surrogate pair at character {error.start}") from error
+    text = "".join(text_pieces(record, text_field))
     if not text:
         raise ValueError("empty")
     return text
+
+
+def text_pieces(record: Record, text_field: str) -> Iterator[str]:
+    """The text of a record in pieces, that of a long one without holding all of it; raises ValueError as `text_of`."""
+    content = record.content
+    if isinstance(content, Unread):
+        raise ValueError(content.reason)
+    if record.kind == "json":
+        assert isinstance(content, bytes)
+        yield _field(content, text_field)
+        return
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    encoding = "utf-8"
+    if record.kind == "python":
+        encoding = _python_encoding(file)
+        file.seek(0)
+    yield from _decoded(file, encoding)
+
+
+def _decoded(file: BinaryIO, encoding: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    read = 0
+    while True:
+        chunk = file.read(_CHUNK_BYTES)
+        pending = decoder.getstate()[0]
+        try:
+            yield decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            at = read - len(pending) + error.start
+            raise ValueError(f"not {error.encoding}: {error.reason} at byte {at}") from error
+        except UnicodeError as error:
+            raise ValueError(f"not {encoding}: {error}") from error
+        if not chunk:
+            return
+        read += len(chunk)
 
 
 def _field(content: bytes, text_field: str) -> str:
@@ -63,19 +98,32 @@ def _field(content: bytes, text_field: str) -> str:
         return ""
     try:
         row = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not {error.encoding}: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError("not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON that can be read: {error}") from error
     if not (isinstance(row, dict) and isinstance(row.get(text_field), str)):
         raise ValueError(f'no string "{text_field}"')
     text: str = row[text_field]
+    try:
+        text.encode()  # JSON can spell half a surrogate pair, which is no text
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not Unicode: half a surrogate pair at character {error.start}") from error
     return text
 
 
-def _python(content: bytes) -> str:
+def _python_encoding(file: BinaryIO) -> str:
+    """The encoding that a Python file declares."""
     try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        encoding, _ = tokenize.detect_encoding(lambda: file.readline(_CHUNK_BYTES))
+        b"x".decode(encoding)  # raises for a codec that is not of text, as rot13
+        codecs.getincrementaldecoder(encoding)
     except SyntaxError as error:
         raise ValueError(f"not Python: {error.msg}") from error
-    return content.decode(encoding)
+    except (LookupError, UnicodeError) as error:
+        raise ValueError(f"not Python: {error}") from error
+    return encoding

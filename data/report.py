@@ -17,10 +17,11 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     shard_tokens: int
     text_field: str
     dedupe: Dedupe
+    max_document_bytes: int = 256 << 20
 
     def difference(self, other: Any) -> str:
         """Where `other`, as it was stored, differs."""
-        theirs = other if isinstance(other, dict) else {}
+        theirs = {"max_document_bytes": 256 << 20, **other} if isinstance(other, dict) else {}
         return ", ".join(f"{key} {theirs.get(key)} and not {value}" for key, value in self if theirs.get(key) != value)
 
 

@@ -4,10 +4,14 @@ A sample holds up to 256 documents, since one document a sample costs 14 % in ta
 `tok.npy` is their tokens end to end, `len.npy` the length of each.
 """
 
-from collections.abc import Iterator, Sequence
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from triplane.data.files import replacing
 from triplane.data.index import index_shard
@@ -47,15 +51,18 @@ class SplitWriter:
             shard.data.check_content(folder)
             shard.index.check_content(folder)
 
-    def add(self, tokens: Tokens, text_bytes: int) -> bool:
-        """Appends a document: `tokens` starts with bos and ends with eos, and came from so many bytes of text.
+    def add(self, parts: Iterable[Tokens], text_bytes: int) -> bool:
+        """Appends a document: `parts` start with bos and end with eos, and came from so many bytes of text.
 
         True if this finished a shard, after which the journal should be committed.
         """
-        assert tokens.dtype == self._dtype
-        self.counts.add(len(tokens), text_bytes)
-        self._tokens.append(tokens.tobytes())
-        self._lengths.append(np.uint32(len(tokens)).tobytes())
+        count = 0
+        for part in parts:
+            assert part.dtype == self._dtype
+            self._tokens.append(part.tobytes())
+            count += len(part)
+        self.counts.add(count, text_bytes)
+        self._lengths.append(np.uint32(count).tobytes())
         if self._tokens.size < self._shard_bytes:
             return False
         self._finish_shard()
@@ -79,28 +86,33 @@ class SplitWriter:
         return manifest
 
     def _finish_shard(self) -> None:
-        tokens = np.frombuffer(self._tokens.read(), self._dtype)
         lengths = np.frombuffer(self._lengths.read(), np.uint32)
-        documents = np.split(tokens, np.cumsum(lengths[:-1], dtype=np.int64))
-        shard = write_shard(self._folder, len(self._shards), documents, self._dtype)
+        self._tokens.flush()
+        with open(self._tokens.path, "rb") as tokens:
+            shard = write_shard(self._folder, len(self._shards), tokens, lengths, self._dtype)
         self._shards.append(shard)
         self._shard_log.append(shard.model_dump_json().encode() + b"\n")
         self._tokens.restart()
         self._lengths.restart()
 
 
-def write_shard(folder: Path, number: int, documents: Sequence[Tokens], dtype: np.dtype[np.unsignedinteger]) -> Shard:
-    """Writes a shard and its index, each of which appears whole; the same documents give the same bytes."""
+def write_shard(
+    folder: Path, number: int, tokens: BinaryIO, lengths: NDArray[np.uint32], dtype: np.dtype[np.unsignedinteger]
+) -> Shard:
+    """Writes a shard and its index, each of which appears whole; the same documents give the same bytes.
+
+    `tokens` holds the documents end to end, which have `lengths` tokens.
+    """
     import webdataset  # loads torch
 
     path = folder / f"shard-{number:06d}.tar"
     written = 0
-    size_bytes = sum(map(len, documents)) * dtype.itemsize
+    size_bytes = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     with replacing(path, size_bytes) as file, webdataset.TarWriter(file, mtime=0) as tar:
-        for block in _blocks(documents):
-            lengths = np.array([len(document) for document in block], np.uint32)
-            tokens = np.concatenate(block).astype(dtype)
-            tar.write({"__key__": f"{number:06d}/{written:09d}", "tok.npy": tokens, "len.npy": lengths})
+        for block in _blocks(lengths):
+            key = f"{number:06d}/{written:09d}"
+            tar.write({"__key__": key, "len.npy": block})
+            _write_tokens(tar, f"{key}.tok.npy", tokens, int(block.sum(dtype=np.int64)), dtype)
             written += len(block)
     index = index_shard(path)
     index_path = path.with_suffix(".idx.npz")
@@ -113,13 +125,35 @@ def write_shard(folder: Path, number: int, documents: Sequence[Tokens], dtype: n
     )
 
 
-def _blocks(documents: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-    block: list[Tokens] = []
-    size = 0
-    for document in documents:
-        if block and (len(block) == _BLOCK_DOCUMENTS or size + len(document) > _BLOCK_TOKENS):
-            yield block
-            block, size = [], 0
-        block.append(document)
-        size += len(document)
-    yield block
+def _write_tokens(tar: Any, name: str, tokens: BinaryIO, count: int, dtype: np.dtype[np.unsignedinteger]) -> None:
+    """The next `count` of `tokens` as an array, in the form of TarWriter, which would hold them in memory thrice."""
+    header = io.BytesIO()
+    kind = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": (count,)})
+    info = tarfile.TarInfo(name)
+    info.size = header.tell() + count * dtype.itemsize
+    info.mtime, info.mode, info.uname, info.gname = tar.mtime, tar.mode, tar.user, tar.group
+    tar.tarstream.addfile(info, _Joined(header.getvalue(), tokens))
+
+
+class _Joined:
+    """A file that starts with `head`."""
+
+    def __init__(self, head: bytes, rest: BinaryIO):
+        self._head = head
+        self._rest = rest
+
+    def read(self, size: int) -> bytes:
+        taken, self._head = self._head[:size], self._head[size:]
+        return taken + self._rest.read(size - len(taken))
+
+
+def _blocks(lengths: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
+    """The lengths of the documents of each block."""
+    start, size = 0, 0
+    for number, length in enumerate(lengths.tolist()):
+        if number > start and (number - start == _BLOCK_DOCUMENTS or size + length > _BLOCK_TOKENS):
+            yield lengths[start:number]
+            start, size = number, 0
+        size += length
+    yield lengths[start:]

@@ -1,27 +1,29 @@
 """Which files the inputs stand for, always in the same order."""
 
+import fnmatch
 import glob
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from triplane.data.decompression import COMPRESSIONS
 from triplane.data.errors import DataError
 from triplane.data.records import Rejection
 
 PYTHON_STDLIB = "python-stdlib"
 """The input that every machine has: the sources and documentation of Python's standard library, about 12 MB."""
 
-FORMATS = (".arrow", ".jsonl", ".md", ".parquet", ".py", ".rst", ".tar", ".tex", ".txt")
-"""What is read in a folder. A file that is named as an input is read whatever its suffix."""
-
-COMPRESSIONS = {".bz2": "bz2", ".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
-"""Suffixes that may follow, and fsspec's names of what they stand for."""
+FORMATS = (".arrow", ".jsonl", ".md", ".ndjson", ".parquet", ".py", ".rst", ".tar", ".tex", ".txt")
+"""What is read in a folder. A file that is named as an input is read whatever its suffix, as JSON lines if it
+is `.json`."""
 
 _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "mtime", "created")
 """Where the stores that fsspec reaches tell that a file has changed."""
@@ -73,7 +75,9 @@ def _find(name: str, reject: Callable[[Rejection], object]) -> Iterator[SourceFi
                 raise DataError(f"{name}: no such input; it must be a file, a folder, a URL or {PYTHON_STDLIB}")
             for match in matches:
                 if store.is_folder(match):
-                    yield from map(store.describe, _documents(store, match, reject))
+                    yield from _described(store, match, reject)
+                elif reason := store.problem(match):
+                    raise DataError(f"{match}: {reason}")
                 else:
                     yield store.describe(match)
     except DataError:
@@ -83,19 +87,28 @@ def _find(name: str, reject: Callable[[Rejection], object]) -> Iterator[SourceFi
         raise DataError(f"{getattr(error, 'filename', None) or name}: cannot read this input: {reason}") from error
 
 
-def _documents(store: "_Local | _Remote", folder: str, reject: Callable[[Rejection], object]) -> Iterator[str]:
+def _described(store: "_Local | _Remote", folder: str, reject: Callable[[Rejection], object]) -> Iterator[SourceFile]:
     for path in store.walk(folder):
         if PurePosixPath(path).match("cache-*.arrow"):
-            reject(Rejection(name=path, reason="a cache of Hugging Face datasets"))
-        elif format_of(path) in FORMATS:
-            yield path
+            reason: str | None = "a cache of Hugging Face datasets"
+        elif format_of(path) not in FORMATS:
+            reason = f"no document format: {PurePosixPath(path).suffix or 'no suffix'}"
         else:
-            reject(Rejection(name=path, reason=f"no document format: {PurePosixPath(path).suffix or 'no suffix'}"))
+            reason = store.problem(path)
+        if reason:
+            reject(Rejection(name=_spelled(path), reason=reason))
+        else:
+            yield store.describe(path)
+
+
+def _spelled(path: str) -> str:
+    """A name that can be printed and stored: bytes that are not UTF-8 as `\\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def format_of(path: str) -> str:
-    """The suffix of `path` without that of a compression."""
-    pure = PurePosixPath(path)
+    """The suffix of `path` in lower case, without that of a compression."""
+    pure = PurePosixPath(path.lower())
     return pure.with_suffix("").suffix if pure.suffix in COMPRESSIONS else pure.suffix
 
 
@@ -109,15 +122,51 @@ class _Local:
         return os.path.isdir(path)
 
     def glob(self, pattern: str) -> list[str]:
-        return sorted(glob.glob(pattern, recursive=True))
+        start, stars, _ = pattern.partition("**")
+        if not stars:
+            return sorted(glob.glob(pattern))
+        folders = [folder for folder in glob.glob(os.path.dirname(start) or ".") if os.path.isdir(folder)]
+        matches = re.compile(_deep_pattern(pattern)).fullmatch
+        return [path for folder in sorted(folders) for path in self.walk(folder) if matches(path.removeprefix("./"))]
 
     def walk(self, folder: str) -> list[str]:
-        # Follows links to folders, as collections of text often are: fsspec's own does not.
-        paths = glob.glob(f"{glob.escape(folder)}/**/*", recursive=True)
-        return sorted(path for path in paths if not os.path.isdir(path))
+        return sorted(_walk(folder, set()))
+
+    def problem(self, path: str) -> str | None:
+        """Why a file cannot be read; None if nothing is known."""
+        return None if S_ISREG(os.stat(path).st_mode) else "not a regular file"
 
     def describe(self, path: str) -> SourceFile:
-        return _local_file(path, path, format_of(path))
+        return _local_file(_spelled(path), path, format_of(path))
+
+
+def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """The files in all depths of `folder`, hidden ones left out; links to folders are followed, each real one once."""
+    stat = os.stat(folder)
+    if (stat.st_dev, stat.st_ino) in seen:
+        return
+    seen.add((stat.st_dev, stat.st_ino))
+    below: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                below.append(entry.path)
+            else:
+                yield entry.path
+    # Real folders first, so that a document is named by its own path and not by a link's.
+    for path in sorted(below, key=lambda path: (os.path.islink(path), path)):
+        yield from _walk(path, seen)
+
+
+def _deep_pattern(pattern: str) -> str:
+    """A pattern with `**`, which stands for folders in any depth, as a regular expression."""
+    parts = [
+        "(?:[^/.][^/]*/)*" if part == "**" else fnmatch.translate(part).removesuffix(r"\Z").replace(".*", "[^/]*") + "/"
+        for part in pattern.removeprefix("./").split("/")
+    ]
+    return "".join(parts).removesuffix("/") + ("[^/]+" if pattern.endswith("**") else "")
 
 
 class _Remote:
@@ -139,6 +188,10 @@ class _Remote:
     def walk(self, folder: str) -> list[str]:
         paths = self._fs.find(folder)
         return sorted(path for path in paths if not any(part.startswith(".") for part in path.split("/")))
+
+    def problem(self, path: str) -> str | None:
+        """Nothing is known before it is read."""
+        return None
 
     def describe(self, path: str) -> SourceFile:
         info = self._fs.info(path)

@@ -1,5 +1,6 @@
 """What is read is what was written: by our reader, by a plain WebDataset reader, and never when it is damaged."""
 
+import io
 import pickle
 import shutil
 import signal
@@ -91,7 +92,9 @@ def test_short_reads_around_the_joints_of_shards_and_documents(prepared: Prepare
 
 def test_a_large_vocabulary_and_long_documents(tmp_path: Path) -> None:
     documents = [np.full(600_000, token, np.uint32) for token in (70_000, 1, 2, 3)]
-    shard = write_shard(tmp_path, 0, documents, np.dtype(np.uint32))
+    stored = io.BytesIO(np.concatenate(documents).tobytes())
+    lengths = np.full(4, 600_000, np.uint32)
+    shard = write_shard(tmp_path, 0, stored, lengths, np.dtype(np.uint32))
     Manifest(tokenizer_digest="0" * 64, vocab_size=70_001, bos_id=1, text_bytes=1, shards=(shard,)).save(tmp_path)
     tokens, starts = Corpus(tmp_path).read(0, 2_400_000)
     assert starts.tolist() == [600_000, 1_200_000, 1_800_000]
@@ -210,12 +213,13 @@ def test_a_folder_without_a_readable_manifest_is_refused(tmp_path: Path, text: s
 
 
 _ENDLESS_WRITER = """
-import sys, numpy as np
+import io, sys, numpy as np
 from pathlib import Path
 from triplane.data.shards import write_shard
 for number in range(10_000):
-    documents = [np.full(1 + i % 300, number, np.uint16) for i in range(5_000)]
-    write_shard(Path(sys.argv[1]), number, documents, np.dtype(np.uint16))
+    lengths = 1 + np.arange(5_000, dtype=np.uint32) % 300
+    tokens = io.BytesIO(np.full(lengths.sum(), number, np.uint16).tobytes())
+    write_shard(Path(sys.argv[1]), number, tokens, lengths, np.dtype(np.uint16))
 """
 
 

@@ -1,5 +1,6 @@
 """Processes share one bounded cache: nothing is fetched twice, nothing is seen half written, nothing is lost."""
 
+import io
 import multiprocessing
 import os
 import random
@@ -36,10 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve shards of 100,000 random tokens."""
     folder = tmp_path_factory.mktemp("shards")
     draw = np.random.default_rng(0)
-    shards = [
-        write_shard(folder, number, np.split(draw.integers(0, 60_000, _SHARD_TOKENS), 200), np.dtype(np.uint16))
-        for number in range(_SHARDS)
-    ]
+    lengths = np.full(200, _SHARD_TOKENS // 200, np.uint32)
+    shards = []
+    for number in range(_SHARDS):
+        tokens = io.BytesIO(draw.integers(0, 60_000, _SHARD_TOKENS, np.uint16).tobytes())
+        shards.append(write_shard(folder, number, tokens, lengths, np.dtype(np.uint16)))
     manifest = Manifest(tokenizer_digest="0" * 64, vocab_size=60_000, bos_id=1, text_bytes=1, shards=tuple(shards))
     manifest.save(folder)
     return folder

@@ -1,5 +1,7 @@
 """Documents come in one order, as they are; what is no text is named and not dropped."""
 
+import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,62 @@ def test_the_standard_library_without_its_tests() -> None:
     assert f"{PYTHON_STDLIB}/argparse.py" in names and f"{PYTHON_STDLIB}/topics/lambda" in names
     assert not [name for name in names if "/test/" in name or "/site-packages/" in name]
     assert sum(len(text) for _, text in documents) > 8_000_000
+
+
+def _folder(path: Path, documents: int = 3) -> Path:
+    path.mkdir(parents=True)
+    for i in range(documents):
+        (path / f"{i}.txt").write_text(f"text {i}")
+    return path
+
+
+def test_a_loop_of_links_gives_each_document_once(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "loop" / "sub").parent
+    for name in ("up", "again"):
+        (folder / "sub" / name).symlink_to("..")
+    (folder / "a-copy").symlink_to("sub")
+    expected = [f"{folder}/sub/{i}.txt" for i in range(3)]
+    for name in (str(folder), f"{folder}/**/*.txt", f"{folder}/**", f"{tmp_path}/*/**/[0-9].txt"):
+        documents, rejected = _read(name)
+        assert ([name for name, _ in documents], rejected) == (expected, []), name
+    assert [name for name, _ in _read(f"{folder}/**/1.*")[0]] == expected[1:2]
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "texts")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+    documents, rejected = _read(folder)
+    assert len(documents) == 3
+    assert [(Path(item.name).name, item.reason) for item in rejected] == [
+        ("pipe.txt", "not a regular file"), ("zero.txt", "not a regular file")
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"pipe\.txt: not a regular file"):
+        _read(folder / "pipe.txt")
+
+
+def test_names_that_are_not_utf8_can_be_told(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "texts", 1)
+    name = os.fsencode(folder) + b"/caf\xe9"
+    for suffix, content in ((b".txt", b"good"), (b"2.txt", b"\xff"), (b".png", b"")):
+        with open(name + suffix, "wb") as file:
+            file.write(content)
+    documents, rejected = _read(folder)
+    assert documents == [(f"{folder}/0.txt", "text 0"), (f"{folder}/caf\\xe9.txt", "good")]
+    assert {item.name for item in rejected} == {f"{folder}/caf\\xe92.txt", f"{folder}/caf\\xe9.png"}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSONL", "a.ndjson", "a.json.gz", "a.JSON.GZ"])
+def test_json_lines_by_any_name(tmp_path: Path, name: str) -> None:
+    content = b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert [text for _, text in _read(tmp_path / name)[0]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("coding", ["rot13", "hex", "undefined", "no-such-codec", "utf-16"])
+def test_an_odd_encoding_is_one_rejection(tmp_path: Path, coding: str) -> None:
+    (tmp_path / "a.py").write_bytes(f"# coding: {coding}\nx = 'y'\n".encode())
+    (tmp_path / "b.py").write_text("x = 1\n")
+    documents, rejected = _read(tmp_path)
+    assert [text for _, text in documents] == ["x = 1\n"]
+    assert [Path(item.name).name for item in rejected] == ["a.py"] and "\n" not in rejected[0].reason

@@ -1,0 +1,76 @@
+"""The content of a document, in memory if it is short and in a file without a name if it is long, up to a limit."""
+
+import io
+import tempfile
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from triplane.data.records import Content, Unread
+
+LONG_BYTES = 1 << 22
+"""Longer documents are never in memory whole."""
+ROW_BYTES = 1 << 26
+"""JSON rows and values of tables are; the text of one may take four times as much, twice."""
+_CHUNK_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+class Limits(NamedTuple):
+    """What reading may take."""
+
+    document_bytes: int = 256 << 20
+    """Longer documents are left out, and named."""
+    folder: Path | None = None
+    """Where long contents wait; None: the system's folder for temporary files."""
+
+    @property
+    def row_bytes(self) -> int:
+        return min(self.document_bytes, ROW_BYTES)
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def read_content(stream: IO[bytes], limits: Limits) -> Content:
+    """What is left of `stream`."""
+    start = read_fully(stream, LONG_BYTES + 1)
+    if len(start) <= min(LONG_BYTES, limits.document_bytes):
+        return start
+    file = tempfile.TemporaryFile(dir=limits.folder)  # noqa: SIM115 - its readers close it
+    file.write(start)
+    size = len(start)
+    while size <= limits.document_bytes and (chunk := stream.read(_CHUNK_BYTES)):
+        size += len(chunk)
+        file.write(chunk)
+    if size > limits.document_bytes:
+        return too_long(limits.document_bytes)
+    file.seek(0)
+    return file
+
+
+def read_row(stream: IO[bytes], limits: Limits) -> Content:
+    """What is left of `stream`, a JSON document, without a byte order mark."""
+    content = read_fully(stream, limits.row_bytes + 1)
+    return too_long(limits.row_bytes) if len(content) > limits.row_bytes else content.removeprefix(_BOM)
+
+
+def read_line(stream: IO[bytes], limits: Limits) -> Content:
+    """The next line; empty at the end."""
+    line = stream.readline(limits.row_bytes + 1)
+    if len(line) <= limits.row_bytes:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(_CHUNK_BYTES)
+    return too_long(limits.row_bytes)
+
+
+def read_fully(stream: IO[bytes], size: int) -> bytes:
+    """`size` bytes, or fewer if the stream ends; its own `read` may return early."""
+    buffer = io.BytesIO()
+    while buffer.tell() < size and (chunk := stream.read(min(_CHUNK_BYTES, size - buffer.tell()))):
+        buffer.write(chunk)
+    return buffer.getvalue()
+
+
+def too_long(limit_bytes: int) -> Unread:
+    return Unread(f"longer than {limit_bytes:,} bytes, the limit of a document or row")

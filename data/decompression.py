@@ -1,0 +1,78 @@
+"""Compressed files, read to their end: what is damaged, or follows the last stream, raises."""
+
+import bz2
+import io
+import lzma
+from collections.abc import Callable
+from typing import IO, Any, Protocol
+
+from fsspec.compression import compr
+
+_CHUNK_BYTES = 1 << 16
+_LZMA_MEMORY_BYTES = 1 << 28
+"""For a dictionary, whose size the file itself tells; `xz -9` needs a quarter of it."""
+
+COMPRESSIONS = {".bz2": "bz2", ".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+"""Suffixes, and fsspec's names of what they stand for."""
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
+
+
+def decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
+    """The content of `raw`, whose name ends in `suffix`."""
+    match suffix:
+        case ".bz2":
+            return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor))
+        case ".xz":
+            return io.BufferedReader(_Streams(raw, lambda: lzma.LZMADecompressor(memlimit=_LZMA_MEMORY_BYTES)))
+        case ".gz" | ".zst":
+            stream: IO[bytes] = compr[COMPRESSIONS[suffix]](raw, mode="rb")
+            return stream
+    return raw
+
+
+class _Streams(io.RawIOBase):
+    """Compressed streams end to end. Python's own readers of these formats take damage after the first for the end."""
+
+    def __init__(self, raw: IO[bytes], new: Callable[[], _Decompressor]):
+        self._raw = raw
+        self._new = new
+        self._decompressor = new()
+        self._is_begun = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def _read(self, size: int) -> bytes:
+        while True:
+            decompressor = self._decompressor
+            if decompressor.eof:
+                rest = decompressor.unused_data or self._raw.read(_CHUNK_BYTES)
+                while rest and not rest.strip(b"\0"):  # padding, which xz allows
+                    rest = self._raw.read(_CHUNK_BYTES)
+                if not rest:
+                    return b""
+                self._decompressor = decompressor = self._new()
+                chunk = rest.lstrip(b"\0")
+            else:
+                chunk = self._raw.read(_CHUNK_BYTES) if decompressor.needs_input else b""
+                if not chunk and decompressor.needs_input:
+                    if not self._is_begun:
+                        return b""  # an empty file
+                    raise EOFError("it is cut: the compressed stream has no end")
+            self._is_begun = True
+            if content := decompressor.decompress(chunk, size):
+                return content
