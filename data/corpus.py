@@ -138,7 +138,7 @@ class Corpus:
 
     def document_lengths_by_shard(self) -> Iterator[NDArray[np.uint32]]:
         """Tokens of each document of a shard, one shard after the other."""
-        return (_load_index(self._folder, shard).lengths for shard in self.manifest.shards)
+        return (_load_index(self._folder, shard, self.manifest.dtype).lengths for shard in self.manifest.shards)
 
     def shards_of(self, starts: NDArray[np.int64], counts: NDArray[np.int64] | int) -> list[int]:
         """Numbers of the shards that reads of `counts` tokens from `starts` on touch, ascending."""
@@ -157,31 +157,36 @@ class Corpus:
             self._folder.open(file).close()
 
     def verify(self) -> None:
-        """Reads every byte; raises DataError at the first file that is not what was written."""
-        for shard in self.manifest.shards:
+        """Reads every byte; raises DataError at the first file that is not what was written, or not a corpus's."""
+        for number, shard in enumerate(self.manifest.shards):
             for file in (shard.data, shard.index):
                 with self._folder.open(file) as content:
                     _check(file, hashlib.file_digest(content, "sha256").hexdigest(), self._folder)
+            self._shard(number).verify()
 
     def _shard(self, number: int) -> "_OpenShard":
         if number not in self._open:
             if self.is_remote:
                 # Of a shard that left the cache, the space is free only when it is unmapped.
                 self._open = {other: shard for other, shard in self._open.items() if not shard.is_evicted()}
-            self._open[number] = _OpenShard(self._folder, self.manifest.shards[number], self.manifest.dtype)
+            self._open[number] = _OpenShard(self._folder, self.manifest.shards[number], self.manifest)
         return self._open[number]
 
 
 class _OpenShard:
     """A mapped tar and its index."""
 
-    def __init__(self, folder: LocalFolder | RemoteFolder, shard: Shard, dtype: np.dtype[np.unsignedinteger]):
+    def __init__(self, folder: LocalFolder | RemoteFolder, shard: Shard, manifest: Manifest):
         self._where = folder.where(shard.data)
-        self._dtype = dtype
-        self._index = _load_index(folder, shard)
+        self._dtype = dtype = manifest.dtype
+        self._vocab_size = manifest.vocab_size
+        self._index = _load_index(folder, shard, dtype)
         with folder.open(shard.data) as file:
             self._path, self._inode = file.name, os.fstat(file.fileno()).st_ino
-            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self._content = mmap.mmap(file.fileno(), shard.data.bytes, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self._where}: cannot be mapped: {error}") from error
         self._block_starts = _starts(self._index.tokens)
         self._block_stops: list[int] = self._block_starts[1:].tolist()
         self._verified = np.zeros(len(self._index.tokens), bool)
@@ -228,6 +233,11 @@ class _OpenShard:
         bounds = [*self.document_starts[document : document + 2].tolist(), self.size]
         return document, bounds[0], bounds[1]
 
+    def verify(self) -> None:
+        """Checks every block."""
+        for block in range(len(self._index.tokens)):
+            self._verify(block)
+
     def _verify(self, block: int) -> None:
         start, end = self._index.extents[block : block + 2]
         with memoryview(self._content) as view:
@@ -235,14 +245,24 @@ class _OpenShard:
         if found != (expected := self._index.crc32[block]):
             where = f"{self._where}: bytes {start} to {end}"
             raise damaged(where, f"CRC32 {expected:08x}", f"{found:08x}")
+        tokens = np.frombuffer(
+            self._content, self._dtype, int(self._index.tokens[block]), int(self._index.offsets[block])
+        )
+        if (largest := int(tokens.max())) >= self._vocab_size:
+            raise damaged(self._where, f"tokens below {self._vocab_size}, the size of the vocabulary", f"{largest}")
         self._verified[block] = True
 
 
-def _load_index(folder: LocalFolder | RemoteFolder, shard: Shard) -> ShardIndex:
+def _load_index(folder: LocalFolder | RemoteFolder, shard: Shard, dtype: np.dtype[np.unsignedinteger]) -> ShardIndex:
     with folder.open(shard.index) as file:
         content = file.read()
     _check(shard.index, hashlib.sha256(content).hexdigest(), folder)
-    return ShardIndex.load(io.BytesIO(content))
+    try:
+        index = ShardIndex.load(io.BytesIO(content), shard.documents)
+        index.check(shard.data.bytes, shard.tokens, shard.documents, dtype.itemsize)
+    except ValueError as error:
+        raise damaged(folder.where(shard.index), f"the index of {shard.data.name}", str(error)) from error
+    return index
 
 
 def _check(file: StoredFile, found_sha256: str, folder: LocalFolder | RemoteFolder) -> None:

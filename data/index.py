@@ -3,9 +3,10 @@
 import io
 import itertools
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,10 @@ from numpy.typing import NDArray
 from triplane.data.files import write_whole
 
 _CHUNK_BYTES = 1 << 20
+_ENTRY_BYTES = 3 * 8 + 4 + 4
+"""Of all arrays for a document that has a block of its own."""
+_HEADER_BYTES = 1 << 16
+_KINDS = {"extents": "<i8", "offsets": "<i8", "tokens": "<i8", "crc32": "<u4", "lengths": "<u4"}
 
 
 class ShardIndex(NamedTuple):
@@ -30,16 +35,64 @@ class ShardIndex(NamedTuple):
     """(D,) tokens in each document."""
 
     @classmethod
-    def load(cls, file: Path | BinaryIO) -> "ShardIndex":
-        """Reads what `save` wrote."""
-        with np.load(file, allow_pickle=False) as arrays:
-            return cls(**arrays)
+    def load(cls, file: Path | BinaryIO, documents: int | None = None) -> "ShardIndex":
+        """Reads what `save` wrote; raises ValueError if it is another file, or larger than one of `documents`."""
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in cls._fields):
+                    raise ValueError(f"the arrays {', '.join(archive.namelist())[:200]}")
+                unpacked = sum(member.file_size for member in archive.infolist())
+                if documents is not None and unpacked > (most := _ENTRY_BYTES * (documents + 1) + _HEADER_BYTES):
+                    raise ValueError(
+                        f"{unpacked:,} bytes unpacked, where {documents:,} documents take at most {most:,}"
+                    )
+                return cls(*(_array(archive, name) for name in cls._fields))
+        except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
+            raise ValueError(f"no index: {error}") from error
+        except MemoryError as error:
+            raise ValueError("an array that does not fit into memory") from error
+
+    def check(self, size_bytes: int, tokens: int, documents: int, itemsize: int) -> None:
+        """Raises ValueError if this is no index of a tar of `size_bytes` with so many tokens and documents."""
+        blocks = len(self.tokens)
+        shapes = [len(self.extents) - 1, len(self.offsets), len(self.crc32)]
+        if blocks == 0 or shapes != [blocks] * 3 or len(self.lengths) != documents:
+            raise ValueError(f"{shapes} extents, offsets and checksums of {blocks} blocks, {len(self.lengths)} lengths")
+        for name, array, least, most in (
+            ("extents", self.extents, 0, size_bytes),
+            ("offsets", self.offsets, 0, size_bytes),
+            ("tokens", self.tokens, 1, tokens),
+            ("lengths", self.lengths, 1, tokens),
+        ):
+            if array.min() < least or array.max() > most:
+                raise ValueError(f"{name} from {array.min()} to {array.max()}, not from {least} to {most}")
+        ends = self.offsets + self.tokens * itemsize
+        if not ((self.extents[:-1] <= self.offsets) & (ends <= self.extents[1:])).all():
+            raise ValueError("tokens outside of their block")
+        bounds, starts = np.cumsum(self.tokens), np.cumsum(self.lengths, dtype=np.int64)
+        if bounds[-1] != tokens or starts[-1] != tokens or not np.isin(bounds, starts).all():
+            raise ValueError(
+                f"{bounds[-1]:,} tokens in blocks and {starts[-1]:,} in documents, which must be {tokens:,}"
+            )
 
     def save(self, path: Path) -> None:
         """Writes an `.npz`; the same index gives the same bytes."""
         buffer = io.BytesIO()
         np.savez(buffer, **self._asdict())
         write_whole(path, buffer.getvalue())
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """A one-dimensional array; its size is bounded by the archive, which a header's shape may exceed."""
+    with archive.open(f"{name}.npy") as file:
+        content = io.BytesIO(file.read())
+    if np.lib.format.read_magic(content) != (1, 0):
+        raise ValueError(f"{name}: another version of the array format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    left = len(content.getbuffer()) - content.tell()
+    if dtype != np.dtype(_KINDS[name]) or len(shape) != 1 or shape[0] * dtype.itemsize != left:
+        raise ValueError(f"{name}: {dtype} of shape {shape} in {left:,} bytes")
+    return np.frombuffer(content.getbuffer(), dtype, offset=content.tell())
 
 
 def index_shard(path: Path) -> ShardIndex:

@@ -103,6 +103,7 @@ def prepare(
     dedupe: Annotated[
         Literal["none", "exact", "near"], typer.Option(help="Leave out copies of a document, or near copies too.")
     ] = "none",
+    max_document_mib: Annotated[int, typer.Option(help="Leave out, and name, longer documents.", min=1)] = 256,
 ) -> None:
     """Tokenize text into a corpus: WebDataset shards with an index and a manifest.
 
@@ -111,7 +112,9 @@ def prepare(
     from triplane.launcher.corpus_commands import prepare
 
     processes = processes or len(os.sched_getaffinity(0))
-    prepare(inputs, out, tokenizer, validation_fraction, shard_tokens, processes, text_field, dedupe)
+    prepare(
+        inputs, out, tokenizer, validation_fraction, shard_tokens, processes, text_field, dedupe, max_document_mib << 20
+    )
 
 
 @app.command()

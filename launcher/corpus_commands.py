@@ -42,6 +42,7 @@ def prepare(
     processes: int,
     text_field: str,
     dedupe: Dedupe,
+    max_document_bytes: int,
 ) -> None:
     """Writes the corpus and says what is in it."""
     console = Console(highlight=False, soft_wrap=True)
@@ -56,6 +57,7 @@ def prepare(
             bar.update,
             text_field=text_field,
             dedupe=dedupe,
+            max_document_bytes=max_document_bytes,
         )
     state = "holds this corpus already" if report.reused else "written"
     console.print(f"{out}: {state}", markup=False)
