@@ -6,12 +6,17 @@ from pathlib import Path
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.foreign import read_json
 from triplane.checkpoint.hf_folder import FolderWeights
+from triplane.checkpoint.kept_tokenizer import kept_tokenizer, write_tokenizer
 from triplane.checkpoint.manifest import Manifest, write_manifest
+from triplane.checkpoint.parent import parent_in
 from triplane.checkpoint.publish import publishing, refuse_existing
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.tensors import write_tensors
 from triplane.checkpoint.verify import ExportReport, probe, probe_logits, verify
 from triplane.checkpoint.weights import CheckpointWeights
+from triplane.data.errors import DataError
+from triplane.data.open_tokenizer import open_tokenizer
+from triplane.data.tokenizer import Tokenizer
 from triplane.model.config import ModelConfig
 from triplane.model.hf_config import parse_hf_config, possible_windows, to_model_config
 from triplane.parallel.placement import Fragment
@@ -23,6 +28,8 @@ class Import:
 
     model: ModelConfig
     report: ExportReport
+    no_tokenizer: str | None
+    """Why the checkpoint holds no tokenizer, with which it could be sampled and exported."""
 
 
 def import_hf(folder: Path, out: Path) -> Import:
@@ -43,6 +50,7 @@ def import_hf(folder: Path, out: Path) -> Import:
     config = to_model_config(hf, str(path))
     weights = FolderWeights(folder, config)
     weights.check_values()
+    tokenizer, no_tokenizer = _tokenizer(folder, config)
     with publishing(out) as temporary:
         boxes, sizes = [], {}
         for name, weight in weights.items():
@@ -51,10 +59,28 @@ def import_hf(folder: Path, out: Path) -> Import:
             fragment = Fragment("weight", name, data.shape, (0,) * data.dim(), data, primary=True)
             written, sizes[file.name] = write_tensors(file, [fragment])
             boxes += written
-        run = {"model": config.model_dump(mode="json"), "imported_from": str(folder)}
+        run = {
+            "model": config.model_dump(mode="json"),
+            "imported_from": str(folder),
+            "parent": parent_in(folder, hf.max_position_embeddings).model_dump(),
+        }
+        if tokenizer is not None:
+            sizes |= write_tokenizer(tokenizer, temporary)
+            run["tokenizer"] = kept_tokenizer(tokenizer)
         progress = {"step": 0, "consumed_sequences": 0, "tokens_seen": 0, "validation_loss": None}
         write_manifest(temporary, Manifest({**progress, "run": run}, boxes, sizes))
         tokens_BS = probe(config, hf.max_position_embeddings, possible_windows(content))
         logits_TV = probe_logits(config, CheckpointWeights(Checkpoint(temporary)), tokens_BS)
         report = verify(folder, tokens_BS, logits_TV, tokenizer=None)
-    return Import(config, report)
+    return Import(config, report, no_tokenizer)
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer | None, str | None]:
+    """The folder's tokenizer, or why there is none."""
+    try:
+        tokenizer = open_tokenizer(folder)
+    except DataError as error:
+        return None, str(error)
+    if tokenizer.vocab_size > config.vocab_size:
+        return None, f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}"
+    return tokenizer, None

@@ -22,11 +22,13 @@ from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.errors import DamagedError
 from triplane.checkpoint.folder import begin, checkpoint_of, checkpoints, commit, delete, step_of
+from triplane.checkpoint.kept_tokenizer import write_tokenizer
 from triplane.checkpoint.location import Location, remove
 from triplane.checkpoint.manifest import Box, Manifest, read_manifest
 from triplane.checkpoint.retention import Kept, expendable
 from triplane.checkpoint.snapshot import Snapshot, last_change
 from triplane.checkpoint.tensors import write_tensors
+from triplane.data.tokenizer import Tokenizer
 from triplane.parallel.placement import Fragment
 
 _SLOWEST_WRITE = timedelta(hours=1)
@@ -61,8 +63,10 @@ class _Written:
 class CheckpointStore:
     """The checkpoints of one run. All ranks call its methods in the same order."""
 
-    def __init__(self, folder: Location, config: CheckpointConfig):
+    def __init__(self, folder: Location, config: CheckpointConfig, tokenizer: Tokenizer | None = None):
+        """Each checkpoint holds the files of `tokenizer`."""
         self.folder = folder
+        self._tokenizer = tokenizer
         self.config = config
         # The threads' own: a group serves one thread at a time.
         self._group = dist.new_group(backend="gloo", timeout=_SLOWEST_WRITE)
@@ -176,12 +180,14 @@ class CheckpointStore:
 
     def _commit(self, step: int, folder: Location, ranks: list[_Written], state: dict[str, Any]) -> float:
         boxes = [box for rank in ranks for box in rank.boxes]
-        manifest = Manifest(state, boxes, {rank.file: rank.bytes for rank in ranks if rank.bytes})
+        sizes = {rank.file: rank.bytes for rank in ranks if rank.bytes}
         try:
             for rank in ranks:
                 if rank.error:
                     raise rank.error
-            commit(folder, manifest)
+            if self._tokenizer is not None:
+                sizes |= write_tokenizer(self._tokenizer, folder)
+            commit(folder, Manifest(state, boxes, sizes))
         except OSError:
             with suppress(OSError):  # else the next save removes it
                 remove(folder)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -75,9 +76,14 @@ def probe_logits(
 def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer | None) -> ExportReport:
     """Reads `folder` as triplane and, where it is installed, as transformers does.
 
-    Raises CheckpointError unless both give the logits `expected_TV` of `tokens_BS`, and transformers the
-    tokens of `tokenizer`, if one is given.
+    Raises CheckpointError unless both give the logits `expected_TV` of `tokens_BS`, and the tokens of `tokenizer`, if
+    one is given.
     """
+    if tokenizer is not None:
+        library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        library.encode_special_tokens = True
+        ids = library.encode(_PROBE_TEXT, add_special_tokens=False).ids
+        _check_tokens("tokenizers", ids, library.decode(ids), tokenizer)
     config = from_hf_config(read_json(folder / "config.json"))
     difference = _difference("triplane", probe_logits(config, FolderWeights(folder, config), tokens_BS), expected_TV)
     largest = expected_TV.abs().max().item()
@@ -115,6 +121,12 @@ def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
     return difference
 
 
+def _check_tokens(reader: str, ids: list[int], text: str, tokenizer: Tokenizer) -> None:
+    expected = tokenizer.encode(_PROBE_TEXT)
+    if ids != expected or text != tokenizer.decode(expected):
+        raise CheckpointError(f"{reader} reads other tokens than the run's tokenizer; nothing was published.")
+
+
 @torch.inference_mode()
 def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer | None) -> Tensor:
     """Logits of the last tokens of each sequence, (T, V), after a check of the tokenizer."""
@@ -123,10 +135,12 @@ def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer 
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     if tokenizer is not None:
-        theirs = AutoTokenizer.from_pretrained(folder)
-        tokens = theirs.encode(_PROBE_TEXT)
-        if tokens != tokenizer.encode(_PROBE_TEXT) or theirs.decode(tokens) != _PROBE_TEXT:
-            raise CheckpointError("transformers reads other tokens than sentencepiece does; nothing was published.")
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = theirs.encode(_PROBE_TEXT, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        _check_tokens("transformers", ids, str(theirs.decode(ids, clean_up_tokenization_spaces=False)), tokenizer)
+        added = read_json(folder / "tokenizer_config.json").get("add_bos_token")
+        if added is True and theirs.encode("text") != [tokenizer.bos_id, *tokenizer.encode("text")]:
+            raise CheckpointError("transformers does not begin a text with bos, once; nothing was published.")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     logits_BSV: Tensor = model(tokens_BS, logits_to_keep=_PROBE_TOKENS).logits
     return logits_BSV.flatten(0, 1)

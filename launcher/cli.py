@@ -71,6 +71,10 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 Run = Annotated[
     str, typer.Argument(help="A run folder or folder of checkpoints, of which the newest is taken, or one; or its URL.")
 ]
+RunTokenizer = Annotated[
+    Path | None,
+    typer.Option(help="A tokenizer's file or folder, where the checkpoint holds none.", show_default=False),
+]
 
 
 @app.callback()
@@ -357,11 +361,12 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    tokenizer: RunTokenizer = None,
 ) -> None:
     """Continue a prompt."""
     from triplane.launcher.model_commands import generate
 
-    generate(run, prompt, tokens, temperature, top_k, seed)
+    generate(run, prompt, tokens, temperature, top_k, seed, tokenizer)
 
 
 @app.command()
@@ -369,11 +374,18 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16 or fp32.")] = "bf16",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that clients may give it; by default the longest it was trained on.", min=1, show_default=False
+        ),
+    ] = None,
+    tokenizer: RunTokenizer = None,
 ) -> None:
     """Write a Hugging Face folder, published only once its logits equal ours."""
     from triplane.launcher.model_commands import export
 
-    export(run, out, dtype)
+    export(run, out, dtype, context, tokenizer)
 
 
 @app.command("import")

@@ -9,16 +9,21 @@ from rich.console import Console
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.export import export as export_weights
 from triplane.checkpoint.import_hf import import_hf
+from triplane.checkpoint.kept_tokenizer import read_tokenizer
+from triplane.checkpoint.parent import Parent
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.baseline import unigram_loss
+from triplane.data.errors import DataError
 from triplane.data.loader import SequenceDataset
+from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.opening import find_tokenizer, open_sources, validation_plan
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
-from triplane.launcher.preflight import config_of, find_checkpoint
+from triplane.launcher.preflight import beside_config, config_of, find_checkpoint, model_of
 from triplane.launcher.toml import to_toml
 from triplane.model.build import load_model
+from triplane.model.config import ModelConfig
 from triplane.model.generate import generate as generate_tokens
 from triplane.model.generate import next_logits
 from triplane.model.transformer import Transformer
@@ -30,32 +35,72 @@ from triplane.training.hardware import DTYPES
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint and the config of the run that wrote it."""
+    """A checkpoint, and what it says of the run that wrote it or of the model that was imported."""
 
     checkpoint: Checkpoint
-    config: RunConfig
+    model: ModelConfig
+    config: RunConfig | None
+    """None of an imported model, which no run has written."""
 
     @classmethod
     def open(cls, path: str) -> "TrainedModel":
         """`path` is a run folder, of which the newest checkpoint is taken, or a checkpoint."""
         checkpoint = Checkpoint(find_checkpoint(path))
-        if source := checkpoint.state["run"].get("imported_from"):
-            raise CheckpointError(f"{path}: only the weights of {source}, without a run; train with checkpoint.initial")
-        return cls(checkpoint, config_of(checkpoint.state["run"], checkpoint.folder))
+        run, where = checkpoint.state["run"], checkpoint.folder
+        config = None if "imported_from" in run else config_of(run, where)
+        return cls(checkpoint, model_of(run, where), config)
+
+    def tokenizer(self, given: Path | None) -> Tokenizer:
+        """The one that is `given`, or that the checkpoint holds, or the corpus of a run of an earlier version."""
+        where = self.checkpoint.folder
+        kept = beside_config(self.checkpoint.state["run"], where).tokenizer
+        if given is None and kept is not None:
+            return read_tokenizer(where, kept)
+        if given is not None:
+            tokenizer = open_tokenizer(given)
+            if kept is not None and kept.digest != tokenizer.digest:
+                raise CheckpointError(
+                    f"{given}: not the tokenizer that {where} was trained with; leave out --tokenizer"
+                )
+        elif self.config is None:
+            raise CheckpointError(f"{where}: holds no tokenizer; give one by --tokenizer")
+        else:
+            try:
+                tokenizer = find_tokenizer(self.config.data, Path(self.config.run_dir))
+            except DataError as error:
+                raise CheckpointError(f"{error}; or give the tokenizer by --tokenizer") from error
+        if (size := tokenizer.vocab_size) > self.model.vocab_size:
+            raise CheckpointError(f"{where}: of {self.model.vocab_size} tokens, but the tokenizer has {size}")
+        return tokenizer
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return find_tokenizer(self.config.data, Path(self.config.run_dir))
+    def parent(self) -> Parent | None:
+        """The model that it was begun from."""
+        return beside_config(self.checkpoint.state["run"], self.checkpoint.folder).parent
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequences that it has been trained on, or that its parent reads."""
+        lengths = [self.parent.context] if self.parent and self.parent.context else []
+        if self.config is not None:
+            consumed = self.checkpoint.state["consumed_sequences"]
+            data = self.config.data
+            lengths += [data.seq_len, *(n for start, _, n in data.timeline() if start < consumed)]
+        return max(lengths)
 
     def load(self) -> tuple[Transformer, torch.device]:
         """The whole model, fp32, on a GPU if there is one."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return load_model(self.config.model, CheckpointWeights(self.checkpoint), torch.float32).to(device), device
+        return load_model(self.model, CheckpointWeights(self.checkpoint), torch.float32).to(device), device
 
 
 def evaluate(run: str, sequences: int | None) -> None:
     """Prints the validation loss, and what a unigram model has."""
     trained = TrainedModel.open(run)
+    if trained.config is None:
+        raise CheckpointError(
+            f"{run}: only weights, without a run that says what to read; train with checkpoint.initial"
+        )
     data = trained.config.data
     sources = open_sources(data, Path(trained.config.run_dir))
     plan = validation_plan(data, sources.validation)
@@ -68,44 +113,56 @@ def evaluate(run: str, sequences: int | None) -> None:
     _print(f"a unigram model of the same training data: {unigram:.4f}")
 
 
-def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+def generate(
+    run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, tokenizer_path: Path | None
+) -> None:
     """Prints the prompt and its continuation."""
     trained = TrainedModel.open(run)
-    tokenizer = trained.tokenizer
+    tokenizer = trained.tokenizer(tokenizer_path)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     model, _ = trained.load()
     added = generate_tokens(next_logits(model), ids, tokens, temperature, top_k, seed, tokenizer.eos_id)
     _print(prompt + tokenizer.decode(added))
 
 
-def export(run: str, out: Path, dtype: str) -> None:
+def export(run: str, out: Path, dtype: str, context: int | None, tokenizer_path: Path | None) -> None:
     """Writes and verifies a Hugging Face folder."""
     trained = TrainedModel.open(run)
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype is {dtype}; give one of {', '.join(DTYPES)}")
-    state = trained.checkpoint.state
-    provenance = {
-        "run": trained.config.run_dir,
-        "step": f"{state['step']:,}",
-        "tokens seen": f"{state['tokens_seen']:,}",
-        "corpora": ", ".join(
-            f"{source.corpus} ({digest})"
-            for source, digest in zip(trained.config.data.sources, state["run"]["corpus_digests"])
-        ),
-        "seed": str(trained.config.seed),
-    }
-    weights = CheckpointWeights(trained.checkpoint)
-    config = trained.config
     report = export_weights(
-        weights, config.model, config.data.seq_len, trained.tokenizer, out, DTYPES[dtype], provenance
+        CheckpointWeights(trained.checkpoint),
+        trained.model,
+        context or trained.context,
+        trained.tokenizer(tokenizer_path),
+        out,
+        DTYPES[dtype],
+        _provenance(trained),
+        trained.parent,
     )
     _print(f"{out}: {report}")
+
+
+def _provenance(trained: TrainedModel) -> dict[str, str]:
+    if trained.config is None:
+        return {}
+    state, config = trained.checkpoint.state, trained.config
+    digests = beside_config(state["run"], trained.checkpoint.folder).corpus_digests
+    return {
+        "run": config.run_dir,
+        "step": f"{state['step']:,}",
+        "tokens seen": f"{state['tokens_seen']:,}",
+        "corpora": ", ".join(f"{source.corpus} ({digest})" for source, digest in zip(config.data.sources, digests)),
+        "seed": str(config.seed),
+    }
 
 
 def import_folder(folder: Path, out: Path) -> None:
     """Writes and verifies a checkpoint of a Hugging Face folder's weights."""
     imported = import_hf(folder, out)
     _print(f"{out}: {imported.report}")
+    if imported.no_tokenizer:
+        _print(f"without a tokenizer: {imported.no_tokenizer}")
     _print(f'To train on from it:\n\n[checkpoint]\ninitial = "{out}"\n')
     _print(f"[model]\n{to_toml(imported.model, 'model.')}")
 

@@ -8,8 +8,10 @@ from pydantic import BaseModel, ValidationError
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.folder import fresh_start_problem, latest, newest_manifest
+from triplane.checkpoint.kept_tokenizer import KeptTokenizer, kept_tokenizer
 from triplane.checkpoint.location import Location, entries, location, read
 from triplane.checkpoint.manifest import MANIFEST, read_manifest
+from triplane.checkpoint.parent import Parent
 from triplane.data.opening import Sources
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import DataChange, data_change
@@ -35,10 +37,12 @@ _FIXED = (
 T = TypeVar("T", bound=BaseModel)
 
 
-class _BesideConfig(BaseModel, strict=True):
+class BesideConfig(BaseModel, strict=True):
     """What a `run_record` says that is no choice of the run."""
 
-    corpus_digests: list[str]
+    corpus_digests: list[str] = []
+    tokenizer: KeptTokenizer | None = None
+    parent: Parent | None = None
 
 
 class _CheckpointFolder(BaseModel, strict=True):
@@ -152,14 +156,38 @@ def change_since(state: dict[str, Any], record: dict[str, Any]) -> DataChange:
 
 
 def run_record(config: RunConfig, sources: Sources) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it."""
-    return {**config.model_dump(mode="json"), "corpus_digests": sources.digests}
+    """What a checkpoint says of the run that wrote it, but for its parent."""
+    return {
+        **config.model_dump(mode="json"),
+        "corpus_digests": sources.digests,
+        "tokenizer": kept_tokenizer(sources.tokenizer),
+    }
+
+
+def parent_of(initial: str) -> Parent:
+    """The model whose weights a run begins with: the one that was imported, or the run that trained it."""
+    found = find_checkpoint(initial)
+    record = read_manifest(found).state["run"]
+    grandparent = beside_config(record, found).parent
+    if "imported_from" in record and grandparent is not None:
+        return grandparent
+    licence = grandparent.licence if grandparent else None
+    return Parent(name=str(record.get("run_dir", initial)), licence=licence, context=_context_of(record, found))
+
+
+def _context_of(record: dict[str, Any], where: Location) -> int | None:
+    return None if "imported_from" in record else max(n for _, _, n in config_of(record, where).data.timeline())
+
+
+def beside_config(record: dict[str, Any], where: Location) -> BesideConfig:
+    """The rest of a `run_record`, or of what stands for it in an imported checkpoint; raises CheckpointError."""
+    return _of_this_version(BesideConfig, record, where)
 
 
 def config_of(record: dict[str, Any], where: Location) -> RunConfig:
     """The config in the `run_record` of the checkpoint `where`; CheckpointError if this version cannot read it."""
-    _of_this_version(_BesideConfig, record, where)
-    content = {key: value for key, value in record.items() if key not in _BesideConfig.model_fields}
+    beside_config(record, where)
+    content = {key: value for key, value in record.items() if key not in BesideConfig.model_fields}
     return _of_this_version(RunConfig, content, where)
 
 

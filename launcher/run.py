@@ -30,6 +30,7 @@ from triplane.launcher.preflight import (
     config_of,
     find_checkpoint,
     flatten,
+    parent_of,
     run_record,
 )
 from triplane.launcher.ranks import Rank
@@ -112,7 +113,7 @@ def _prepare(
     )
     state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start)
     sources = open_sources(config.data, Path(config.run_dir))
-    record = run_record(config, sources)
+    record = run_record(config, sources) | {"parent": _parent(config, resumed)}
     corpora = _corpora(config, sources)
     if resumed is not None:
         on_rank_0(lambda: _record_change(config, resumed, record))
@@ -140,7 +141,7 @@ def _prepare(
             config.checkpoint.every_steps,
             peak,
         ),
-        CheckpointStore(folder, config.checkpoint),
+        CheckpointStore(folder, config.checkpoint, sources.tokenizer),
         lambda: _restore(engine, config, folder, allow_fresh_start)[0],
         record,
         report,
@@ -219,6 +220,15 @@ def _begin(engine: Engine, resumed: Resumed | None, config: RunConfig) -> State:
     Checkpoint(find_checkpoint(initial)).fill(weights)
     engine.optimizer.loaded(step=0)
     return State()
+
+
+def _parent(config: RunConfig, resumed: Resumed | None) -> dict[str, Any] | None:
+    """Whose weights the run began with; those may be gone when it resumes."""
+    if resumed is not None:
+        parent: dict[str, Any] | None = resumed.state["run"].get("parent")
+        return parent
+    initial = config.checkpoint.initial
+    return parent_of(initial).model_dump() if initial else None
 
 
 def _record_damages(config: RunConfig, damages: list[Damage]) -> None:

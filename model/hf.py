@@ -10,6 +10,7 @@ import torch
 
 from triplane.model.config import ModelConfig, RopeScaling
 from triplane.model.errors import ModelError
+from triplane.model.hf_families import llama_problem
 
 OUTPUT_BIAS = "attention.wo.bias"
 """Of a block. A Llama with `attention_bias` has it; our model does not."""
@@ -42,17 +43,10 @@ def to_hf_name(name: str) -> str:
     return f"model.layers.{number}.{_TO_HF[rest]}"
 
 
-def llama_problem(config: ModelConfig) -> str | None:
-    """Why transformers would refuse the model as a Llama."""
-    if config.dim % config.n_heads:
-        return f"for a Llama, model.dim ({config.dim}) must be a multiple of model.n_heads ({config.n_heads})"
-    return None
-
-
 def hf_config(
-    config: ModelConfig, seq_len: int, bos_id: int | None, eos_id: int | None, dtype: torch.dtype
+    config: ModelConfig, context: int, bos_id: int | None, eos_id: int | None, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The content of config.json.
+    """The content of config.json of a model that reads `context` tokens.
 
     RoPE and dtype stand there twice: as transformers 5 names them, and as 4 and most other readers do.
     Raises ModelError if transformers would refuse it.
@@ -74,7 +68,7 @@ def hf_config(
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": seq_len,
+        "max_position_embeddings": context,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base, **(scaling or {})},
         "rope_theta": config.rope_base,
         "rope_scaling": scaling,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from triplane.model.config import ModelConfig
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
@@ -107,3 +109,10 @@ def family_problem(hf: dict[str, Any]) -> str | None:
         lacking = "an encoder"
     has = f", which has {lacking}" if lacking else ""
     return f"model_type is {str(model_type)[:60]!r}{has}; {readable}"
+
+
+def llama_problem(config: ModelConfig) -> str | None:
+    """Why transformers would refuse the model as a Llama."""
+    if config.dim % config.n_heads:
+        return f"for a Llama, model.dim ({config.dim}) must be a multiple of model.n_heads ({config.n_heads})"
+    return None

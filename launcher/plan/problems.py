@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.exportable import export_problems
 from triplane.checkpoint.folder import newest_manifest
 from triplane.data.config import DataConfig
 from triplane.data.errors import DataError
@@ -31,6 +32,9 @@ def problems(config: RunConfig, ranks: int) -> list[str]:
         found += str(error).splitlines()
     if sources is not None:
         found += check_data(config, sources) or check_run_dir(config, run_record(config, sources), False, False)
+        found += [
+            f"it could not be exported: {problem}" for problem in export_problems(config.model, sources.tokenizer)
+        ]
     return found + list(_disk(config))
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
+from json_tokenizers import QWEN2, byte_level
 from small_models import packed, random_documents, random_weights, small_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +15,7 @@ from triplane.checkpoint import export as export_module
 from triplane.checkpoint import hf_folder, hf_weights, verify
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.export import export
+from triplane.checkpoint.parent import Parent
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.model.build import load_model
 from triplane.model.config import RopeScaling
@@ -86,7 +88,7 @@ def test_transformers_computes_our_logits(publish, changes, dtype):
 def test_transformers_generates_the_same_text(publish, tokenizer_model):
     config, weights, _, folder = publish()
     prompt = AutoTokenizer.from_pretrained(folder).encode("The tokens")
-    assert prompt == sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model)).encode("The tokens")
+    assert prompt == [1, *sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model)).encode("The tokens")]
     theirs = AutoModelForCausalLM.from_pretrained(folder).generate(
         torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -141,6 +143,7 @@ def altered_config(**changes):
 
 
 WRONG_BASE = {"rope_type": "default", "rope_theta": 2e4}
+X_FOR_Y = {"type": "Replace", "pattern": {"String": "x"}, "content": "y"}
 PLANTED = {
     "permuted query rows": (hf_weights, "save_file", permuted_rows),
     "rope base": (export_module, "hf_config", altered_config(rope_parameters=WRONG_BASE)),
@@ -171,17 +174,67 @@ def test_what_only_transformers_reads_otherwise_is_not_published(publish, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_tokenization_is_not_published(publish, monkeypatch, tmp_path):
-    def write_without_split(tokenizer, folder):
-        write_hf_tokenizer(tokenizer, folder)
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": False}))
+def planted(**changes):
+    """Writes the right tokenizer but for `changes` of its files' keys."""
+    right = export_module.write_hf_tokenizer
 
-    write_hf_tokenizer = export_module.write_hf_tokenizer
-    monkeypatch.setattr(export_module, "write_hf_tokenizer", write_without_split)
-    with pytest.raises(CheckpointError, match="other tokens than sentencepiece"):
+    def write(tokenizer, folder, context):
+        right(tokenizer, folder, context)
+        for name, keys in changes.items():
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"tokenizer": {"normalizer": X_FOR_Y}},
+            "tokenizers reads other tokens",
+        ),
+        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}}, "transformers reads other tokens"),
+        (
+            {"tokenizer": {"post_processor": None}, "tokenizer_config": {"bos_token": "<|eos|>"}},
+            "begin a text with bos",
+        ),
+    ],
+    ids=["text", "class", "bos"],
+)
+def test_another_tokenization_is_not_published(publish, monkeypatch, tmp_path, changes, expected):
+    monkeypatch.setattr(export_module, "write_hf_tokenizer", planted(**changes))
+    with pytest.raises(CheckpointError, match=expected):
         publish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_names_the_parent_and_the_rules_of_the_tokenizer(publish, tokenizer_model, tmp_path):
+    *_, folder = publish()
+    card = (folder / "README.md").read_text()
+    assert "trained from scratch" in card and "license:" not in card
+    assert "Every text of the training began with `<|bos|>`, which the tokenizer puts there." in card
+    assert "`LlamaTokenizer` reads the same files by rules of its own" in card
+    config = small_config(vocab_size=VOCAB)
+    tokenizer = open_tokenizer(tokenizer_model)
+    parent = Parent(name="someone/theirs", licence="apache-2.0")
+    export(random_weights(config), config, 64, tokenizer, tmp_path / "b", torch.float32, {}, parent)
+    card = (tmp_path / "b/README.md").read_text()
+    assert "from scratch" not in card and "from the weights of someone/theirs, whose licence is apache-2.0" in card
+    assert 'base_model: "someone/theirs"\nlicense: apache-2.0\n---\n' in card
+
+
+def test_a_tokenizer_json_goes_out_as_it_came(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = byte_level(tmp_path / "in" / "tokenizer.json", QWEN2)
+    tokenizer = open_tokenizer(path)
+    config = small_config(vocab_size=tokenizer.vocab_size + 5)  # embeddings to spare, as many models have
+    export(random_weights(config), config, 64, tokenizer, tmp_path / "out", torch.float32, {})
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == path.read_bytes()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.encode("some text", add_special_tokens=False) == tokenizer.encode("some text")
+    assert theirs.model_max_length == 64
+    assert "put it before yours" in (tmp_path / "out/README.md").read_text()
 
 
 def test_an_export_that_turns_into_nan_is_not_published(publish, monkeypatch):
@@ -224,8 +277,8 @@ def test_an_existing_folder_is_refused(publish, tmp_path):
 
 
 def test_another_models_tokenizer_or_weights_are_refused(publish, tokenizer_model, tmp_path):
-    config = small_config(vocab_size=VOCAB + 1)
-    with pytest.raises(CheckpointError, match="has 400 tokens, the model 401"):
+    config = small_config(vocab_size=VOCAB - 1)
+    with pytest.raises(CheckpointError, match="has 400 tokens, the model 399"):
         export(
             random_weights(config), config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", torch.float32, {}
         )

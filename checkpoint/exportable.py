@@ -1,0 +1,18 @@
+"""What keeps a model from being exported, known before it is trained; imports no torch."""
+
+from triplane.data.errors import DataError
+from triplane.data.tokenizer import Tokenizer
+from triplane.model.config import ModelConfig
+from triplane.model.hf_families import llama_problem
+
+
+def export_problems(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
+    """A line each; none if `triplane export` will take the model and its tokenizer."""
+    problems = [problem] if (problem := llama_problem(config)) else []
+    if (size := tokenizer.vocab_size) > config.vocab_size:
+        problems.append(f"the tokenizer has {size} tokens, the model {config.vocab_size}; give its own")
+    try:
+        tokenizer.hf_files()
+    except DataError as error:
+        problems.append(str(error))
+    return problems

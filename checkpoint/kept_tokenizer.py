@@ -1,0 +1,46 @@
+"""A checkpoint holds its tokenizer, so that it can be sampled and exported wherever it is copied."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from triplane.checkpoint.errors import DamagedError
+from triplane.checkpoint.foreign import FileName
+from triplane.checkpoint.location import Location, read, writing
+from triplane.data.errors import DataError
+from triplane.data.open_tokenizer import tokenizer_of
+from triplane.data.tokenizer import Tokenizer
+
+
+class KeptTokenizer(BaseModel, strict=True):
+    """What the state says of it."""
+
+    digest: str
+    files: list[FileName]
+
+
+def kept_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the state says of a tokenizer whose files lie beside the manifest."""
+    return KeptTokenizer(digest=tokenizer.digest, files=list(tokenizer.files)).model_dump()
+
+
+def write_tokenizer(tokenizer: Tokenizer, checkpoint: Location) -> dict[str, int]:
+    """Writes its files into a checkpoint that is being written; returns their bytes, for the manifest."""
+    for name, content in tokenizer.files.items():
+        with writing(checkpoint / name) as file:
+            file.write(content)
+    return {name: len(content) for name, content in tokenizer.files.items()}
+
+
+def read_tokenizer(checkpoint: Location, kept: KeptTokenizer) -> Tokenizer:
+    """The tokenizer of a checkpoint; raises DamagedError if it is not the one that was written."""
+    try:
+        tokenizer = tokenizer_of({name: read(checkpoint / name) for name in kept.files}, checkpoint)
+    except (DataError, KeyError) as error:
+        raise DamagedError(f"{checkpoint}: its tokenizer is damaged ({error}); give another by --tokenizer") from error
+    if tokenizer.digest != kept.digest:
+        raise DamagedError(
+            f"{checkpoint}: its tokenizer is damaged ({tokenizer.digest[:12]}, written as {kept.digest[:12]}); give "
+            f"another by --tokenizer"
+        )
+    return tokenizer
