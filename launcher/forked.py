@@ -86,6 +86,7 @@ def _rank(
     args: Any,
 ) -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32, which is no fp32
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)

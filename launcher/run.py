@@ -81,7 +81,8 @@ def train_on(
 ) -> None:
     """Trains from the newest whole checkpoint in the run folder, or from initial weights."""
     story = story or Story(Path(config.run_dir), mesh.rank, mesh.world_size, watched=True, newest_step=lambda: 0)
-    with Watchdog(config.faults.hang_timeout_s, mesh.rank, Stopwatch(mesh.device), story.tell) as watchdog:
+    compiled = config.parallel.compile
+    with Watchdog(config.faults.hang_timeout_s, mesh.rank, Stopwatch(mesh.device), story.tell, compiled) as watchdog:
         with watchdog.work("start", 0, at_least_s=_START_S):
             trainer, state = _prepare(mesh, config, local_ranks, allow_fresh_start, watchdog)
         state = trainer.run(state)

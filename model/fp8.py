@@ -1,7 +1,8 @@
 """Linear layers whose products take 8-bit floats, scaled by each tensor's largest magnitude at the moment of use.
 
 Activations and weights have more mantissa (e4m3), gradients more range (e5m2), as in Micikevicius et al. 2022.
-Products accumulate in high precision and come out in the dtype that went in; weights stay as they are.
+Products come out in the dtype that went in; weights stay as they are. Gradients accumulate in fp32; forward, the
+GPU's tensor cores accumulate in fewer bits, which is twice as fast there and no worse than what e4m3 has lost.
 """
 
 from typing import Any
@@ -55,7 +56,7 @@ class _Float8Product(torch.autograd.Function):
         weight8_FD, weight_scale = _quantized(weight_FD, torch.float8_e4m3fn)
         ctx.save_for_backward(x8_TD, x_scale, weight8_FD, weight_scale)
         ctx.weight_dtype = weight_FD.dtype
-        return _product(x8_TD, x_scale, weight8_FD, weight_scale, x_TD.dtype)
+        return _product(x8_TD, x_scale, weight8_FD, weight_scale, x_TD.dtype, fast=True)
 
     @staticmethod
     @once_differentiable
@@ -73,6 +74,9 @@ def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x / scale).to(dtype), scale
 
 
-def _product(a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(
+    a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
+) -> Tensor:
     """a @ b.T; the kernel wants K to be the contiguous dim of both."""
-    return torch._scaled_mm(a_MK.contiguous(), b_NK.contiguous().T, a_scale, b_scale, out_dtype=dtype)
+    a_MK, b_KN = a_MK.contiguous(), b_NK.contiguous().T
+    return torch._scaled_mm(a_MK, b_KN, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)

@@ -9,6 +9,9 @@ from triplane.model.batch import Batch
 from triplane.model.errors import ModelError
 from triplane.model.transformer import Transformer
 
+LENGTH_MULTIPLE = 64
+"""Tokens are padded to a multiple of it: on a GPU each length is another plan, and compiled, another graph."""
+
 NextLogits = Callable[[list[int]], Tensor]
 """Scores of the token that follows the given ones, (V,): `next_logits(model)`, or a spread model's engine."""
 
@@ -46,9 +49,10 @@ def next_logits(model: Transformer) -> NextLogits:
     @torch.inference_mode()
     def score(tokens: list[int]) -> Tensor:
         assert model.norm is not None and model.head is not None
-        tokens_T = torch.tensor(tokens)
-        batch = Batch.build(tokens_T, tokens_T, (0, len(tokens))).to(device)
-        logits_V: Tensor = model.head(model.norm(model.hidden(batch)[-1]))
+        # What follows the last token changes nothing before it.
+        tokens_T = torch.tensor([*tokens, *[0] * (-len(tokens) % LENGTH_MULTIPLE)])
+        batch = Batch.build(tokens_T, tokens_T, (0, len(tokens_T))).to(device)
+        logits_V: Tensor = model.head(model.norm(model.hidden(batch)[len(tokens) - 1]))
         return logits_V
 
     return score

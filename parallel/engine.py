@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import lcm
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Size, Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.config import ModelConfig
+from triplane.model.generate import LENGTH_MULTIPLE
 from triplane.model.head import Loss
 from triplane.model.init import initial_weight
 from triplane.model.transformer import Transformer
@@ -111,7 +113,8 @@ class Engine:
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Scores of the token that follows `tokens`, (V,) fp32, the same on all ranks; collective."""
         # Padding after the last token changes nothing before it; the axes that split tokens need whole shares.
-        ids_T = torch.zeros(len(tokens) + -len(tokens) % token_multiple(self.layout), dtype=torch.int64)
+        multiple = lcm(LENGTH_MULTIPLE, token_multiple(self.layout))
+        ids_T = torch.zeros(len(tokens) + -len(tokens) % multiple, dtype=torch.int64)
         ids_T[: len(tokens)] = torch.tensor(tokens)
         wanted_T = torch.full_like(ids_T, IGNORED_TARGET)
         wanted_T[len(tokens) - 1] = 0

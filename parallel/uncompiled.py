@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def importing_uncompiled() -> Iterator[None]:
     compiled = torch.compile
     torch.compile = _as_written  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():
+        # DeepSpeed prints a warning for each kernel that it cannot build; none is used.
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

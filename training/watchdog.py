@@ -18,6 +18,7 @@ from triplane.training.stopwatch import Stopwatch
 
 _PERIOD_S = 0.5
 _LEAST_S = 60.0
+_LEAST_COMPILED_S = 600.0
 _MEDIANS = 10.0
 _FIRST_S = 1800.0
 """Limit of the first work of a kind, which may compile or fetch."""
@@ -28,12 +29,20 @@ class Watchdog:
     """Watches from a thread how long this rank takes for a kind of work.
 
     The limit is `timeout_s`, or by default ten times the median of what the kind has taken, but a minute at least, and
-    half an hour for its first.
+    half an hour for its first. Compiled blocks are compiled again for another length, so their least is ten minutes.
     """
 
-    def __init__(self, timeout_s: float | None, rank: int, stopwatch: Stopwatch, tell: Callable[[Failure], None]):
+    def __init__(
+        self,
+        timeout_s: float | None,
+        rank: int,
+        stopwatch: Stopwatch,
+        tell: Callable[[Failure], None],
+        compiled: bool = False,
+    ):
         """`tell` records a hang, before the process ends."""
         self._timeout_s = timeout_s
+        self._least_s = _LEAST_COMPILED_S if compiled else _LEAST_S
         self._rank = rank
         self._tell = tell
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
@@ -55,7 +64,7 @@ class Watchdog:
         """Watches the block, which may take `at_least_s`; an error from it gets a note of where it arose."""
         seconds = self._seconds[kind]
         self._kind, self._step, self._waited_s = kind, step, 0.0
-        usual_s = max(_LEAST_S, _MEDIANS * median(seconds)) if seconds else _FIRST_S
+        usual_s = max(self._least_s, _MEDIANS * median(seconds)) if seconds else _FIRST_S
         self._limit_s = max(at_least_s, self._timeout_s or usual_s)
         start_s = time.monotonic()
         try:

@@ -30,8 +30,8 @@ _LEAST_SHARED_MEMORY_GIB = 0.125
 _MOST_SKEW_S = 1.0
 _LEAST_BANDWIDTH = 0.5
 """Of the median of all nodes."""
-_LEAST_FREE = 0.95
-"""Of a GPU's memory."""
+_MOST_USED, _MOST_USED_GIB = 0.05, 2.0
+"""Of a GPU's memory by others, whichever is more: this check's own context and NCCL's buffers take up to 2 GiB."""
 _ROUNDS = 8
 """Of pairs: so many neighbours each node is measured with."""
 _REPEATS = 3
@@ -53,8 +53,9 @@ class Facts:
     temporary_gib: float
     shared_memory_gib: float
     device: str
-    device_free: float
-    """Share of its memory."""
+    device_gib: float
+    """Its memory; 0 of a CPU."""
+    device_used_gib: float
     bandwidth_gib_s: float
     """Of an all-reduce with the same rank of another node: the median over those nodes. Infinite on one node."""
 
@@ -134,18 +135,19 @@ def _problems(fact: Facts, code: str, device: str, clock_s: float) -> Iterator[s
     ):
         if free < least:
             yield f"{what}: {free:.3f} GiB free, under {least}"
-    if fact.device_free < _LEAST_FREE:
-        yield f"{fact.device} {fact.local_rank} is in use: {fact.device_free:.0%} of its memory is free"
+    if fact.device_used_gib > max(_MOST_USED_GIB, _MOST_USED * fact.device_gib):
+        used = f"{fact.device_used_gib:.1f} of {fact.device_gib:.1f} GiB are taken"
+        yield f"{fact.device} {fact.local_rank} is in use: {used}"
 
 
 def _facts(run_dir: Path, rank: Rank, device: torch.device) -> Facts:
     dist.barrier()
     clock_s = time.time()
     gib = 2**30
-    name, free = "CPU", 1.0
+    name, used_bytes, all_bytes = "CPU", 0, 0
     if device.type == "cuda":
         free_bytes, all_bytes = torch.cuda.mem_get_info(device)
-        name, free = torch.cuda.get_device_name(device), free_bytes / all_bytes
+        name, used_bytes = torch.cuda.get_device_name(device), all_bytes - free_bytes
     return Facts(
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         local_rank=rank.local_rank,
@@ -155,7 +157,8 @@ def _facts(run_dir: Path, rank: Rank, device: torch.device) -> Facts:
         temporary_gib=shutil.disk_usage(tempfile.gettempdir()).free / gib,
         shared_memory_gib=shutil.disk_usage("/dev/shm").free / gib,
         device=name,
-        device_free=free,
+        device_gib=all_bytes / gib,
+        device_used_gib=used_bytes / gib,
         bandwidth_gib_s=_bandwidth_gib_s(rank, device),
     )
 

@@ -82,7 +82,7 @@ def _replace_facts(devices: int) -> None:
         "mem_get_info": (_MEMORY, _MEMORY),
     }
     answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0)
-    answers |= dict.fromkeys(("_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats"))
+    answers |= dict.fromkeys(("_lazy_init", "empty_cache", "reset_peak_memory_stats"))
     answers |= dict.fromkeys(("manual_seed", "manual_seed_all", "seed", "seed_all"))
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
@@ -127,6 +127,7 @@ def _replace_waits(record: "Record") -> None:
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_: only
     cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.set_device = lambda _: record.selected.append(record.phase)
     cuda.synchronize = lambda *_: record.wait("torch.cuda.synchronize")
 
 

@@ -67,6 +67,8 @@ class Record:
     """By phase and name."""
     bytes: Counter[str] = field(default_factory=Counter)
     """Read and written by the device's operators, by phase."""
+    selected: list[str] = field(default_factory=list)
+    """Phases in which a device was made the current one."""
     pinned: dict[int, Any] = field(default_factory=dict)
     """Storages in page-locked memory; kept alive, so that an address means one storage."""
 

@@ -49,6 +49,7 @@ def rehearse(case: dict[str, Any]) -> dict[str, Any]:
         "waits": [[*wait, count] for wait, count in sorted(RECORD.waits.items()) if wait.phase],
         "copies": [[*key, count] for key, count in sorted(RECORD.copies.items()) if key[0]],
         "operators": [[*key, count] for key, count in sorted(RECORD.operators.items()) if key[0]],
+        "selected": RECORD.selected,
         "bytes": {phase: count for phase, count in RECORD.bytes.items() if phase},
     }
 
@@ -57,6 +58,7 @@ def _run(case: dict[str, Any]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from triplane.checkpoint.snapshot import Snapshot, last_change
     from triplane.parallel.config import ParallelConfig
     from triplane.parallel.engine import Engine
     from triplane.parallel.mesh import connected
@@ -97,6 +99,9 @@ def _run(case: dict[str, Any]) -> None:
             *rest, _, copied = agreement._pending[-1]
             agreement._pending[-1] = (*rest, torch.zeros(3), copied)  # with values, which are read a step later
             agreement.take(everything=False)
+        RECORD.phase = "snapshot"
+        state = list(engine.optimizer.fragments())
+        Snapshot().take(state, last_change(state))
 
 
 def _model(case: dict[str, Any]) -> Any:

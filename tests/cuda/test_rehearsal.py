@@ -60,10 +60,11 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 
 
 def waits(found: dict[str, Any]) -> Counter[str]:
-    """How often each owner's code waits."""
+    """How often each owner's code waits in a step."""
     count: Counter[str] = Counter()
-    for _, owner, _, _, times in found["waits"]:
-        count[owner] += times
+    for phase, owner, _, _, times in found["waits"]:
+        if phase != "snapshot":
+            count[owner] += times
     return count
 
 
@@ -83,9 +84,16 @@ def test_a_step_runs_and_waits_no_more_than_it_must(name: str, rehearsed: dict[s
 @pytest.mark.parametrize("name", CASES)
 def test_what_goes_to_and_fro_does_not_grow_with_the_layers(name: str, rehearsed: dict[str, dict[str, Any]]) -> None:
     """Batches go to the GPU, a verdict comes back; an offloaded state travels besides."""
-    copies = {(phase, direction): count for phase, direction, count in rehearsed[name]["copies"]}
+    copies = {(phase, to): count for phase, to, count in rehearsed[name]["copies"] if phase != "snapshot"}
     if name != "offload":
         assert copies == {("data", "to the GPU"): 8, ("agreement", "to the host"): 1}
+
+
+def test_a_save_copies_without_waiting_and_on_its_own_gpu(rehearsed: dict[str, dict[str, Any]]) -> None:
+    """A thread that names no GPU takes memory of the first one."""
+    found = rehearsed["one rank"]
+    assert [wait[1:3] for wait in found["waits"] if wait[0] == "snapshot"] == [["triplane", "Stream.synchronize"]]
+    assert found["selected"].count("snapshot") == 1
 
 
 def operators(found: dict[str, Any], phase: str) -> Counter[str]:

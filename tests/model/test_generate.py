@@ -6,6 +6,7 @@ from small_models import llama, random_weights, small_config, small_model
 
 from triplane.model.errors import ModelError
 from triplane.model.generate import generate, next_logits
+from triplane.model.transformer import Transformer
 
 CONFIG = small_config(tie_embeddings=True)
 PROMPT = [1, 17, 42, 5]
@@ -54,3 +55,14 @@ def test_it_stops_at_the_end_token():
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ModelError, match="no tokens"):
         generate(next_logits(small_model(CONFIG)), [], 1, 0, None, 0, None)
+
+
+def test_lengths_are_few(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU each is a plan of its own for attention, and a graph if the model is compiled."""
+    lengths = set()
+    hidden = Transformer.hidden
+    monkeypatch.setattr(
+        Transformer, "hidden", lambda model, batch: lengths.add(len(batch.tokens_T)) or hidden(model, batch)
+    )
+    sample(max_new_tokens=70)
+    assert lengths == {64, 128}

@@ -10,7 +10,7 @@ from slurm.submitted import Submitted
 
 from triplane.launcher.slurm.node_check import Facts, _rounds, out_of_line
 
-SOUND = Facts("n1", 0, "triplane 1 torch 2", 0.0, 9.0, 9.0, 9.0, "H100", 0.99, 10.0)
+SOUND = Facts("n1", 0, "triplane 1 torch 2", 0.0, 9.0, 9.0, 9.0, "H100", 79.2, 1.5, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,8 @@ SOUND = Facts("n1", 0, "triplane 1 torch 2", 0.0, 9.0, 9.0, 9.0, "H100", 0.99, 1
         ({"clock_s": -2.0}, "its clock is -2.0 s off"),
         ({"disk_gib": 0.5}, "run folder: 0.500 GiB free, under 1.0"),
         ({"shared_memory_gib": 0.0625}, "/dev/shm: 0.062 GiB free, under 0.125"),
-        ({"device_free": 0.5}, "H100 0 is in use: 50% of its memory is free"),
+        ({"device_used_gib": 4.0}, "H100 0 is in use: 4.0 of 79.2 GiB are taken"),
+        ({"device_gib": 9.8, "device_used_gib": 2.1}, "H100 0 is in use: 2.1 of 9.8 GiB are taken"),
         ({"device": "CPU"}, "has CPU, others H100"),
         ({"bandwidth_gib_s": 4.0}, "all-reduce at 4 GiB/s, others at 10"),
     ],
@@ -30,6 +31,10 @@ def test_a_node_out_of_line_is_named(change: dict, problem: str) -> None:
     assert out_of_line(sound) == {}
     odd = replace(SOUND, node="n4", **change)
     assert out_of_line([*sound, odd, odd]) == {"n4": [problem]}
+
+
+def test_a_context_on_a_small_gpu_is_no_use_by_others() -> None:
+    assert out_of_line([replace(SOUND, device_gib=9.8, device_used_gib=0.6)]) == {}
 
 
 def test_of_two_nodes_with_a_slow_link_neither_is_named() -> None:

@@ -13,6 +13,7 @@ import torch
 from runs import small_run
 from small_corpora import Prepared
 from torch import Tensor
+from torch.utils import deterministic
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
 from triplane.checkpoint.folder import latest
@@ -290,6 +291,31 @@ def test_a_step_done_twice_is_one_step(layout: str) -> None:
     assert isinstance(config.dp, int)
     for ranks, same in run_ranks(config, config.dp * config.ranks_of_one, _step_twice, config, -1):
         assert ranks == [] and same
+
+
+def _kernels_allowed(mesh: Mesh) -> tuple[list[tuple[bool, bool, bool]], tuple[bool, bool, bool]]:
+    """Whether torch is deterministic, only warns, and fills new tensors: in both updates, and after."""
+    engine = proof_engine(mesh, proof_model(), ParallelConfig(), torch.float32)
+    seen = []
+
+    def look() -> tuple[bool, bool, bool]:
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.are_deterministic_algorithms_enabled(), warns, deterministic.fill_uninitialized_memory
+
+    def update() -> None:
+        seen.append(look())
+        engine.forward_backward([proof_batch(engine.config, 0, [0])])
+        engine.step(1e-3)
+
+    twice(engine, 1, update)
+    return seen, look()
+
+
+def test_a_step_is_repeated_with_kernels_that_give_the_same_bits() -> None:
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    ((during, after),) = run_ranks(ParallelConfig(), 1, _kernels_allowed)
+    assert during == [(True, False, False)] * 2
+    assert after == (False, False, True)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

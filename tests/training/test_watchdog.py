@@ -74,6 +74,15 @@ def test_a_start_that_hangs_is_told(tmp_path: Path) -> None:
     assert failure is not None and failure.where == "before the first step, start"
 
 
+@pytest.mark.parametrize(("compiled", "expected_s"), [(False, 60.0), (True, 600.0)])
+def test_a_step_that_may_compile_again_has_more_time(compiled: bool, expected_s: float) -> None:
+    watchdog = Watchdog(None, 0, Stopwatch(torch.device("cpu")), lambda _: None, compiled)
+    for _ in range(2):
+        with watchdog.work("step", 1):
+            limit_s = watchdog._limit_s
+    assert limit_s == expected_s
+
+
 def test_a_process_that_was_stopped_and_goes_on_has_not_hung(tmp_path: Path) -> None:
     child = in_child(tmp_path, lambda *both: steps(*both, 0.01, 0.4, 0.01))
     time.sleep(0.2)
