@@ -54,7 +54,7 @@ def _pieces(fragment: Fragment) -> Iterator[Fragment]:
     """The fragment as runs of rows that fit a buffer."""
     row = fragment.data[0].nbytes if len(fragment.data) else 1
     begin, *rest = fragment.offsets
-    for rows in fragment.data.split(max(1, _BUFFER_BYTES // row)):
+    for rows in torch.split(fragment.data, max(1, _BUFFER_BYTES // row)):
         yield replace(fragment, offsets=(begin, *rest), data=rows)
         begin += len(rows)
 

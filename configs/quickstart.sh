@@ -4,6 +4,11 @@ run=runs/quickstart
 corpus=corpora/python
 export=exports/quickstart
 
+# Two copies of the model, as in the config, unless one GPU is all there is.
+gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l)
+dp=2
+[ "$gpus" != 1 ] || dp=1
+
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/6  A tokenizer, from the sources and documentation topics of Python's standard library"
@@ -12,11 +17,11 @@ say "1/6  A tokenizer, from the sources and documentation topics of Python's sta
 say "2/6  Token shards: WebDataset tars with index and manifest, 2 % held out"
 triplane prepare python-stdlib --out $corpus --tokenizer $corpus.model
 
-say "3/6  Training on 2 ranks, stopped half-way as an interruption would"
-triplane train configs/quickstart.toml training.stop_at_step=100
+say "3/6  Training on $dp ranks, stopped half-way as an interruption would"
+triplane train configs/quickstart.toml parallel.dp=$dp training.stop_at_step=100
 
 say "4/6  Started again, the run goes on from its checkpoint"
-triplane train configs/quickstart.toml
+triplane train configs/quickstart.toml parallel.dp=$dp
 triplane evaluate $run --sequences 64
 
 say "5/6  A sample"

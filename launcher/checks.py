@@ -62,6 +62,8 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
         shares = token_multiple(layout)
         split = f"the ranks that tp with sequence_parallel and cp (twice for a ring) make ({shares})"
         yield from multiple(tokens, micro * seq_len, split, shares)
+        if layout.fp8:  # a product of gradients contracts over the tokens of a rank
+            yield from multiple(tokens, micro * seq_len, f"16 x cp ({layout.cp}), for fp8", 16 * layout.cp)
     for name in ("global_batch_size", "eval_sequences"):
         sequences = getattr(config.training, name)
         micro_batches = sequences // ((dp or 1) * micro)

@@ -133,6 +133,9 @@ def train(
     ranks: Annotated[
         int | None, typer.Option(help="Of the dry run; what the layout needs by default.", min=1, show_default=False)
     ] = None,
+    device: Annotated[
+        Literal["auto", "cpu"], typer.Option(help="auto: GPUs if there are any; cpu: although there are.")
+    ] = "auto",
 ) -> None:
     """Train, or go on with the run that the config's run folder holds.
 
@@ -147,7 +150,7 @@ def train(
         raise ConfigError("--ranks is for --dry-run: a run has the ranks that its layout needs, parallel.dp and so on")
     from triplane.launcher.train import train
 
-    raise typer.Exit(train(config, overrides or [], allow_data_change, allow_fresh_start))
+    raise typer.Exit(train(config, overrides or [], allow_data_change, allow_fresh_start, device == "cpu"))
 
 
 @app.command()

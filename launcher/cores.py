@@ -10,11 +10,16 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 def cores_of_ranks(count: int) -> list[set[int]]:
     """As many for each of `count` ranks, and whole ones: the threads of a core go to one rank.
 
-    Empty sets if there are fewer cores than ranks, or where processes cannot be bound (macOS).
+    Empty sets if there are fewer cores than ranks, or where processes cannot be bound: on macOS, or where a container
+    hides which threads share a core.
     """
     if sys.platform != "linux":
         return [set()] * count
-    cores = sorted(os.sched_getaffinity(0), key=_place)
+    try:
+        cores = sorted(os.sched_getaffinity(0), key=_place)
+    except (OSError, ValueError) as error:
+        print(f"triplane: ranks are not bound to cores, since {_TOPOLOGY} does not tell: {error}", file=sys.stderr)
+        return [set()] * count
     each = len(cores) // count
     return [set(cores[rank * each : (rank + 1) * each]) for rank in range(count)]
 

@@ -20,7 +20,7 @@ from triplane.data.files import write_whole
 from triplane.data.loader import SequenceDataset
 from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
 from triplane.launcher.config import RunConfig
-from triplane.launcher.errors import ConfigError
+from triplane.launcher.devices import gpu_number, threads
 from triplane.launcher.monitor.report import REPORT, report_problem
 from triplane.launcher.preflight import (
     CONFIG,
@@ -35,7 +35,6 @@ from triplane.launcher.preflight import (
 )
 from triplane.launcher.ranks import Rank
 from triplane.launcher.toml import to_toml
-from triplane.model.fp8 import fp8_problem
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
@@ -60,8 +59,6 @@ def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
     story = Story(run_dir, rank.rank, rank.world_size, LAUNCHER in os.environ, lambda: newest_step(folder))
     try:
         device = _take_device(rank)
-        if config.parallel.fp8 and (problem := fp8_problem(device)):
-            raise ConfigError(f"parallel.fp8: {problem}; set parallel.fp8=false")
         with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
             hosts = [""] * rank.world_size
             dist.all_gather_object(hosts, socket.gethostname())
@@ -153,9 +150,11 @@ def _prepare(
 
 def _take_device(rank: Rank) -> torch.device:
     if not torch.cuda.is_available():
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        torch.set_num_threads(threads(os.environ) or torch.get_num_threads())
         return torch.device("cpu")
-    device = torch.device("cuda", rank.local_rank)
+    number = gpu_number(rank, torch.cuda.device_count())
+    assert number is not None, "checked before"
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -12,14 +12,19 @@ from triplane.data.files import locked_folder
 from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
+from triplane.launcher.devices import problems_of_devices, use_cpu, visible_devices
 from triplane.launcher.errors import ConfigError
 from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
-from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
+from triplane.launcher.ranks import Rank, current_rank, rendezvous
 from triplane.training.failure import forget_failures
 
 
-def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool) -> int:
+def train(
+    path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool, on_cpu: bool = False
+) -> int:
     """Trains what the config says; returns the exit code."""
+    if on_cpu:
+        use_cpu()
     config = load_config(path, overrides)
     rank = current_rank(os.environ)
     forget_failures(Path(config.run_dir), rank.rank if rank else 0)
@@ -30,7 +35,9 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
                 print(
                     f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True
                 )
-    if found := problems(config, ranks, allow_data_change, allow_fresh_start):
+    found = problems(config, ranks, allow_data_change, allow_fresh_start)
+    found += problems_of_devices(config, rank, ranks, visible_devices())
+    if found:
         raise ConfigError("\n".join(found))
     if rank is None and config.training.prometheus_port is not None:
         _check_port(config.training.prometheus_port)
@@ -45,8 +52,8 @@ def train(path: Path, overrides: list[str], allow_data_change: bool, allow_fresh
         from triplane.launcher.local import run_local_ranks  # loads torch
 
         return run_local_ranks(ranks, arguments, run_dir, checkpoints_folder(config), config.faults.max_restarts)
-    if rank is not None and "MASTER_ADDR" not in os.environ:
-        os.environ.update(slurm_rendezvous(os.environ))
+    if rank is not None and rank.world_size > 1:
+        os.environ.update(rendezvous(os.environ))
     if not first:
         os.dup2(2, 1)  # what libraries print; the console is rank 0's
     from triplane.launcher.cli import leave

@@ -52,7 +52,8 @@ def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
     if batch.uniform:
         return _attend_equal(q_THK, k_TGK, v_TGK, batch.longest)
     if not q_THK.is_cuda:
-        return attend_documents(q_THK, k_TGK, v_TGK, batch.bounds_int32, batch.longest)[0]
+        out_THK: Tensor = attend_documents(q_THK, k_TGK, v_TGK, batch.bounds_int32, batch.longest)[0]
+        return out_THK
     if q_THK.dtype == torch.float32:  # which no variable-length kernel takes; calls in turn beat a mask
         spans = [slice(a, b) for a, b in pairwise(batch.bounds)]
         return torch.cat([_attend_equal(q_THK[s], k_TGK[s], v_TGK[s], s.stop - s.start) for s in spans])

@@ -1,11 +1,24 @@
 """Which layouts fit a model; the only place that says no."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 
 _ROW_MULTIPLE = 8
+_FP8_MULTIPLE = 16
+"""Of both dims of a product, for the GPU's kernel."""
+_FP8_CAPABILITY = (8, 9)
+
+
+class Devices(NamedTuple):
+    """What a process computes on."""
+
+    gpus: int
+    """0: it computes on the CPU."""
+    capability: tuple[int, int] | None
+    """Of the GPUs, as NVIDIA counts; None of a CPU."""
 
 
 def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) -> Iterator[str]:
@@ -54,6 +67,26 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         yield f"fp8 and tp ({tp}) do not go together: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":
         yield "fp8 needs precision bf16: fp32 weights would gain nothing"
+    if layout.fp8:
+        widths = {
+            "dim": model.dim,
+            "hidden_dim": model.hidden_dim,
+            "n_heads x head_dim": model.n_heads * model.head_dim,
+            "n_kv_heads x head_dim": model.n_kv_heads * model.head_dim,
+        }
+        for name, width in widths.items():
+            yield from multiple(f"fp8: {name}", width, f"what its kernels take ({_FP8_MULTIPLE})", _FP8_MULTIPLE)
+
+
+def device_problems(layout: ParallelConfig, precision: str, devices: Devices) -> Iterator[str]:
+    """What cannot work on these devices, a line each; `precision` as in the training config."""
+    fp32 = precision == "fp32" or (precision == "auto" and layout.zero == 0)
+    if devices.gpus and fp32 and layout.cp > 1 and layout.cp_method == "ring":
+        yield 'cp_method "ring" in fp32 has no kernel on a GPU; take precision bf16, or "ulysses"'
+    if layout.fp8 and (devices.capability is None or devices.capability < _FP8_CAPABILITY):
+        found = "a CPU" if devices.capability is None else "{}.{}".format(*devices.capability)
+        least = "{}.{}".format(*_FP8_CAPABILITY)
+        yield f"parallel.fp8 needs GPUs of compute capability {least} or more, not {found}; set parallel.fp8=false"
 
 
 def token_multiple(layout: ParallelConfig) -> int:

@@ -1,5 +1,6 @@
 """What the device is capable of: the peak that MFU is a fraction of, and the faster precision of a CPU."""
 
+import re
 import time
 from typing import Literal
 
@@ -12,11 +13,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the names that configs and commands use."""
 
 _PEAK_FLOPS = {
-    # Dense bf16, from NVIDIA's and AMD's data sheets.
+    # Dense bf16, from NVIDIA's and AMD's data sheets, by words of the device's name; special ones first.
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,
@@ -27,11 +29,18 @@ _PEAK_FLOPS = {
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Of one rank: the data sheet's for a known GPU in bf16, else what matrix products reach here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, peak in _PEAK_FLOPS.items():
-            if known in name:
-                return peak
+        known = data_sheet_flops_per_s(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
     return measure_flops_per_s(device, dtype)
+
+
+def data_sheet_flops_per_s(name: str) -> float | None:
+    """Dense bf16 of the GPU that calls itself so; None if it is not known, or is a slice of one (MIG)."""
+    words = set(re.split(r"[\s-]+", name))
+    if "MIG" in words:
+        return None
+    return next((peak for known, peak in _PEAK_FLOPS.items() if set(known.split()) <= words), None)
 
 
 def faster_precision(device: torch.device) -> Precision:

@@ -43,11 +43,11 @@ def _deterministic() -> Iterator[None]:
     If torch only warned, flash attention would add gradients up in any order, and healthy GPUs would differ.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = deterministic.fill_uninitialized_memory
+    filling = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # it costs a pass over each new tensor
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs a pass over each new tensor
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        deterministic.fill_uninitialized_memory = filling  # type: ignore[assignment]
+        deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]

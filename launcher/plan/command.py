@@ -13,6 +13,7 @@ from triplane.launcher.plan.problems import checkpoint_bytes, done_steps, kept_c
 from triplane.launcher.plan.search import Found, changes, nearest, search
 from triplane.launcher.plan.show import Show
 from triplane.model.count import count_parameters, flops_per_token
+from triplane.parallel.rules import Devices, device_problems
 from triplane.training.exits import Exit
 
 _DAY_S = 86_400
@@ -50,8 +51,8 @@ def plan(
         show.facts(_outcome(answer, gpus) | {"cost": f"{cost:,.0f} at {per_hour:g} for a GPU hour{source}"})
         record["estimate"] = _record(answer) | {"cost": cost}
         found += _limits(answer, gpu, time_limit_days)
-        if config.parallel.fp8 and gpu.fp8_tflops is None:
-            found.append(f"parallel.fp8: {gpu_name} has no fp8 products; set parallel.fp8=false")
+        capability = (8, 0) if gpu.fp8_tflops is None else (8, 9)
+        found += device_problems(config.parallel, config.training.precision, Devices(gpus, capability))
     fits, hint = answer is not None and answer.fits(gpu), None
     if searching or not fits:
         results = search(config, gpus, gpu)

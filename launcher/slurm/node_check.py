@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 import triplane
+from triplane.launcher.devices import gpu_number
 from triplane.launcher.errors import LaunchError
-from triplane.launcher.ranks import Rank, current_rank, slurm_rendezvous
+from triplane.launcher.ranks import Rank, current_rank, rendezvous
 from triplane.training.exits import Exit
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
@@ -67,11 +68,15 @@ def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
         raise LaunchError("check-nodes is one of several ranks: start it with srun or torchrun, as `triplane train` is")
     if not run_dir.is_dir():
         raise LaunchError(f"{run_dir}: no such folder; give the run's, or where it will be made")
-    if "MASTER_ADDR" not in os.environ:
-        os.environ.update(slurm_rendezvous(os.environ))
-    device = torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    backend = "gloo"
-    if device.type == "cuda":
+    os.environ.update(rendezvous(os.environ))
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        number = gpu_number(rank, torch.cuda.device_count())
+        if number is None:
+            raise LaunchError(
+                f"{rank.local_size} ranks on this node, but {torch.cuda.device_count()} GPUs; start one for each"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=_TIMEOUT)

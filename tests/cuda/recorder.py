@@ -123,6 +123,8 @@ class Recorder(TorchDispatchMode):
             if isinstance(tensor, FakeTensor) and func not in _READS_VALUES:
                 tensor.constant = None  # a known value may be changed by this operator
         out = func(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            self.record.pin(out)
         self._count(func, args, kwargs, out)
         return out
 
