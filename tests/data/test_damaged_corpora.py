@@ -26,7 +26,7 @@ from triplane.data.opening import open_sources, training_plan
 from triplane.data.remote import Retry
 
 _ODD_VALUES: list[Any] = [
-    None, True, -1, 0, 1.5, 10**15, 10**30, float("inf"), "", "x", "\0", "\ud800", 
+    None, True, -1, 0, 1.5, 10**15, 10**30, float("inf"), "", "x", "\0", "\ud800",
     "../../../etc/passwd", "/etc/passwd", "a/b", ".", "..", [], [1], {}, "0" * 63, "G" * 64, "../" * 10 + "0" * 34,
 ]  # fmt: skip
 
@@ -182,7 +182,7 @@ def _other_tokenizer(folder: Path, draw: random.Random) -> None:
 
 
 _DAMAGES = {
-    _edit_manifest: 40, _edit_index: 25, _no_index: 6, _index_with_a_lie: 10, _edit_tar: 10, _odd_json: 10, 
+    _edit_manifest: 40, _edit_index: 25, _no_index: 6, _index_with_a_lie: 10, _edit_tar: 10, _odd_json: 10,
     _odd_files: 10, _swap: 1, _other_tokenizer: 6,
 }  # fmt: skip
 
