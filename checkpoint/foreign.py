@@ -13,13 +13,21 @@ _MOST_BYTES = 64 * 2**20
 """Of a JSON file that is read whole."""
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable():  # it could pretend to be another line of a message
+        raise ValueError("holds characters that cannot be printed")
+    return name
+
+
 def _plain(name: str) -> str:
-    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
         raise ValueError("not a plain file name")
     return name
 
 
-FileName = Annotated[str, AfterValidator(_plain)]
+Name = Annotated[str, AfterValidator(_printable)]
+"""Of a tensor."""
+FileName = Annotated[Name, AfterValidator(_plain)]
 """Of a file beside the one that names it, and of nothing elsewhere."""
 
 

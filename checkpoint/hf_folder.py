@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.foreign import FileName, read_json, regular_file
+from triplane.checkpoint.foreign import FileName, Name, read_json, regular_file
 from triplane.checkpoint.hf_weights import INDEX, SINGLE
 from triplane.model.config import ModelConfig
 from triplane.model.hf import OUTPUT_BIAS, to_hf_name
@@ -26,7 +26,10 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class _Index(BaseModel, strict=True):
-    weight_map: dict[str, FileName]
+    weight_map: dict[Name, FileName]
+
+
+_Names = TypeAdapter(list[Name])
 
 
 class _Stored(NamedTuple):
@@ -159,8 +162,11 @@ def _header(path: Path) -> dict[str, _Stored]:
     try:
         regular_file(path)
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = _Names.validate_python(list(file.keys()))
+            slices = {name: file.get_slice(name) for name in names}
             return {name: _Stored(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: the weight {first_problem(error)}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_hint(path)}") from error
     except (OSError, SafetensorError, MemoryError) as error:

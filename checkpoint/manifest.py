@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from triplane.checkpoint.errors import CheckpointError, DamagedError
-from triplane.checkpoint.foreign import FileName
+from triplane.checkpoint.foreign import FileName, Name
 from triplane.checkpoint.location import Location, entries, read, writing
 from triplane.model.schema import first_problem
 
@@ -34,7 +34,7 @@ _ELEMENT_BYTES = 4
 class Box:
     """A part of a global tensor in a file."""
 
-    key: str
+    key: Name
     shape: _Dims
     """Of the global tensor."""
     offsets: _Dims

@@ -29,7 +29,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None
     files = tokenizer.hf_files()
     config = {key: value for key, value in json.loads(files[CONFIG_NAME]).items() if key != "auto_map"}  # names code
     config |= {"tokenizer_class": _AS_IT_STANDS, "model_max_length": context}
-    for name, content in {**files, CONFIG_NAME: _text(config)}.items():
+    for name, content in {**files, CONFIG_NAME: (json.dumps(config, indent=1) + "\n").encode()}.items():
         (folder / name).write_bytes(content)
 
 

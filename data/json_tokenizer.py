@@ -60,7 +60,7 @@ class JsonTokenizer(Tokenizer):
                     f"{where}: {token}, which begins or ends a text, is read from text that spells it out: mark it as "
                     f'"special" among the "added_tokens" of tokenizer.json'
                 )
-        named = json.dumps({**config, "bos_token": bos, "eos_token": eos}, ensure_ascii=False, indent=1) + "\n"
+        named = json.dumps({**config, "bos_token": bos, "eos_token": eos}, indent=1) + "\n"
         self.files = {JSON_NAME: files[JSON_NAME], CONFIG_NAME: named.encode()}
         self.digest = hashlib.sha256(files[JSON_NAME] + f"{bos}\n{eos}".encode()).hexdigest()
         # Without words, tokens are joined over the whole text: a cut must be where no token could be.

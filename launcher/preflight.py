@@ -142,6 +142,7 @@ def _check_initial(config: RunConfig) -> Iterator[str]:
     try:
         found = find_checkpoint(initial)
         theirs = model_of(read_manifest(found).state["run"], found).model_dump(mode="json")
+        parent_of(initial)
     except CheckpointError as error:
         yield f"checkpoint.initial: {error}"
         return

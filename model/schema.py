@@ -6,7 +6,8 @@ from pydantic import ValidationError
 def first_problem(error: ValidationError) -> str:
     """The first refused key, by its name in the file, with what stands there and why that is wrong."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    parts = map(str, first["loc"])  # keys of the file among them, which may hold anything
+    key = ".".join(part if part.isprintable() else ascii(part) for part in parts)
     if first["type"] == "missing":
         return f"no {key}"
     if first["type"] == "extra_forbidden":

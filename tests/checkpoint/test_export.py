@@ -269,6 +269,14 @@ def test_where_memory_is_too_small_for_transformers_the_report_says_so(publish, 
     assert "transformers needs 0 GiB, 0 are free, so it has not read" in (folder / "README.md").read_text()
 
 
+def test_a_full_disk_is_a_line_and_leaves_nothing(tokenizer_model, small_disk):
+    config = small_config(vocab_size=VOCAB, hidden_dim=1000)
+    tokenizer = open_tokenizer(tokenizer_model)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left on device.*; make room"):
+        export(random_weights(config), config, 64, tokenizer, small_disk / "out", torch.float32, {})
+    assert list(small_disk.iterdir()) == []
+
+
 def test_an_existing_folder_is_refused(publish, tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match="model exists; remove it"):

@@ -108,6 +108,8 @@ def test_a_damaged_or_absent_tokenizer_is_a_line_and_can_be_given(
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"its tokenizer is damaged .* give another by --tokenizer"):
         _call("generate", folder)
+    with pytest.raises(CheckpointError, match="its tokenizer is damaged"):
+        _call("inspect", "--verify", folder)
     prepared.tokenizer.save(tmp_path)
     assert _call("generate", folder, "--tokenizer", tmp_path / "tokenizer.model", "--tokens", "2")
     manifest = read_manifest(folder)
