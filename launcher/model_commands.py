@@ -1,5 +1,6 @@
 """`triplane evaluate`, `generate`, `export`, `import`, and `inspect` of a checkpoint: a whole model on one process."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from triplane.launcher.preflight import beside_config, config_of, find_checkpoin
 from triplane.launcher.toml import to_toml
 from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
+from triplane.model.count import count_parameters
 from triplane.model.generate import generate as generate_tokens
 from triplane.model.generate import next_logits
 from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
 from triplane.training.batches import Feed
 from triplane.training.evaluation import evaluate_model, validation_loss
-from triplane.training.hardware import DTYPES
+from triplane.training.hardware import DTYPES, room_for_weights
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,13 @@ class TrainedModel:
         return max(lengths)
 
     def load(self) -> tuple[Transformer, torch.device]:
-        """The whole model, fp32, on a GPU if there is one."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return load_model(self.model, CheckpointWeights(self.checkpoint), torch.float32).to(device), device
+        """The whole model, on a GPU if there is one with room, fp32 if that fits."""
+        free_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+        kind, precision, reason = room_for_weights(count_parameters(self.model), free_bytes)
+        if reason is not None:
+            print(f"triplane: {self.checkpoint.folder} is read {reason}", file=sys.stderr)
+        device = torch.device(kind)
+        return load_model(self.model, CheckpointWeights(self.checkpoint), DTYPES[precision]).to(device), device
 
 
 def evaluate(run: str, sequences: int | None) -> None:

@@ -65,6 +65,22 @@ def measure_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best_s
 
 
+def room_for_weights(parameters: int, free_bytes: int | None) -> tuple[str, Precision, str | None]:
+    """Device type and precision in which a whole model is read, and why not fp32 on the GPU that is there.
+
+    `free_bytes` of the GPU; None without one. A fifth of it is left to activations.
+    """
+    if free_bytes is None:
+        return "cpu", "fp32", None
+    room, gib = 0.8 * free_bytes, 2**30
+    if 4 * parameters <= room:
+        return "cuda", "fp32", None
+    free = f"its fp32 weights take {4 * parameters / gib:.1f} GiB, of which the GPU has {free_bytes / gib:.1f} free"
+    if 2 * parameters <= room:
+        return "cuda", "bf16", f"in bf16: {free}"
+    return "cpu", "fp32", f"on the CPU: {free}"
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most that this rank has held: of the GPU's memory, or of the host's where there is none."""
     if device.type == "cuda":

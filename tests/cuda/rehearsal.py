@@ -31,7 +31,7 @@ from cuda import plants
 from cuda.recorder import Record, Recorder
 
 _STEPS, _SEQ_LEN, _SEQUENCES, _MICRO_BATCHES = 3, 64, 2, 2
-_TIMEOUT_S = 60
+_TIMEOUT_S = 200
 RECORD = Record()
 
 

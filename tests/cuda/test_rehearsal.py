@@ -14,6 +14,7 @@ from triplane.model.compiled import has_compiler
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),  # all cases run for the first test
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
     pytest.mark.skipif(not has_compiler(), reason="no C++ compiler for the guard"),
 ]

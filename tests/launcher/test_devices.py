@@ -16,7 +16,7 @@ from triplane.launcher.devices import gpu_number, problems_of_devices
 from triplane.launcher.ranks import Rank
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.rules import Devices, device_problems
-from triplane.training.hardware import data_sheet_flops_per_s
+from triplane.training.hardware import data_sheet_flops_per_s, room_for_weights
 
 H100, A100, CPU = (9, 0), (8, 0), Devices(0, None)
 TORCHRUN, SLURM = Rank(5, 8, 1, 4), Rank(5, 8, 1, 4, shown_apart=True)
@@ -126,3 +126,16 @@ def test_ranks_are_not_bound_where_the_topology_is_hidden(
     monkeypatch.setattr("triplane.launcher.cores._TOPOLOGY", tmp_path)
     assert cores_of_ranks(2) == [set(), set()]
     assert "ranks are not bound to cores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("billions", "free_gib", "expected"),
+    [
+        (1, None, ("cpu", "fp32", None)),
+        (1, 10, ("cuda", "fp32", None)),
+        (8, 24, ("cuda", "bf16", "in bf16: its fp32 weights take 29.8 GiB, of which the GPU has 24.0 free")),
+        (70, 79, ("cpu", "fp32", "on the CPU: its fp32 weights take 260.8 GiB, of which the GPU has 79.0 free")),
+    ],
+)
+def test_a_whole_model_is_read_where_it_fits(billions: int, free_gib: int | None, expected: tuple[Any, ...]) -> None:
+    assert room_for_weights(billions * 10**9, None if free_gib is None else free_gib * 2**30) == expected

@@ -1,5 +1,8 @@
 """Which kernel attention runs, and that it computes softmax attention."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from small_models import packed, random_documents, small_config, small_model
@@ -12,6 +15,23 @@ CPU_KERNELS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
 }
+OLD_SIGNATURE = """
+from torch.nn.attention import varlen
+real = varlen.varlen_attn
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+    assert window_size == (-1, 0)
+    return real(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size, enable_gqa=True)
+varlen.varlen_attn = varlen_attn
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triplane.model.attention import attend
+from triplane.model.batch import Batch
+batch = Batch.build(torch.zeros(8), torch.zeros(8), (0, 3, 8))
+with FakeTensorMode(allow_non_fake_inputs=True):
+    q, k, v = (torch.empty(8, heads, 16, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    print(tuple(attend(q, k, v, batch).shape))
+"""
+"""A program in which varlen_attn has the arguments that it had in torch 2.11."""
 LENGTHS = {"ragged": [5, 17, 1, 9], "equal": [8, 8, 8, 8], "one": [32]}
 
 
@@ -63,3 +83,8 @@ def test_attend_is_masked_softmax_with_its_gradients(lengths):
     direction = torch.randn_like(out)
     for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, expected))):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_grouped_queries_need_no_argument_that_older_torch_lacks():
+    ran = subprocess.run([sys.executable, "-c", OLD_SIGNATURE], capture_output=True, text=True)
+    assert ran.stdout == "(8, 4, 16)\n", ran.stderr
