@@ -1,6 +1,7 @@
 """Files that came from elsewhere, and the names in them: whatever is wrong with one is a line."""
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,13 @@ Name = Annotated[str, AfterValidator(_printable)]
 """Of a tensor."""
 FileName = Annotated[Name, AfterValidator(_plain)]
 """Of a file beside the one that names it, and of nothing elsewhere."""
+
+
+def refuse_unprintable(path: Path) -> None:
+    """Raises CheckpointError for a path that is not text: safetensors cannot open it, nor can JSON name it."""
+    shown = os.fsencode(path).decode(errors="backslashreplace")
+    if shown != str(path):
+        raise CheckpointError(f"{shown}: not UTF-8; rename it")
 
 
 def regular_file(path: Path) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.foreign import read_json
+from triplane.checkpoint.foreign import read_json, refuse_unprintable
 from triplane.checkpoint.hf_folder import FolderWeights
 from triplane.checkpoint.kept_tokenizer import kept_tokenizer, write_tokenizer
 from triplane.checkpoint.manifest import Manifest, write_manifest
@@ -40,6 +40,7 @@ def import_hf(folder: Path, out: Path) -> Import:
     checked. Raises CheckpointError or ModelError, and leaves nothing, if one is wrong or `out` exists. Holds one weight
     at a time while it writes, the whole model in fp32 while it compares.
     """
+    refuse_unprintable(folder)
     refuse_existing(out)
     path = folder / "config.json"
     try:

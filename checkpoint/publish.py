@@ -10,6 +10,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.foreign import refuse_unprintable
 from triplane.data.errors import BusyError, NoLocksError
 from triplane.data.files import locked_folder, sync
 
@@ -17,7 +18,8 @@ _SUFFIX = ".triplane-partial"
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises CheckpointError if something has the name `out`."""
+    """Raises CheckpointError if something has the name `out`, or if it is no text."""
+    refuse_unprintable(out)
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
 

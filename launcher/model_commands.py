@@ -21,6 +21,7 @@ from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.opening import find_tokenizer, open_sources, validation_plan
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
+from triplane.launcher.errors import ConfigError
 from triplane.launcher.preflight import beside_config, config_of, find_checkpoint, model_of
 from triplane.launcher.toml import to_toml
 from triplane.model.build import load_model
@@ -123,6 +124,10 @@ def generate(
     run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, tokenizer_path: Path | None
 ) -> None:
     """Prints the prompt and its continuation."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt: not UTF-8 at character {error.start}; give text") from None
     trained = TrainedModel.open(run)
     tokenizer = trained.tokenizer(tokenizer_path)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]

@@ -18,7 +18,7 @@ class _Schema(BaseModel, strict=True, frozen=True, allow_inf_nan=False):
     """Keys that are not named have no bearing on what the model computes."""
 
 
-class _Rope(_Schema, frozen=True):
+class _Rope(_Schema, frozen=True, extra="allow"):
     """`rope_parameters`, as transformers 5 writes it, or `rope_scaling`, as 4 does."""
 
     rope_type: str | None = None
@@ -54,6 +54,7 @@ class HfConfig(_Schema, frozen=True):
     attention_bias: bool = False
     attention_out_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
+    clip_qkv: float | None = None
     sliding_window: PositiveInt | None = None
     use_sliding_window: bool | None = False
     max_window_layers: int = 28
@@ -111,6 +112,8 @@ def parse_hf_config(hf: object, where: str) -> HfConfig:
         parsed = HfConfig.model_validate(FAMILIES[family] | hf | fixed)
     except ValidationError as error:
         raise ModelError(f"{where}: {first_problem(error)}") from None
+    if family == "iquestcoder" and parsed.clip_qkv is not None:
+        raise ModelError(f"{where}: clip_qkv is {parsed.clip_qkv}; this model does not clip")
     if problem := _heads_problem(parsed) or _window_problem(family, parsed):
         raise ModelError(f"{where}: {problem}")
     return parsed
@@ -156,6 +159,8 @@ def _rope(hf: HfConfig) -> _Rope:
 
 def _rope_scaling(hf: HfConfig) -> RopeScaling | None:
     rope = _rope(hf)
+    if nested := [key for key, value in (rope.model_extra or {}).items() if isinstance(value, dict)]:
+        raise ModelError(f"rope parameters of its own for {nested[0][:60]!r}; this model has the same in every layer")
     kind = rope.rope_type or rope.type or "default"
     if kind == "default":
         return None

@@ -1,6 +1,7 @@
 """A checkpoint alone, far from its corpus, is sampled and exported."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from triplane.checkpoint.manifest import MANIFEST, Manifest, read_manifest, writ
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.launcher.cli import app
 from triplane.launcher.config import RunConfig
+from triplane.launcher.errors import ConfigError
 from triplane.launcher.forked import run_ranks
 from triplane.launcher.run import train_on
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the rank forks
@@ -119,6 +121,15 @@ def test_a_damaged_or_absent_tokenizer_is_a_line_and_can_be_given(
     with pytest.raises(CheckpointError, match="holds no tokenizer; give one by --tokenizer"):
         _call("generate", folder)
     _call("export", folder, tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.model")
+
+
+def test_names_and_prompts_that_are_not_text(imported: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    for arguments in (("import", odd, tmp_path / "out"), ("import", imported, odd), ("export", imported, odd)):
+        with pytest.raises(CheckpointError, match=r"/\\xff: not UTF-8; rename it"):
+            _call(*arguments)
+    with pytest.raises(ConfigError, match="--prompt: not UTF-8 at character 1"):
+        _call("generate", imported, "--prompt", os.fsdecode(b"a\xff"))
 
 
 def test_a_tokenizer_kept_is_the_one_that_was_given(imported: Path, prepared: Prepared) -> None:

@@ -110,6 +110,8 @@ REFUSED = {
     "rope of text": ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
     "YaRN": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
     "YaRN beside default": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    "rope by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "of its own for 'full_attention'"),
+    "clipped": ({"model_type": "iquestcoder", "clip_qkv": 8.0}, "clip_qkv is 8.0"),
     "no factor": ({"rope_parameters": {"rope_type": "linear"}}, "'linear', but there is no factor"),
     "shrinking": ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope_parameters.factor is 0.5"),
     "no low frequency": ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "no low_freq_factor"),
