@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel
 
@@ -36,6 +36,11 @@ class Log:
         with open(self.path, "rb") as file:
             file.seek(start)
             return file.read(size)
+
+    def open(self) -> BinaryIO:
+        """The file, with what was just appended; what is after `size` does not count."""
+        self.flush()
+        return open(self.path, "rb")
 
     def flush(self) -> None:
         """Other readers of the file see everything from here on."""

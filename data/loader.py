@@ -1,6 +1,8 @@
 """Batches as a function of (corpora, plan, position): ranks and workers divide the work and never change it."""
 
+import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from multiprocessing.queues import Queue
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,8 @@ from triplane.data.prefetch import Prefetcher
 IGNORED_TARGET = -100
 """A position with this target has no loss."""
 
+_CANNOT_SEND = 74
+"""Exit status of a data worker, EX_IOERR."""
 _AHEAD_TOKENS = 1 << 18
 """Read at once by the thread that reads ahead: a millisecond's work, beside which handing it over is little."""
 
@@ -97,6 +102,14 @@ class SequenceDataset(Dataset[MicroBatch]):
     def seq_len_at(self, position: int) -> int:
         """Tokens in the sequence at `position`."""
         return self._around(position).seq_len
+
+    def count_tokens(self, positions: Sequence[int]) -> int:
+        """Tokens in these sequences; padding is none."""
+        total = 0
+        for position in positions:
+            chunk = self._around(position)
+            total += sum(count for _, count in chunk.pieces[position - chunk.start])
+        return total
 
     def shards(self, source: int, positions: Sequence[int]) -> list[int]:
         """Numbers of the shards of corpus `source` that `positions` read, ascending."""
@@ -180,7 +193,7 @@ def _in_workers(dataset: SequenceDataset, positions: Iterator[range], num_worker
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it draws from the global one
     )
     return _unwrapped(iter(loader))
@@ -192,16 +205,30 @@ def _unwrapped(micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     except DataError as error:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
+    except RuntimeError as error:
+        if f"exit code {_CANNOT_SEND}" not in f"{error} {error.__cause__}":
+            raise
+        raise DataError(
+            "a data worker could not hand over its batch, as its last line says: give shared memory (/dev/shm) more "
+            "room, as by docker's --shm-size, or set data.num_workers=0"
+        ) from error
     except (EOFError, ConnectionError):
         # If a worker was killed while it sent: SIGCHLD is on its way, for which DataLoader raises what names it.
         time.sleep(1.0)
         raise
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """Slurm and terminals send them to every process; the rank needs its data until it has saved."""
+def _begin_worker(worker: int) -> None:
+    """Leaves signals to the rank, and ends if a batch cannot be sent, for which the rank would wait for ever."""
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+    # Slurm and terminals send them to every process; the rank needs its data until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_worker(error: Exception, batch: object) -> None:
+    print(f"data worker {os.getpid()}: cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(_CANNOT_SEND)
 
 
 def _as_it_is(micro_batch: Any) -> Any:

@@ -17,7 +17,8 @@ from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe, Duplicates, check_library
 from triplane.data.encode import Encoding, Outcome, encode_records
 from triplane.data.errors import DataError
-from triplane.data.files import locked_folder, sync, write_whole
+from triplane.data.files import locked_folder, replacing, sync, write_whole
+from triplane.data.holdout import hold_out
 from triplane.data.journal import Journal
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.readers import read_records
@@ -69,6 +70,7 @@ def prepare(
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction must be between 0 and 1, is {validation_fraction}")
     check_library(dedupe)
+    out = _replaceable(out)
     model = open_tokenizer(tokenizer)
     skipped: list[Rejection] = []
     files = find_files(inputs, skipped.append)
@@ -81,7 +83,7 @@ def prepare(
         dedupe=dedupe,
         max_document_bytes=max_document_bytes,
     )
-    partial = out.resolve().with_name(f"{out.name}.partial")
+    partial = out.with_name(f"{out.name}.partial")
     if not _is_taken(out) or partial.exists():
         with locked_folder(partial, wait):
             try:
@@ -173,17 +175,22 @@ class _Build:
         """Publishes the corpus as `out`."""
         train, validation, rejected = self.state.train, self.state.validation, self.state.rejected
         if not (train.documents and validation.documents):
+            hold_out(self._train, self._validation, self._tokenizer, self.state.recipe.validation_fraction)
+        if not (train.documents and validation.documents):
             Journal.remove(self._folder)
             reasons = [f"{what.count} left out because {why}, first {what.first}" for why, what in rejected.items()]
-            advice = f"give more text or another validation_fraction than {self.state.recipe.validation_fraction}"
             raise DataError(
                 f"{out}: {train.documents} documents for training and {validation.documents} for validation, each "
-                f"needs one: {'; '.join([*reasons, advice])}"
+                f"needs one: {'; '.join([*reasons, 'give more text'])}"
             )
         self._train.close()
         self._validation.close()
         self._tokenizer.save(self._corpus)
-        write_whole(self._corpus / "rejected.jsonl", self._rejections.read())
+        with (
+            self._rejections.open() as rejections,
+            replacing(self._corpus / "rejected.jsonl", self._rejections.size) as copy,
+        ):
+            shutil.copyfileobj(rejections, copy)
         report = Report(recipe=self.state.recipe, train=train, validation=validation, rejected=rejected)
         write_whole(self._corpus / _REPORT_NAME, report.model_dump_json(indent=1).encode())
         self._journal.close()
@@ -223,6 +230,20 @@ def _reuse(out: Path, recipe: Recipe) -> Report:
         raise DataError(f"{out}: holds a corpus with {difference}: name another folder or remove this one")
     Corpus.open_splits(out)
     return report.model_copy(update={"reused": True})
+
+
+def _replaceable(out: Path) -> Path:
+    """The real path of `out`; DataError if a finished corpus could not take its name, which would be known last."""
+    try:
+        real = out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{out}: cannot be written: a loop of links: name another folder") from error
+    if real.is_dir() and not _is_taken(real):
+        if real.is_mount():
+            raise DataError(f"{out}: is a mount point, which nothing can replace: name a folder in it")
+        if real == Path.cwd() or real in Path.cwd().parents:
+            raise DataError(f"{out}: holds the working folder, so it cannot be replaced: name a folder in it")
+    return real
 
 
 def _is_taken(out: Path) -> bool:

@@ -39,14 +39,14 @@ class Counts(BaseModel, extra="forbid"):
         """UTF-8 bytes of text for each stored token, bos and eos among them."""
         return self.text_bytes / self.tokens
 
-    def add(self, tokens: int, text_bytes: int) -> None:
-        """Counts a document."""
-        self.documents += 1
-        self.tokens += tokens
-        self.text_bytes += text_bytes
+    def add(self, tokens: int, text_bytes: int, documents: int = 1) -> None:
+        """Counts a document, or, with -1, counts it no longer."""
+        self.documents += documents
+        self.tokens += documents * tokens
+        self.text_bytes += documents * text_bytes
         power = tokens.bit_length() - 1
         self.lengths += [0] * (power + 1 - len(self.lengths))
-        self.lengths[power] += 1
+        self.lengths[power] += documents
 
 
 class Rejected(BaseModel, extra="forbid"):

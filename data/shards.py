@@ -38,6 +38,7 @@ class SplitWriter:
         folder = parent / split
         folder.mkdir(parents=True, exist_ok=True)
         self._split = split
+        self._left: list[Tokens] | None = None
         self.counts = counts
         self._folder = folder
         self._tokenizer = tokenizer
@@ -68,9 +69,30 @@ class SplitWriter:
         self._finish_shard()
         return True
 
+    def take_last(self) -> tuple[list[Tokens], bool]:
+        """Removes the last document and its copies among those that are in no shard yet; and whether others stay.
+
+        May be called only before `close`, which then writes what stays; the journal keeps all.
+        """
+        lengths = np.frombuffer(self._lengths.read(), np.uint32)
+        if not len(lengths):
+            return [], bool(self._shards)
+        documents = np.split(np.frombuffer(self._tokens.read(), self._dtype), np.cumsum(lengths[:-1], dtype=np.int64))
+        taken = [document for document in documents if np.array_equal(document, documents[-1])]
+        self._left = [document for document in documents if not np.array_equal(document, documents[-1])]
+        return taken, bool(self._left or self._shards)
+
+    def put(self, document: Tokens) -> None:
+        """Has `close` write a document that is not in the journal."""
+        self._left = [*(self._left or ()), document]
+
     def close(self) -> Manifest:
         """Writes the last shard, then the manifest; there must be a document."""
-        if self._tokens.size:
+        if self._left:
+            stored = io.BytesIO(np.concatenate(self._left).tobytes())
+            lengths = np.array([len(document) for document in self._left], np.uint32)
+            self._shards.append(write_shard(self._folder, len(self._shards), stored, lengths, self._dtype))
+        elif self._left is None and self._tokens.size:
             self._finish_shard()
         manifest = Manifest(
             split=self._split,
@@ -87,8 +109,7 @@ class SplitWriter:
 
     def _finish_shard(self) -> None:
         lengths = np.frombuffer(self._lengths.read(), np.uint32)
-        self._tokens.flush()
-        with open(self._tokens.path, "rb") as tokens:
+        with self._tokens.open() as tokens:
             shard = write_shard(self._folder, len(self._shards), tokens, lengths, self._dtype)
         self._shards.append(shard)
         self._shard_log.append(shard.model_dump_json().encode() + b"\n")

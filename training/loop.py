@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,7 @@ class Trainer:
         """`restore` loads the newest checkpoint, or the initial weights if there is none; collective."""
         self.engine = engine
         self.corpora = corpora
+        self.counted = copy(corpora.train)  # its place in the plan is the loop's own
         self.feed = feed
         self.settings = settings
         self.store = store
@@ -111,14 +113,16 @@ class Trainer:
         watchdog = self.watchdog
         size = self.settings.training.global_batch_size
         batches = self._batches_from(state, last)
-        logged = state
+        logged, padding = state, 0
         stop = 0
         while state.step < last and not stop:
             step, start = state.step + 1, state.consumed_sequences
             due = self._due(step, last)
             with profiler.step(step), watchdog.work("step", step):
                 loss, norm, rate = self._update(step, partial(next, batches), exact="log" in due)
-                state = state.after(size, size * self.corpora.seq_len_at(start))
+                tokens = self.counted.count_tokens(range(start, start + size))
+                padding += size * self.corpora.seq_len_at(start) - tokens
+                state = state.after(size, tokens)
                 with self.watch.phase("forward_backward_time_s"):  # which is what is waited for
                     self.agreement.put(step, start, stopping.request(), loss.cross_entropy, norm)
                     verdicts = self.agreement.take(everything=bool(due))
@@ -129,7 +133,7 @@ class Trainer:
             if bad is not None:
                 with watchdog.work("rollback", step):
                     state, stop = self._roll_back(state, *bad), 0
-                logged = state
+                logged, padding = state, 0
                 batches = self._batches_from(state, last)
                 continue
             if state.consumed_sequences != start + size:
@@ -139,8 +143,8 @@ class Trainer:
                     self._compare_replicas(step)
             if "log" in due:
                 with watchdog.work("log", step):
-                    self._log(state, logged, loss, norm, rate)
-                logged = state
+                    self._log(state, logged, padding, loss, norm, rate)
+                logged, padding = state, 0
             validated = None
             if "validate" in due:
                 with watchdog.work("validation", step):
@@ -263,7 +267,7 @@ class Trainer:
                 f"take the machine that errs out, then start again from the last checkpoint"
             )
 
-    def _log(self, state: State, logged: State, loss: StepLoss, norm: Tensor, rate: float) -> None:
+    def _log(self, state: State, logged: State, padding: int, loss: StepLoss, norm: Tensor, rate: float) -> None:
         seconds = self.watch.take()
         steps = state.step - logged.step
         names = [*seconds, "memory_gib"]
@@ -273,7 +277,8 @@ class Trainer:
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         values = dict(zip(names, slowest.tolist()))
         step_s = sum(values[name] for name in seconds)
-        tokens_per_s = (state.tokens_seen - logged.tokens_seen) / steps / step_s
+        tokens = state.tokens_seen - logged.tokens_seen
+        tokens_per_s = tokens / steps / step_s
         ranks = dist.get_world_size()
         flops = flops_per_token(self.engine.config, self.corpora.seq_len_at(logged.consumed_sequences))
         cross_entropy = float(loss.cross_entropy)
@@ -285,6 +290,7 @@ class Trainer:
                 "learning_rate": rate,
                 "gradient_norm": float(norm),
                 "tokens_seen": state.tokens_seen,
+                "padding": padding / (tokens + padding),
                 "tokens_per_s": tokens_per_s,
                 "tokens_per_s_per_rank": tokens_per_s / ranks,
                 "mfu": tokens_per_s * flops / (self.settings.peak_flops_per_s * ranks),

@@ -38,6 +38,9 @@ METRICS = {
     "learning_rate": Metric("1", _SAME, "learning rate {:.2e}".format),
     "gradient_norm": Metric("1", "norm over all parameters, before clipping", "gradient norm {:.3f}".format),
     "tokens_seen": Metric("tokens", _SAME, lambda count: f"{format_count(count)} tokens"),
+    "padding": Metric(
+        "fraction of positions", "mean over the global batches", lambda fraction: f"{100 * fraction:.1f} % padding"
+    ),
     "tokens_per_s": Metric("tokens/s", "sum over ranks", lambda rate: f"{format_count(rate)} tokens/s"),
     "tokens_per_s_per_rank": Metric(
         "tokens/s", "mean over ranks", lambda rate: f"{format_count(rate)} tokens/s per rank"

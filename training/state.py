@@ -13,7 +13,7 @@ class State:
     consumed_sequences: int = 0
     """Sequences read or skipped, over all ranks: the next position in the order of the data."""
     tokens_seen: int = 0
-    """Tokens read, over all ranks."""
+    """Tokens read, over all ranks; padding is none."""
     skipped: tuple[tuple[int, int], ...] = ()
     """Positions, from and to, that gave bad numbers and are not read."""
     recent: tuple[tuple[float, float], ...] = ()

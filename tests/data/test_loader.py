@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +22,11 @@ from triplane.data.baseline import unigram_loss
 from triplane.data.cache import Cache
 from triplane.data.config import DataConfig
 from triplane.data.corpus import Corpus
+from triplane.data.cuts import Even
 from triplane.data.errors import DataError
 from triplane.data.loader import IGNORED_TARGET, MicroBatch, SequenceDataset, batches
 from triplane.data.opening import training_plan, validation_plan
+from triplane.data.plan import StoredPlan
 from triplane.data.remote import Retry
 from triplane.launcher.forked import run_ranks
 from triplane.parallel.config import ParallelConfig
@@ -357,3 +361,39 @@ def _read(dataset: SequenceDataset, workers: int, local_ranks: int = 1) -> list[
             local_ranks=local_ranks,
         )
     )
+
+
+_READER = """
+import sys
+from triplane.data.corpus import Corpus
+from triplane.data.cuts import Even
+from triplane.data.cuts import Even
+from triplane.data.errors import DataError
+from triplane.data.loader import SequenceDataset, batches
+from triplane.data.plan import StoredPlan
+corpus = Corpus(sys.argv[1])
+plan = StoredPlan([Even(corpus.tokens, 512, 512)], 512)
+dataset = SequenceDataset([corpus], plan, True)
+choices = dict(global_batch_size=32, micro_batch_size=32, dp_rank=0, dp_size=1, num_workers=1)
+try:
+    list(batches(dataset, consumed_sequences=0, steps=4, **choices))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_worker_without_shared_memory_is_an_error(prepared: Prepared) -> None:
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs -o size=64k none /dev/shm && exec $0"]
+    if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets no user mount a file system")
+    mount[-1] = mount[-1].replace("$0", f"'{sys.executable}' -c '{_READER}' '{prepared.folder}/train'")
+    done = subprocess.run(mount, capture_output=True, text=True, timeout=120, check=False)
+    assert "set data.num_workers=0" in done.stdout and "cannot send a batch" in done.stderr, done.stderr
+
+
+def test_padding_is_no_token(prepared: Prepared) -> None:
+    corpus = prepared.train
+    cut = Even(corpus.tokens, 1000, 1000)
+    dataset = SequenceDataset([corpus], StoredPlan([cut], 1000), document_mask=True)
+    assert dataset.count_tokens(range(len(dataset) + 3)) == corpus.tokens - 1
+    assert dataset.count_tokens(range(2)) == 2000

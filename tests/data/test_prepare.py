@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from small_corpora import Prepared
 
+from triplane.data import content, encode
+from triplane.data.blocks import BLOCK_CHARS
 from triplane.data.corpus import Corpus
 from triplane.data.errors import DataError
 from triplane.data.inspect import describe
@@ -92,11 +94,11 @@ def test_a_folder_with_other_files_is_refused(prepared: Prepared, tmp_path: Path
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("content", ["", '{"text": "the only one"}\n', "{\n"])
+@pytest.mark.parametrize("content", ["", '{"text": "a"}\n', '{"text": "same"}\n' * 3, "{\n"])
 def test_too_few_documents_are_refused(prepared: Prepared, tmp_path: Path, content: str) -> None:
     source = tmp_path / "few.jsonl"
     source.write_text(content)
-    with pytest.raises(DataError, match=r"out: [01] documents for training and [01] for validation"):
+    with pytest.raises(DataError, match=r"out: [013] documents for training and [013] for validation"):
         prepare([str(source)], tmp_path / "out", prepared.folder / "tokenizer.model", 0.5, 1000, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
 
@@ -164,3 +166,77 @@ def test_describe(prepared: Prepared) -> None:
     assert train["document_tokens_percentiles"][100] == prepared.train.document_lengths().max()
     assert len(train["first_documents"]) == 2 and set(train["first_documents"]) <= set(prepared.texts)
     assert "first_documents" not in describe(prepared.folder)["train"]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.5, 0.98])
+def test_each_split_has_a_document_of_any_number(prepared: Prepared, tmp_path: Path, fraction: float) -> None:
+    model = prepared.folder / "tokenizer.model"
+    for count in (1, 2, 3, 5):
+        texts = [f"document {i}\nof {count}" for i in range(count)]
+        source, out = tmp_path / f"{count}.jsonl", tmp_path / f"out{count}"
+        copies = [json.dumps({"text": text}) + "\n" for text in texts for _ in range(2 if count == 3 else 1)]
+        source.write_text("".join(copies))
+        report = prepare([str(source)], out, model, fraction, 1000, 1)
+        described = describe(out, 10)
+        splits = {name: described[name]["first_documents"] for name in ("train", "validation")}
+        assert splits["train"] and splits["validation"] and not set(splits["train"]) & set(splits["validation"])
+        if count > 1:
+            assert {text for texts in splits.values() for text in texts} == set(texts)
+        else:
+            assert splits["train"] + splits["validation"] in (
+                ["document 0\n", "of 1"], ["document", " 0\nof 1"], ["d", "ocument 0\nof 1"]
+            )  # fmt: skip
+        for name, counts in (("train", report.train), ("validation", report.validation)):
+            assert counts.documents == described[name]["documents"] and counts.tokens == described[name]["tokens"]
+            assert counts.text_bytes == described[name]["text_bytes"] == sum(len(text) for text in splits[name])
+            assert sum(counts.lengths) == counts.documents
+
+
+def test_a_folder_that_cannot_be_replaced_is_found_first(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    _prepare(prepared, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and _contents(tmp_path / "real") == _contents(prepared.folder)
+    (tmp_path / "loop").symlink_to("loop")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for out, message in ((Path("."), "holds the working folder"), (tmp_path / "loop", "cannot be written")):
+        with pytest.raises(DataError, match=message):
+            prepare(["nowhere"], out, prepared.folder / "tokenizer.model", 0.1, 1000, 1)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == here)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="is a mount point"):
+        prepare(["nowhere"], here, prepared.folder / "tokenizer.model", 0.1, 1000, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "loop", "real"]
+
+
+def test_a_long_document_is_encoded_in_parts(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (content, encode):
+        monkeypatch.setattr(module, "LONG_BYTES", 100_000)
+    text = "".join(f"{i}: {text}\n" for i in range(2) for text in prepared.texts)
+    assert len(text) > 2 * BLOCK_CHARS
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "long.txt").write_text(text)
+    (source / "row.jsonl").write_text(json.dumps({"text": text + "2"}) + "\n" + json.dumps({"text": "short"}))
+    (source / "bad.txt").write_bytes(text.encode() + b"\xff")
+    (source / "run.txt").write_text("e" * 2_300_000)
+    model = prepared.folder / "tokenizer.model"
+    for dedupe, processes in (("none", 2), ("near", 1)):
+        out = tmp_path / dedupe
+        report = prepare([str(source)], out, model, 0.3, 100_000, processes, dedupe=dedupe)
+        documents = [text for split in ("train", "validation") for text in describe(out, 9)[split]["first_documents"]]
+        assert sorted(documents) == sorted([text, "short"] + [text + "2"] * (dedupe == "none"))
+        reasons = {reason: rejected.first for reason, rejected in report.rejected.items()}
+        assert reasons["not utf-8"] == f"{source}/bad.txt: invalid start byte at byte {len(text.encode())}"
+        assert reasons["no place to cut it"].startswith(f"{source}/run.txt")
+        assert ("near duplicate" in reasons) == (dedupe == "near")
+    report = prepare([str(source)], tmp_path / "few", model, 0.3, 1000, 1, max_document_bytes=200_000)
+    assert report.train.documents + report.validation.documents == 2  # of "short", its end is held out
+    reason = "longer than 200,000 bytes, the limit of a document or row"
+    assert report.rejected[reason].count == 4

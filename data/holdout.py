@@ -1,0 +1,52 @@
+"""A document for a split that would be empty: small inputs have none that falls into it by its content."""
+
+import numpy as np
+
+from triplane.data.manifest import Tokens, token_dtype
+from triplane.data.shards import SplitWriter
+from triplane.data.tokenizer import Tokenizer
+
+_MOST_TOKENS = 1 << 22
+"""Of a single document that is cut in two."""
+
+
+def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, fraction: float) -> None:
+    """Moves the last document of one split, with its copies, to the other; of a single document, holds out its end.
+
+    `fraction` is that of the text which is held out. Does nothing if neither is possible.
+    """
+    full, empty = (train, validation) if train.counts.documents else (validation, train)
+    taken, others_stay = full.take_last()
+    if not taken:
+        return
+    if others_stay:
+        for document in taken:
+            _move(document, full, empty, tokenizer)
+        return
+    text = tokenizer.decode(taken[0].tolist()) if len(taken) == 1 and len(taken[0]) <= _MOST_TOKENS else ""
+    cut = _cut(text, round(len(text) * (1 - fraction)))
+    if cut is None:
+        return  # what was taken is not written, nor is anything else: an empty split is an error
+    full.counts.add(len(taken[0]), len(text.encode()), -1)
+    for split, part in ((train, text[:cut]), (validation, text[cut:])):
+        document = _encoded(part, tokenizer)
+        split.put(document)
+        split.counts.add(len(document), len(part.encode()))
+
+
+def _move(document: Tokens, full: SplitWriter, empty: SplitWriter, tokenizer: Tokenizer) -> None:
+    text_bytes = len(tokenizer.decode(document.tolist()).encode())
+    full.counts.add(len(document), text_bytes, -1)
+    empty.counts.add(len(document), text_bytes)
+    empty.put(document)
+
+
+def _cut(text: str, near: int) -> int | None:
+    """The last line end, else space, else character before `near`, with text on both sides."""
+    near = min(max(near, 1), len(text) - 1)
+    places = (text.rfind("\n", 0, near) + 1, text.rfind(" ", 0, near), near)
+    return next((at for at in places if 0 < at < len(text)), None)
+
+
+def _encoded(text: str, tokenizer: Tokenizer) -> Tokens:
+    return np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], token_dtype(tokenizer.vocab_size))
