@@ -171,8 +171,10 @@ class CheckpointStore:
         return gathered or []
 
     def _begin(self, step: int, needed: int) -> Location:
-        """A folder with room for `needed` bytes."""
+        """A folder with room for `needed` bytes of tensors, and the tokenizer."""
         folder = begin(self.folder, step)
+        if self._tokenizer is not None:
+            needed += sum(map(len, self._tokenizer.files.values()))
         if isinstance(folder, Path) and needed > (free := shutil.disk_usage(folder).free):
             remove(folder)
             raise OSError(f"{needed:,} bytes needed, {free:,} free")

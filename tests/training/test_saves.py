@@ -108,7 +108,7 @@ def test_a_rule_that_cannot_hold_is_refused(prepared: Prepared, tmp_path: Path) 
     ]
 
 
-MODEL = {"dim": 8, "n_heads": 2, "head_dim": 4, "tie_embeddings": True}
+MODEL = {"dim": 8, "n_heads": 2, "head_dim": 4, "hidden_dim": 8, "tie_embeddings": True}
 """Two of its checkpoints, a record and TensorBoard fit on the small disk."""
 
 
