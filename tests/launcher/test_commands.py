@@ -156,7 +156,7 @@ def test_fp8_is_refused_where_there_is_none(folder: Path) -> None:
     changes = ["parallel.fp8=true", "training.precision='bf16'", "parallel.dp=1", "run_dir=eight"]
     message = refused(triplane("train", "small.toml", *changes, cwd=folder))
     assert message.endswith(
-        "needs an NVIDIA GPU of compute capability 8.9 or more, not a cpu; set parallel.fp8=false\n"
+        "needs GPUs of compute capability 8.9 or more, not a CPU; set parallel.fp8=false\n"
     )
 
 
