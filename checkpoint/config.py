@@ -3,7 +3,7 @@
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 
-class CheckpointConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class CheckpointConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Checkpoints are named `step_N`; what no `keep_` key names is deleted after a save."""
 
     folder: str | None = Field(default=None, min_length=1)

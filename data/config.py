@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
-class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """A prepared corpus and how much of it is read."""
 
     corpus: str
@@ -23,7 +23,7 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self.corpus.endswith(".tar")
 
 
-class PhaseConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class PhaseConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """A change of what is read, from a position of the run on."""
 
     from_sequence: PositiveInt
@@ -34,7 +34,7 @@ class PhaseConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Tokens in a sequence from here on; None: as before."""
 
 
-class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """What is read, and how it is cut into sequences."""
 
     sources: list[SourceConfig] = Field(min_length=1)
@@ -65,7 +65,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """The most that `cache_dir` may hold; shards that were opened longest ago are removed first."""
     download_retries: int = Field(default=5, ge=0)
     """Further tries of a failed transfer, each after a longer wait, before the run stops with an error."""
-    download_timeout_s: PositiveFloat = 60
+    download_timeout_s: float = Field(default=60, gt=0, le=1e7)
     """A transfer that brings no byte for this long has failed."""
 
     @property

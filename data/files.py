@@ -13,6 +13,8 @@ from typing import BinaryIO, TextIO
 from triplane.data.errors import BusyError, DataError, NoLocksError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_FLOCK = "hhqqi4x"
+"""Linux's struct flock: type, whence, start, length, pid."""
 LOCK = "lock"
 """Name of the file in a folder that is, or was, held."""
 
@@ -77,15 +79,24 @@ def is_held(folder: Path) -> bool:
     """
     try:
         with open(folder / LOCK, "rb") as file:
-            whole_file = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
-            found: int = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, whole_file))[0]
-            return found != fcntl.F_UNLCK
+            return locked_by_another(file)
     except FileNotFoundError:
         return False
+
+
+def locked_by_another(file: BinaryIO, start: int = 0, length: int = 0) -> bool:
+    """Whether another process, of any machine, has locked some of these bytes (0: to the end).
+
+    True where the file system cannot say.
+    """
+    asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, start, length, 0)
+    try:
+        answer = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return True
         raise
+    return bool(answer[0] != fcntl.F_UNLCK)
 
 
 def _lock(path: Path, wait: bool) -> TextIO | None:

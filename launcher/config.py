@@ -10,14 +10,14 @@ from pydantic import BaseModel, Field, ValidationError
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.data.config import DataConfig
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.explain import explain
+from triplane.launcher.explain import explain, spelled
 from triplane.launcher.overrides import Override
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 from triplane.training.config import FaultsConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainingConfig
 
 
-class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """All choices of a run; a table in the file for each room."""
 
     run_dir: str = Field(min_length=1)
@@ -70,8 +70,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(values, strict=True)
     except ValidationError as error:
         for key, problem in explain(error, RunConfig).items():
-            overridden = any(override.path == key[: len(override.path)] for override in parsed)
-            problems.append(f"{'override' if overridden else path}: {'.'.join(key)}: {problem}")
+            # An override may have made the table that an unknown key is in, or stand in what it replaced.
+            overridden = any(override.path[: len(key)] == key[: len(override.path)] for override in parsed)
+            problems.append(f"{'override' if overridden else path}: {spelled(key)}: {problem}")
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -79,14 +80,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {_near(path)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give a TOML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 

@@ -1,7 +1,8 @@
 """Pydantic's errors in the user's terms: which key, what is wrong, what would be right."""
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import get_args
 
@@ -9,6 +10,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from triplane.launcher.toml import format_value
+
+_WANTED = "Input should be "
+_SHOWN = 80
+"""Characters of a value that is no good."""
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> dict[tuple[str, ...], str]:
@@ -41,7 +46,7 @@ def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[
 
 def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
     name, kind, value = key[-1], errors[0]["type"], errors[0]["input"]
-    given = format_value(value) if isinstance(value, str | int | float) else repr(value)
+    given = _short(format_value(value) if isinstance(value, str | int | float) else repr(value))
     if kind == "extra_forbidden":
         return f"unknown key; {_suggest(name, table, schema)}"
     if kind == "missing":
@@ -51,10 +56,22 @@ def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDet
         meaning = " ".join((table.model_fields[name].description or "").split()).partition(". ")[0]
         return f"missing. {meaning}".rstrip(". ")
     if kind == "model_type":
-        return f"{given} given; should be a table, [{'.'.join(key)}]"
+        return f"{given} given; should be a table, [{spelled(key)}]"
     # One error for each type that the field takes: the value may be any of them.
-    wanted = [details["msg"].removeprefix("Input should be ") for details in errors]
+    messages = [details["msg"] for details in errors]
+    wanted = [message.removeprefix(_WANTED) for message in messages if message.startswith(_WANTED)]
+    if not wanted:
+        return f"{given} given; {messages[0][0].lower()}{messages[0][1:]}"
     return f"{given} given; should be {' or '.join(wanted)}"
+
+
+def spelled(key: Sequence[str]) -> str:
+    """`data.sources[0].weight`."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(key))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _suggest(name: str, table: type[BaseModel], schema: type[BaseModel]) -> str:

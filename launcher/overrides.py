@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from triplane.launcher.errors import ConfigError
 
+_UNSET = ("none", "null")
+
 
 @dataclass(frozen=True)
 class Override:
@@ -13,10 +15,11 @@ class Override:
 
     path: tuple[str, ...]
     value: object
+    """None: the key has its default."""
 
     @classmethod
     def parse(cls, text: str) -> "Override":
-        """Reads `key.path=value`; a value that is not TOML is a string as it stands.
+        """Reads `key.path=value`; a value that is not TOML is a string as it stands, `none` unsets the key.
 
         Raises ConfigError for anything of another form.
         """
@@ -35,9 +38,11 @@ class Override:
 
 
 def _parse_value(text: str) -> object:
+    if text.lower() in _UNSET:  # TOML has no word for it
+        return None
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
@@ -45,7 +50,7 @@ def _parse_value(text: str) -> object:
 def _set(values: Mapping[str, object], path: Sequence[str], value: object, depth: int) -> dict[str, object]:
     key = path[depth - 1]
     if depth == len(path):
-        return {**values, key: value}
+        return {**values, key: value} if value is not None else {k: v for k, v in values.items() if k != key}
     below = values.get(key, {})
     if not isinstance(below, Mapping):
         parent = ".".join(path[:depth])

@@ -1,8 +1,11 @@
-"""What can be known to be wrong before a rank starts; imports no torch."""
+"""The run folder and its checkpoints: where they are, whose they are, whether a run may go on from them."""
 
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,6 +15,7 @@ from triplane.checkpoint.kept_tokenizer import KeptTokenizer, kept_tokenizer
 from triplane.checkpoint.location import Location, entries, location, read
 from triplane.checkpoint.manifest import MANIFEST, read_manifest
 from triplane.checkpoint.parent import Parent
+from triplane.data.files import write_whole
 from triplane.data.opening import Sources
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import DataChange, data_change
@@ -23,6 +27,8 @@ CONFIG = "config.toml"
 _CHECKPOINTS = "checkpoints"
 DONE = "DONE"
 """File of a run that has taken its last step; holds the number of steps."""
+_RUN_ID = "run_id"
+"""File in the run folder with a name that no other run has."""
 _FIXED = (
     "seed",
     "model",
@@ -43,23 +49,12 @@ class BesideConfig(BaseModel, strict=True):
     corpus_digests: list[str] = []
     tokenizer: KeptTokenizer | None = None
     parent: Parent | None = None
+    id: str | None = None
+    """Of the run, whatever its folder is called; None in checkpoints that were written before runs had one."""
 
 
 class _CheckpointFolder(BaseModel, strict=True):
     folder: str | None = None
-
-
-def check_data(config: RunConfig, sources: Sources) -> list[str]:
-    """A tokenizer that does not fit the model. Imported weights may have more embeddings than there are tokens."""
-    problems: list[str] = []
-    tokenizer = sources.tokenizer
-    spare = config.model.vocab_size - tokenizer.vocab_size
-    if spare < 0 or (spare and config.checkpoint.initial is None):
-        problems.append(
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {config.data.sources[0].corpus} has "
-            f"{tokenizer.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
-        )
-    return problems
 
 
 def check_run_dir(
@@ -87,6 +82,7 @@ def check_run_dir(
         f"set another run_dir, or delete {config.run_dir} to start afresh"
         for key in differing
     ]
+    problems += [*_another_run(config, newest, state["run"]), *_phase_problems(config, newest, state)]
     change = change_since(state, record)
     problems += [f"{newest}: {line}" for line in change.refused]
     if not allow_data_change:
@@ -97,9 +93,59 @@ def check_run_dir(
     return problems
 
 
+def _another_run(config: RunConfig, newest: Location, theirs: dict[str, Any]) -> Iterator[str]:
+    """A `checkpoint.folder` that another run writes to. One in the run folder moves and is copied with it."""
+    if config.checkpoint.folder is None:
+        return
+    ours, named = _read_id(Path(config.run_dir)), theirs["run_dir"]
+    same = ours == theirs.get("id") if ours and theirs.get("id") else named == config.run_dir
+    if not same:
+        yield (
+            f"{newest} belongs to the run {named}, not to {config.run_dir}: set another checkpoint.folder; to begin "
+            f"from its weights, set checkpoint.initial={newest} too; to go on with it, run_dir={named}"
+        )
+
+
+def _phase_problems(config: RunConfig, newest: Location, state: dict[str, Any]) -> Iterator[str]:
+    """A later phase with sequences of another length that begins within a step, counted from the checkpoint."""
+    size, consumed = config.training.global_batch_size, state["consumed_sequences"]
+    for number, ((_, _, before), (start, _, after)) in enumerate(pairwise(config.data.timeline())):
+        left = start - consumed
+        if before != after and left > 0 and left % size:
+            yield (
+                f"data.phases[{number}]: seq_len changes within a step: from {newest} it is {left} sequences to "
+                f"from_sequence ({start}), not a multiple of global_batch_size ({size})"
+            )
+
+
+def own_id(config: RunConfig) -> str:
+    """The run's id: in its folder, or that of its checkpoints if the folder is lost; made if there is none."""
+    run_dir = Path(config.run_dir)
+    if known := _read_id(run_dir):
+        return known
+    found = newest_manifest(checkpoints_folder(config))
+    known = (found[1].state["run"].get("id") if found else None) or uuid4().hex
+    write_whole(run_dir / _RUN_ID, f"{known}\n".encode())
+    return known
+
+
+def _read_id(run_dir: Path) -> str | None:
+    path = run_dir / _RUN_ID
+    return path.read_text(errors="replace").strip() if path.exists() else None
+
+
 def checkpoints_folder(config: RunConfig) -> Location:
     """Where the run's checkpoints lie."""
     return location(config.checkpoint.folder or f"{config.run_dir}/{_CHECKPOINTS}")
+
+
+def done_steps(config: RunConfig) -> int:
+    """Steps of the checkpoint that the run would go on from; none if none can be read, which is a problem too."""
+    try:
+        newest = newest_manifest(checkpoints_folder(config))
+    except CheckpointError:
+        return 0
+    return int(newest[1].state["step"]) if newest else 0
 
 
 def find_checkpoint(text: str) -> Location:

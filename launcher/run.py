@@ -30,6 +30,7 @@ from triplane.launcher.preflight import (
     config_of,
     find_checkpoint,
     flatten,
+    own_id,
     parent_of,
     run_record,
 )
@@ -111,7 +112,8 @@ def _prepare(
     )
     state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start)
     sources = open_sources(config.data, Path(config.run_dir))
-    record = run_record(config, sources) | {"parent": _parent(config, resumed)}
+    own = {"id": on_rank_0(lambda: own_id(config)), "parent": _parent(config, resumed)}
+    record = run_record(config, sources) | own
     corpora = _corpora(config, sources)
     if resumed is not None:
         on_rank_0(lambda: _record_change(config, resumed, record))

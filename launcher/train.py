@@ -1,4 +1,4 @@
-"""`triplane train`: checks everything that can be known, then starts ranks or is one."""
+"""`triplane train`: asks the gate, then starts ranks or is one."""
 
 import os
 import sys
@@ -7,16 +7,19 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from triplane.checkpoint.folder import write_problem
-from triplane.data.errors import DataError, NoLocksError
+from triplane.data.errors import NoLocksError
 from triplane.data.files import locked_folder
 from triplane.data.opening import open_sources
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.devices import problems_of_devices, use_cpu, visible_devices
 from triplane.launcher.errors import ConfigError
-from triplane.launcher.preflight import check_data, check_run_dir, checkpoints_folder, run_record
+from triplane.launcher.gate import examine, memory_problem
+from triplane.launcher.preflight import checkpoints_folder
 from triplane.launcher.ranks import Rank, current_rank, rendezvous
-from triplane.training.failure import forget_failures
+from triplane.training.exits import Exit
+from triplane.training.failure import LOGS, forget_failures
+from triplane.training.stopping import LAUNCHER
 
 
 def train(
@@ -26,32 +29,28 @@ def train(
     if on_cpu:
         use_cpu()
     config = load_config(path, overrides)
-    rank = current_rank(os.environ)
-    forget_failures(Path(config.run_dir), rank.rank if rank else 0)
+    rank, run_dir = current_rank(os.environ), Path(config.run_dir)
+    forget_failures(run_dir, rank.rank if rank else 0)
     ranks = _local_ranks(config) if rank is None else rank.world_size
-    if rank is None or rank.rank == 0:
-        for source in config.data.sources:
-            if source.is_tars:
-                print(
-                    f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True
-                )
-    found = problems(config, ranks, allow_data_change, allow_fresh_start)
-    found += problems_of_devices(config, rank, ranks, visible_devices())
-    if found:
-        raise ConfigError("\n".join(found))
-    if rank is None and config.training.prometheus_port is not None:
-        _check_port(config.training.prometheus_port)
-    run_dir, first = Path(config.run_dir), rank is None or rank.rank == 0
-    if first:
-        with alone_in(run_dir):
-            _check_writing(config)
+    first = rank is None or rank.rank == 0
+    watched = LAUNCHER in os.environ
+    if not watched:
+        found = list(_machine_problems(config, rank, ranks))
+        if first:
+            found = _pass_gate(config, ranks, allow_data_change, allow_fresh_start, found)
+        if found:
+            raise ConfigError("\n".join(found))
+    if not watched and any(source.is_tars for source in config.data.sources):
+        # Tokenizes them: every process waits for it here, before the ranks wait for each other with a time limit.
+        open_sources(config.data, run_dir)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
         arguments = ["train", str(path), *overrides, *flags]
         from triplane.launcher.local import run_local_ranks  # loads torch
 
-        return run_local_ranks(ranks, arguments, run_dir, checkpoints_folder(config), config.faults.max_restarts)
+        with alone_in(run_dir / LOGS):
+            return run_local_ranks(ranks, arguments, run_dir, checkpoints_folder(config), config.faults.max_restarts)
     if rank is not None and rank.world_size > 1:
         os.environ.update(rendezvous(os.environ))
     if not first:
@@ -59,27 +58,50 @@ def train(
     from triplane.launcher.cli import leave
     from triplane.launcher.run import run_rank
 
-    with alone_in(run_dir) if first else nullcontext():
+    with _alone(config) if first else nullcontext():
         run_rank(config, rank or Rank(0, 1, 0), allow_fresh_start)
-        leave(0)
-    return 0
+        leave(Exit.OK)
+    return Exit.OK
 
 
-def problems(config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh_start: bool) -> list[str]:
-    """All that is wrong with a run on so many ranks, a line each."""
-    found = check(config, ranks)
-    try:
-        sources = open_sources(config.data, Path(config.run_dir))
-    except DataError as error:
-        return found + str(error).splitlines()
-    # Whether the run folder holds this run means nothing until model and data fit each other.
-    return [
-        *found,
-        *(
-            check_data(config, sources)
-            or check_run_dir(config, run_record(config, sources), allow_data_change, allow_fresh_start)
-        ),
-    ]
+def _pass_gate(
+    config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh_start: bool, of_machine: list[str]
+) -> list[str]:
+    """All that is wrong, with what is `of_machine`; if nothing is, what the user should know is printed."""
+    found = examine(config, ranks, allow_data_change=allow_data_change, allow_fresh_start=allow_fresh_start)
+    if problems := [*found.problems, *of_machine]:
+        return problems
+    with _alone(config):
+        if problem := write_problem(checkpoints_folder(config)):
+            return [f"{problem}; set another checkpoint.folder or run_dir"]
+    for note in found.notes():
+        print(f"triplane: {note}", flush=True)
+    for source in config.data.sources:
+        if source.is_tars:
+            print(f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True)
+    return []
+
+
+def _machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Iterator[str]:
+    """Why this machine cannot run its ranks: this one, or all if `rank` is None and this process starts them."""
+    devices = visible_devices()
+    yield from problems_of_devices(config, rank, ranks, devices)
+    if rank is not None:
+        return
+    if not devices.gpus and not check(config, ranks) and (problem := memory_problem(config, ranks)):
+        yield problem
+    if config.training.prometheus_port is not None:
+        yield from _port_problems(config.training.prometheus_port)
+
+
+@contextmanager
+def _alone(config: RunConfig) -> Iterator[None]:
+    """Holds the run folder, and the folder of its checkpoints if that lies elsewhere on a disk."""
+    with ExitStack() as held:
+        held.enter_context(alone_in(Path(config.run_dir)))
+        if config.checkpoint.folder and isinstance(folder := checkpoints_folder(config), Path):
+            held.enter_context(alone_in(folder))
+        yield
 
 
 @contextmanager
@@ -93,19 +115,14 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _check_writing(config: RunConfig) -> None:
-    if problem := write_problem(checkpoints_folder(config)):
-        raise ConfigError(f"{problem}; set another checkpoint.folder or run_dir")
-
-
-def _check_port(port: int) -> None:
-    """Raises ConfigError if rank 0 could not serve its metrics there."""
+def _port_problems(port: int) -> Iterator[str]:
+    """Why rank 0 could not serve its metrics there."""
     from triplane.training.prometheus import Endpoint  # few runs need it
 
     try:
         Endpoint(port).close()
     except OSError as error:
-        raise ConfigError(f"training.prometheus_port ({port}): {error.strerror}; set another") from None
+        yield f"training.prometheus_port ({port}): {error.strerror}; set another"
 
 
 def _local_ranks(config: RunConfig) -> int:

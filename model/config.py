@@ -9,7 +9,7 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
 products. On meta a GPU is meant."""
 
 
-class RopeScaling(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class RopeScaling(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Stretches the rotary frequencies so that a model reads further than it was trained to."""
 
     kind: Literal["linear", "llama3"]
@@ -24,7 +24,7 @@ class RopeScaling(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """llama3: the context before stretching, tokens."""
 
 
-class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
     vocab_size: PositiveInt

@@ -2,14 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt
 
 BUCKET_ELEMENTS = 500_000_000
 """Gradients that ZeRO reduces at once: DeepSpeed's default. It allocates the bucket whole in every step, so a small
 model takes a smaller one."""
 
 
-class ParallelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """The axes: tp x cp x pp x dp ranks."""
 
     tp: PositiveInt = 1
@@ -38,7 +38,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Compile each block: minutes at the start, faster steps after."""
     fp8: bool = False
     """Multiply in 8-bit floats inside blocks; needs a GPU of compute capability 8.9 or more."""
-    timeout_s: PositiveFloat = Field(default=600.0)
+    timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """How long a collective waits for a rank before it fails."""
 
     @property

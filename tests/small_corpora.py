@@ -25,6 +25,10 @@ class Prepared:
     tokenizer: Tokenizer
 
     @property
+    def tokenizer_path(self) -> Path:
+        return self.source.parent / "tokenizer.model"
+
+    @property
     def train(self) -> Corpus:
         return Corpus(self.folder / "train")
 

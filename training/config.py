@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
-class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """AdamW (Loshchilov and Hutter 2019)."""
 
     lr: PositiveFloat = 3e-4
@@ -22,7 +22,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Largest global gradient norm."""
 
 
-class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ScheduleConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Learning rate over the run: linear warm-up, then the decay named by `kind`."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -37,7 +37,7 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """wsd: the fraction of all steps that decays."""
 
 
-class TrainingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """How much, how big a step, and what is reported."""
 
     steps: PositiveInt
@@ -62,13 +62,13 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Save and leave after this step as though the run had been interrupted; the schedule does not change."""
 
 
-class FaultsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class FaultsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """What a run does when something goes wrong."""
 
     max_restarts: NonNegativeInt = 3
     """How often `triplane train` starts the ranks of this machine again after a crash or a hang; each time only if a
     checkpoint has been written since."""
-    hang_timeout_s: PositiveFloat | None = None
+    hang_timeout_s: float | None = Field(default=None, gt=0, le=1e7)
     """A step, or validation, save and the like, that takes longer is a hang, once one of its kind was done. None: ten
     times their median, at least 60."""
     max_rollbacks: NonNegativeInt = 3
@@ -87,7 +87,7 @@ class FaultsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     errs at times; takes the time of one step more, and as much memory as the optimizer's state. None: never."""
 
 
-class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Steps of which torch's profiler writes traces, into the folder `profile` of the run."""
 
     start_step: PositiveInt | None = None

@@ -1,20 +1,24 @@
 """What a rank that fails leaves in the run folder, and how the first cause is told from what followed it."""
 
+import fcntl
 import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from triplane.data.files import locked_by_another
 from triplane.training.run_log import record_event
 
 LOGS = "logs"
 """Folder in a run folder: what each rank and start printed. Its launcher holds it while ranks run."""
 FIRST_CAUSE = "first_cause"
 """File in there with one line: the first cause of the last start's failure. Whoever makes it tells it."""
+_ROLL = "alive"
 NOWHERE = "at an unknown step"
 _GRACE_S = 3.0
 """How long a rank that lost its peers waits for one of them to tell why."""
@@ -107,6 +111,11 @@ class Story:
         """That of each rank, once the ranks have met."""
         self._watched = watched
         self._newest_step = newest_step
+        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        # Each rank locks its byte of one file; the system unlocks it when the rank dies, however.
+        self._roll = open(run_dir / LOGS / _ROLL, "a+b")  # noqa: SIM115 - held until the process ends
+        with suppress(OSError):  # without locks, who lives is not known
+            fcntl.lockf(self._roll, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
     def tell(self, failure: Failure, aftermath: bool = False) -> None:
         """Records the failure of this rank, and the first cause if it is this rank's turn; `aftermath`: lost peers."""
@@ -129,8 +138,10 @@ class Story:
         silent = [rank for rank in range(len(self.hosts)) if not _path(self.run_dir, rank).exists()]
         if not silent:
             return failure
+        dead = [rank for rank in silent if not locked_by_another(self._roll, rank, 1)]
+        gone = (dead or silent)[0]
         word = "it left no word: it was killed, or its machine is gone"
-        return replace(failure, rank=silent[0], host=self.hosts[silent[0]], kind="killed", message=word)
+        return replace(failure, rank=gone, host=self.hosts[gone], kind="killed", message=word)
 
     def _claim(self, first: Failure) -> bool:
         """Makes the file with the first cause, whole; False if another rank has."""

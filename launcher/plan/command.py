@@ -5,13 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from triplane.data.files import write_whole
 from triplane.launcher.checks import check, tokens_per_step
 from triplane.launcher.config import RunConfig, load_config
+from triplane.launcher.disk import checkpoint_bytes, kept_checkpoints
+from triplane.launcher.gate import Findings, examine
 from triplane.launcher.plan.estimate import Estimate, beyond_layout, estimate, tokens_of, work_of
 from triplane.launcher.plan.gpus import GPUS, RESERVED_GIB, Gpu, find_gpu
-from triplane.launcher.plan.problems import checkpoint_bytes, done_steps, kept_checkpoints, problems
 from triplane.launcher.plan.search import Found, changes, nearest, search
 from triplane.launcher.plan.show import Show
+from triplane.launcher.preflight import done_steps
 from triplane.model.count import count_parameters, flops_per_token
 from triplane.parallel.rules import Devices, device_problems
 from triplane.training.exits import Exit
@@ -31,13 +34,14 @@ def plan(
 ) -> int:
     """Prints the plan, then all that is wrong; returns the exit code, 1 if something is."""
     config, gpu = load_config(path, overrides), find_gpu(gpu_name)
-    found = problems(config, gpus)
+    gate = examine(config, gpus)
+    found = gate.problems
     show = Show()
     done = done_steps(config)
     stands = set(check(config, gpus)) <= beyond_layout(config)
     layout = work_of(config, gpus).layout if stands else config.parallel
     show.text(f"{path} on {gpus} x {gpu_name}: {layout.describe()}\n")
-    show.facts(_facts(config, done))
+    show.facts(_facts(config, done, gate))
     record: dict[str, Any] = {"config": str(path), "overrides": overrides, "gpus": gpus, "gpu": gpu_name}
     record |= _figures(config, done)
     answer = estimate(config, gpus, gpu, done) if stands else None
@@ -63,9 +67,11 @@ def plan(
             ]
         if not fits:
             hint = _advice(config, gpus, results.found)
+    show.warnings(gate.warnings)
     show.problems(found, hint)
     if json_path is not None:
-        json_path.write_text(json.dumps(record | {"problems": found, "hint": hint}, indent=1) + "\n", encoding="utf-8")
+        record |= {"problems": found, "warnings": gate.warnings, "hint": hint}
+        write_whole(json_path, (json.dumps(record, indent=1) + "\n").encode())
     return Exit.FAILED if found else Exit.OK
 
 
@@ -82,7 +88,7 @@ def _figures(config: RunConfig, done: int) -> dict[str, float]:
     }
 
 
-def _facts(config: RunConfig, done: int) -> dict[str, str]:
+def _facts(config: RunConfig, done: int, gate: Findings) -> dict[str, str]:
     figures, steps = _figures(config, done), config.training.steps
     one, count = figures["checkpoint_bytes"] / 2**30, int(figures["checkpoints"])
     return {
@@ -91,6 +97,7 @@ def _facts(config: RunConfig, done: int) -> dict[str, str]:
         "tokens": f"{figures['tokens']:.4g} in {steps:,} steps of {tokens_per_step(config):,}",
         "FLOPs in all": f"{figures['flops']:.4g}",
         "checkpoints": f"{one:,.1f} GiB each, {count} at once at the most: {one * count:,.1f} GiB",
+        **({"text": gate.amount.describe()} if gate.amount else {}),
         **({"done": f"{done:,} steps, in {config.run_dir}"} if done else {}),
     }
 

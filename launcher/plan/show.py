@@ -73,6 +73,11 @@ class Show:
         for refusal in results.refused:
             self.text(f"{refusal.layouts:>6,}  {refusal.reason}")
 
+    def warnings(self, warnings: list[str]) -> None:
+        """What a run may do, and seldom means."""
+        for warning in warnings:
+            self.text(f"\nwarning: {warning}")
+
     def problems(self, problems: list[str], hint: str | None) -> None:
         """All that is wrong, last, where it is seen."""
         self.text(f"\n{_count(len(problems), 'problem')}{':' if problems else ''}")

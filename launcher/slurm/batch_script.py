@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from triplane.launcher.config import RunConfig
-from triplane.launcher.plan.problems import checkpoint_bytes
+from triplane.launcher.disk import checkpoint_bytes
 from triplane.launcher.slurm.client import Partition
 from triplane.training.run_log import EVENTS, HISTORY, METRICS_LOG, METRICS_RECORDS, read_log
 

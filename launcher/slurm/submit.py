@@ -10,12 +10,12 @@ from pathlib import Path
 from triplane.launcher.checks import check
 from triplane.launcher.config import RunConfig, load_config
 from triplane.launcher.errors import ConfigError, LaunchError
+from triplane.launcher.gate import examine
 from triplane.launcher.monitor.jobs import active_job
 from triplane.launcher.monitor.run_status import steps_done
 from triplane.launcher.slurm import client as slurm
 from triplane.launcher.slurm.batch_script import Order, Request, batch_script
 from triplane.launcher.slurm.snapshot import JOB_ID, SCRIPT, next_submission, take_snapshot
-from triplane.launcher.train import problems
 from triplane.training.failure import LOGS
 
 _START_S = 60
@@ -90,12 +90,20 @@ def _ranks_per_node(config: RunConfig, fewest: int, most: int, partition: slurm.
 def _check(order: Order) -> None:
     """Raises ConfigError with all that is wrong, a line each."""
     request, ranks = order.request, order.fewest_nodes * order.ranks_per_node
-    found = dict.fromkeys(problems(order.config, ranks, request.allow_data_change, request.allow_fresh_start))
+    gate = examine(
+        order.config,
+        ranks,
+        allow_data_change=request.allow_data_change,
+        allow_fresh_start=request.allow_fresh_start,
+    )
+    found = dict.fromkeys(gate.problems)
     for nodes in range(order.fewest_nodes + 1, order.most_nodes + 1):
         found |= dict.fromkeys(check(order.config, nodes * order.ranks_per_node))
     found |= dict.fromkeys(_job_problems(order))
     if found:
         raise ConfigError("\n".join(found))
+    for note in gate.notes():
+        print(f"triplane: {note}", file=sys.stderr)
 
 
 def _job_problems(order: Order) -> Iterator[str]:

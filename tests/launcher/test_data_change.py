@@ -1,7 +1,6 @@
 """A run goes on with data whose past is the same, and with other data only if it is told to."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 
 from triplane.data.config import DataConfig
 from triplane.data.opening import open_sources
+from triplane.data.prepare import prepare
 from triplane.launcher.cli import app
 from triplane.launcher.config import RunConfig
 from triplane.launcher.data_change import data_change
@@ -73,9 +73,8 @@ def _train(mesh: Mesh, config: RunConfig) -> None:
 def test_a_run_meets_another_corpus_and_goes_on_when_allowed(prepared: Prepared, tmp_path: Path) -> None:
     begun = small_run(prepared, tmp_path / "run", training={"stop_at_step": 2})
     run_ranks(begun.parallel, 1, _train, begun)
-    other = shutil.copytree(prepared.folder, tmp_path / "other")
-    shutil.rmtree(other / "train")
-    shutil.copytree(prepared.folder / "validation", other / "train")
+    other = tmp_path / "other"
+    prepare([str(prepared.source)], other, prepared.tokenizer_path, 0.3, 40_000, processes=1)
     changed = small_run(prepared, tmp_path / "run", data={"sources": [{"corpus": str(other)}]})
     record = run_record(changed, open_sources(changed.data, Path(changed.run_dir)))
     (problem,) = check_run_dir(changed, record, allow_data_change=False, allow_fresh_start=False)

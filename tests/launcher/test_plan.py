@@ -13,11 +13,12 @@ from small_corpora import Prepared
 from triplane.checkpoint.manifest import Manifest, write_manifest
 from triplane.data.opening import open_sources
 from triplane.launcher.config import load_config
+from triplane.launcher.disk import kept_checkpoints
+from triplane.launcher.gate import examine
 from triplane.launcher.plan.estimate import estimate
 from triplane.launcher.plan.gpus import GPUS
-from triplane.launcher.plan.problems import done_steps, kept_checkpoints, problems
 from triplane.launcher.plan.search import changes, nearest, search
-from triplane.launcher.preflight import run_record
+from triplane.launcher.preflight import done_steps, run_record
 from triplane.launcher.toml import to_toml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -94,7 +95,7 @@ def test_all_problems_come_together(prepared: Prepared, tmp_path: Path):
         model={"vocab_size": 99, "head_dim": 7, "n_layers": 10_000_000},
         schedule={"warmup_steps": 20},
     )
-    text = "\n".join(problems(config, ranks=1))
+    text = "\n".join(examine(config, ranks=1).problems)
     assert "head_dim (7) is odd" in text
     assert "warm-up (20 steps) is longer than the run (8 steps)" in text
     assert "model.vocab_size is 99, but the tokenizer" in text
@@ -112,7 +113,7 @@ def test_what_has_nothing_to_do_with_the_layout_does_not_hide_the_rest(tmp_path:
 
 def test_a_checkpoint_of_another_run_is_a_problem(prepared: Prepared, tmp_path: Path):
     (tmp_path / "checkpoints" / "damaged_step_3").mkdir(parents=True)
-    assert "no checkpoint is whole" in "\n".join(problems(small_run(prepared, tmp_path), ranks=1))
+    assert "no checkpoint is whole" in "\n".join(examine(small_run(prepared, tmp_path), ranks=1).problems)
 
 
 def test_a_run_that_goes_on_is_planned_from_its_checkpoint(prepared: Prepared, tmp_path: Path):
@@ -121,18 +122,22 @@ def test_a_run_that_goes_on_is_planned_from_its_checkpoint(prepared: Prepared, t
     folder.mkdir(parents=True)
     record = run_record(config, open_sources(config.data, tmp_path))
     write_manifest(folder, Manifest({"step": 6, "consumed_sequences": 48, "tokens_seen": 0, "run": record}, [], {}))
-    assert problems(config, ranks=1) == []
+    assert examine(config, ranks=1).problems == []
     assert done_steps(config) == 6
     whole, rest = (estimate(config, 1, GPUS["h100"], done) for done in (0, 6))
     assert rest.total_s == pytest.approx(whole.total_s / 4)
     other = small_run(prepared, tmp_path, model={"n_layers": 3})
-    assert any("belongs to another run: model.n_layers is 2 there and 3 here" in line for line in problems(other, 1))
+    assert any(
+        "belongs to another run: model.n_layers is 2 there and 3 here" in line for line in examine(other, 1).problems
+    )
 
 
 def test_tars_are_looked_for_and_not_tokenized(prepared: Prepared, tmp_path: Path):
     config = small_run(prepared, tmp_path, data={"sources": [{"corpus": str(tmp_path / "no.tar")}], "tokenizer": "no"})
-    assert "data.tokenizer: no: no such file" in problems(config, ranks=1)
-    assert any("no.tar" in line for line in problems(config, ranks=1))
+    assert (
+        "data.tokenizer: no: cannot read this tokenizer: No such file or directory" in examine(config, ranks=1).problems
+    )
+    assert any("no.tar" in line for line in examine(config, ranks=1).problems)
 
 
 def test_checkpoints_that_are_there_at_once():

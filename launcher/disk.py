@@ -1,0 +1,43 @@
+"""The checkpoints that a run keeps, and the room that they need."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from triplane.data.remote import is_url
+from triplane.launcher.config import RunConfig
+from triplane.launcher.preflight import checkpoints_folder
+from triplane.model.count import count_parameters
+
+_STATE_BYTES = 12
+"""fp32 weight and two moments of each parameter."""
+
+
+def kept_checkpoints(config: RunConfig) -> int:
+    """How many whole checkpoints there are at once at the most: those that the rules keep, and one being written."""
+    rules, steps = config.checkpoint, config.training.steps
+    saves = -(-steps // rules.every_steps)
+    kept = rules.keep_last + rules.keep_best + (steps // rules.keep_every if rules.keep_every else 0)
+    return min(saves, kept) + 1
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Of one checkpoint."""
+    return _STATE_BYTES * count_parameters(config.model)
+
+
+def disk_problems(config: RunConfig) -> Iterator[str]:
+    """A disk without room for the checkpoints that the rules keep; one at a URL is not asked."""
+    if is_url(config.checkpoint.folder):
+        return
+    folder = Path(str(checkpoints_folder(config)))
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = sum(file.stat().st_size for file in folder.glob("*/*"))
+    free = shutil.disk_usage(disk).free + there
+    one, count = checkpoint_bytes(config), kept_checkpoints(config)
+    if one * count > free:
+        yield (
+            f"{folder}: {count} checkpoints of {one / 2**30:,.1f} GiB (those that checkpoint.keep_last, keep_every and "
+            f"keep_best name, and one being written) need {one * count / 2**30:,.1f} GiB, but {free / 2**30:,.1f} GiB "
+            f"are free; keep fewer, or set checkpoint.folder to a larger disk"
+        )
