@@ -33,17 +33,24 @@ def submit(path: Path, overrides: list[str], request: Request, dry_run: bool) ->
     fewest, most = _nodes(request.nodes)
     ranks_per_node = request.ranks_per_node or _ranks_per_node(config, fewest, most, partition)
     order = Order(config, request, fewest, most, ranks_per_node, partition)
-    _check(order)
+    notes = _check(order)
     submission = next_submission(order.run_dir)
     script = batch_script(order, submission)
     if dry_run:
         print(script, end="")
+        _say(notes)
         if partition is None:
             print("triplane: no Slurm here: partition, nodes and time limit are not checked", file=sys.stderr)
         return
     job = _queue(order, submission, script)
+    _say(notes)
     where = f"{request.nodes} x {ranks_per_node} ranks by {submission / SCRIPT}"
     print(f"job {job}: {config.run_dir} on {where}; `triplane status {config.run_dir}` shows it")
+
+
+def _say(notes: list[str]) -> None:
+    for note in notes:
+        print(f"triplane: {note}", file=sys.stderr)
 
 
 def _queue(order: Order, submission: Path, script: str) -> str:
@@ -87,8 +94,8 @@ def _ranks_per_node(config: RunConfig, fewest: int, most: int, partition: slurm.
     raise LaunchError(f"{where}: give --ranks-per-node, or a parallel.dp that spreads evenly over --nodes")
 
 
-def _check(order: Order) -> None:
-    """Raises ConfigError with all that is wrong, a line each."""
+def _check(order: Order) -> list[str]:
+    """What the user should know; raises ConfigError with all that is wrong, a line each."""
     request, ranks = order.request, order.fewest_nodes * order.ranks_per_node
     gate = examine(
         order.config,
@@ -102,8 +109,7 @@ def _check(order: Order) -> None:
     found |= dict.fromkeys(_job_problems(order))
     if found:
         raise ConfigError("\n".join(found))
-    for note in gate.notes():
-        print(f"triplane: {note}", file=sys.stderr)
+    return list(gate.notes())
 
 
 def _job_problems(order: Order) -> Iterator[str]:
