@@ -91,6 +91,8 @@ class Cache:
             if _OURS.fullmatch(path.name):
                 with suppress(FileNotFoundError):
                     found = path.stat()
+                    if path.suffix == ".tmp" and _remove(path):
+                        continue  # its process is dead
                     held.append((found.st_mtime_ns, found.st_size, path))
         excess = sum(size for _, size, _ in held) + size_bytes - self.limit_bytes
         for _, size, path in sorted(held):

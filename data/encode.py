@@ -4,6 +4,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import threading
@@ -30,6 +31,7 @@ from triplane.data.tokenizer import Tokenizer
 _CHUNK_BYTES = 1 << 18
 """Stored text that a process encodes at once."""
 _CHUNK_RECORDS = 1024
+_OWN_FILES = 40
 _PIECE_CHARS = 1 << 16
 
 
@@ -57,6 +59,16 @@ class Encoding(NamedTuple):
 
 Outcome = Encoded | str
 """A document in tokens, or the reason why there is none."""
+
+
+def check_open_files(processes: int) -> None:
+    """Raises DataError if this process may not open the files that so many others need."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < (needed := _OWN_FILES + 2 * processes):
+        raise DataError(
+            f"{processes} processes need {needed} open files, the limit is {most}: raise it (`ulimit -n`), or "
+            f"use fewer --processes"
+        )
 
 
 def encode_records(

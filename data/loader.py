@@ -1,5 +1,6 @@
 """Batches as a function of (corpora, plan, position): ranks and workers divide the work and never change it."""
 
+import errno
 import os
 import signal
 import sys
@@ -7,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -196,12 +197,21 @@ def _in_workers(dataset: SequenceDataset, positions: Iterator[range], num_worker
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it draws from the global one
     )
-    return _unwrapped(iter(loader))
+    with _worker_errors():
+        micro_batches = iter(loader)
+    return _unwrapped(micro_batches)
 
 
 def _unwrapped(micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    try:
+    with _worker_errors():
         yield from micro_batches
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """Makes DataErrors of what workers raise, and of what they lack."""
+    try:
+        yield
     except DataError as error:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
@@ -216,6 +226,10 @@ def _unwrapped(micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         # If a worker was killed while it sent: SIGCHLD is on its way, for which DataLoader raises what names it.
         time.sleep(1.0)
         raise
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise DataError(f"{error.strerror}: raise the limit (`ulimit -n`), or use fewer data.num_workers") from error
 
 
 def _begin_worker(worker: int) -> None:

@@ -96,5 +96,5 @@ def training_plan(config: DataConfig, corpora: Sequence[Corpus], seed: int, run_
 
 
 def validation_plan(config: DataConfig, corpora: Sequence[Corpus]) -> StoredPlan:
-    """The validation sequences of all sources, whatever their weights."""
+    """The validation sequences of `corpora`, by turns."""
     return StoredPlan([Even(corpus.tokens, config.seq_len, config.run_tokens) for corpus in corpora], config.seq_len)

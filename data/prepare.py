@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from triplane.data.content import DEFAULT_LIMITS, Limits
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe, Duplicates, check_library
-from triplane.data.encode import Encoding, Outcome, encode_records
+from triplane.data.encode import Encoding, Outcome, check_open_files, encode_records
 from triplane.data.errors import DataError
 from triplane.data.files import locked_folder, replacing, sync, write_whole
 from triplane.data.holdout import hold_out
@@ -70,6 +70,7 @@ def prepare(
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction must be between 0 and 1, is {validation_fraction}")
     check_library(dedupe)
+    check_open_files(processes)
     out = _replaceable(out)
     model = open_tokenizer(tokenizer)
     skipped: list[Rejection] = []

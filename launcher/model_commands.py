@@ -16,9 +16,8 @@ from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.baseline import unigram_loss
 from triplane.data.errors import DataError
-from triplane.data.loader import SequenceDataset
 from triplane.data.open_tokenizer import open_tokenizer
-from triplane.data.opening import find_tokenizer, open_sources, validation_plan
+from triplane.data.opening import find_tokenizer, open_sources
 from triplane.data.tokenizer import Tokenizer
 from triplane.launcher.config import RunConfig
 from triplane.launcher.errors import ConfigError
@@ -32,7 +31,7 @@ from triplane.model.generate import next_logits
 from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
 from triplane.training.batches import Feed
-from triplane.training.evaluation import evaluate_model, validation_loss
+from triplane.training.evaluation import evaluate_model, held_out, validation_losses
 from triplane.training.hardware import DTYPES, room_for_weights
 
 
@@ -110,13 +109,16 @@ def evaluate(run: str, sequences: int | None) -> None:
         )
     data = trained.config.data
     sources = open_sources(data, Path(trained.config.run_dir))
-    plan = validation_plan(data, sources.validation)
-    dataset = SequenceDataset(sources.validation, plan, data.document_mask)
+    validation = held_out(data, sources.validation)
     model, device = trained.load()
     feed = Feed(trained.config.training.micro_batch_size, 0, 1, Axis(), device)
-    loss = validation_loss(evaluate_model(model), feed, dataset, sequences or len(dataset))
-    unigram = unigram_loss(sources.train, sources.validation)
+    every = sum(len(source.dataset) for source in validation)
+    loss, by_source = validation_losses(evaluate_model(model), feed, validation, sequences or every)
+    read = [number for number, source in enumerate(validation) if source.counts]
+    unigram = unigram_loss(*([corpora[number] for number in read] for corpora in (sources.train, sources.validation)))
     _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats a token")
+    for name, one in by_source.items() if len(by_source) > 1 else ():
+        _print(f"  {name}: {one:.4f}")
     _print(f"a unigram model of the same training data: {unigram:.4f}")
 
 

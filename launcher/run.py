@@ -18,7 +18,7 @@ from triplane.checkpoint.resume import Damage, Resumed, fill_from_newest
 from triplane.checkpoint.store import CheckpointStore
 from triplane.data.files import write_whole
 from triplane.data.loader import SequenceDataset
-from triplane.data.opening import Sources, open_sources, training_plan, validation_plan
+from triplane.data.opening import Sources, open_sources, training_plan
 from triplane.launcher.config import RunConfig
 from triplane.launcher.devices import gpu_number, threads
 from triplane.launcher.monitor.report import REPORT, report_problem
@@ -39,6 +39,7 @@ from triplane.launcher.toml import to_toml
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh, connected
 from triplane.training.batches import Feed
+from triplane.training.evaluation import held_out
 from triplane.training.failure import Story, failure_of, lost_peers
 from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
 from triplane.training.loop import Corpora, Settings, Trainer
@@ -249,7 +250,7 @@ def _corpora(config: RunConfig, sources: Sources) -> Corpora:
     plan = training_plan(data, sources.train, config.seed, run_dir)
     return Corpora(
         SequenceDataset(sources.train, plan, data.document_mask),
-        SequenceDataset(sources.validation, validation_plan(data, sources.validation), data.document_mask),
+        held_out(data, sources.validation),
         sources.tokenizer,
         data.seq_len_at,
     )

@@ -1,10 +1,14 @@
 """The loss on held-out text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from triplane.data.config import DataConfig
+from triplane.data.corpus import Corpus
 from triplane.data.loader import SequenceDataset
+from triplane.data.opening import validation_plan
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.transformer import Transformer
 from triplane.parallel.engine import StepLoss
@@ -14,13 +18,66 @@ Evaluate = Callable[[list[Batch]], StepLoss]
 """The loss over the given micro-batches and those of the other dp ranks."""
 
 
-def validation_loss(evaluate: Evaluate, feed: Feed, validation: SequenceDataset, sequences: int) -> float:
-    """Mean over tokens, nats, of the first `sequences` of the plan, or of all if it has fewer."""
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation split of a source."""
+
+    name: str
+    dataset: SequenceDataset
+    counts: bool
+    """Whether it is in the total, which is over the sources that the run begins with: appending one, or a phase with
+    other weights, does not move it, and `keep_best` compares like with like."""
+
+
+def held_out(config: DataConfig, corpora: Sequence[Corpus]) -> list[HeldOut]:
+    """The validation splits of the sources, in the order of the config."""
+    names = [source.corpus.rstrip("/").rpartition("/")[2] for source in config.sources]
+    return [
+        HeldOut(
+            name if names.count(name) == 1 else f"{name}-{number}",
+            SequenceDataset([corpus], validation_plan(config, [corpus]), config.document_mask),
+            source.weight > 0,
+        )
+        for number, (name, source, corpus) in enumerate(zip(names, config.sources, corpora))
+    ]
+
+
+def validation_losses(
+    evaluate: Evaluate, feed: Feed, sources: Sequence[HeldOut], sequences: int
+) -> tuple[float, dict[str, float]]:
+    """Mean over tokens, nats, in total and by source.
+
+    The first `sequences` are read, an equal share of each source that counts, or all of one that has fewer; of a source
+    that does not count, as many as of the others.
+    """
+    counted = [source for source in sources if source.counts]
+    shares = _shares([len(source.dataset) for source in counted], sequences)
+    total, tokens, losses = 0.0, 0, {}
+    for source in sources:
+        share = shares[counted.index(source)] if source.counts else min(max(shares), len(source.dataset))
+        loss = _loss(evaluate, feed, source.dataset, share)
+        losses[source.name] = float(loss.cross_entropy)
+        if source.counts:
+            tokens += int(loss.tokens)
+            total += float(loss.cross_entropy) * int(loss.tokens)
+    return (next(iter(losses.values())) if len(losses) == 1 else total / max(1, tokens)), losses
+
+
+def _shares(lengths: Sequence[int], sequences: int) -> list[int]:
+    """How many of `sequences` each of several datasets gives, by turns, none more than it has."""
+    shares = [0] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        later = sum(length >= lengths[number] for i, length in enumerate(lengths) if not shares[i])
+        shares[number] = min(lengths[number], max(1, -(-(sequences - sum(shares)) // max(1, later))))
+    return shares
+
+
+def _loss(evaluate: Evaluate, feed: Feed, dataset: SequenceDataset, sequences: int) -> StepLoss:
     product = feed.dp.size * feed.micro_batch_size
     # Rounded up to whole micro-batches of all ranks: past the corpus come sequences without targets.
-    rounded = -(-min(sequences, len(validation)) // product) * product
-    (batches,) = feed.steps(validation, rounded, 0, 1)
-    return float(evaluate(batches).cross_entropy)
+    rounded = -(-sequences // product) * product
+    (batches,) = feed.steps(dataset, rounded, 0, 1)
+    return evaluate(batches)
 
 
 def evaluate_model(model: Transformer) -> Evaluate:

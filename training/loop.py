@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from triplane.training.agreement import Agreement, Verdict
 from triplane.training.batches import Feed
 from triplane.training.config import FaultsConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainingConfig
 from triplane.training.errors import TrainingError
-from triplane.training.evaluation import validation_loss
+from triplane.training.evaluation import HeldOut, validation_losses
 from triplane.training.guard import problem
 from triplane.training.hardware import peak_memory_gib
 from triplane.training.profiling import Profiler
@@ -44,7 +44,7 @@ class Corpora:
     """What is read."""
 
     train: SequenceDataset
-    validation: SequenceDataset
+    validation: Sequence[HeldOut]
     tokenizer: Tokenizer
     seq_len_at: Callable[[int], int]
     """Tokens in the training sequence at a position."""
@@ -301,8 +301,8 @@ class Trainer:
 
     def _validate(self, state: State) -> float:
         sequences = self.settings.training.eval_sequences
-        loss = validation_loss(self.engine.evaluate, self.feed, self.corpora.validation, sequences)
-        self.report.validation(state.step, loss)
+        loss, by_source = validation_losses(self.engine.evaluate, self.feed, self.corpora.validation, sequences)
+        self.report.validation(state.step, loss, by_source)
         return loss
 
     def _sample(self, state: State) -> None:

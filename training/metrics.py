@@ -34,7 +34,11 @@ _MAX = "max over ranks"
 METRICS = {
     "loss": Metric("nats/token", _TOKEN_MEAN, "loss {:.4f}".format),
     "perplexity": Metric("1", _TOKEN_MEAN, "perplexity {:.2f}".format),
-    "validation_loss": Metric("nats/token", "mean over tokens of the validation set", "validation loss {:.4f}".format),
+    "validation_loss": Metric(
+        "nats/token",
+        "mean over held-out tokens of the first sources",
+        "validation loss {:.4f}".format,
+    ),
     "learning_rate": Metric("1", _SAME, "learning rate {:.2e}".format),
     "gradient_norm": Metric("1", "norm over all parameters, before clipping", "gradient norm {:.3f}".format),
     "tokens_seen": Metric("tokens", _SAME, lambda count: f"{format_count(count)} tokens"),
@@ -103,7 +107,8 @@ class MetricsWriter:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values`, reduced over ranks, under their names in `METRICS`."""
-        assert values.keys() <= METRICS.keys(), f"not in METRICS: {values.keys() - METRICS.keys()}"
+        names = {name.partition("/")[0] for name in values}  # after the slash stands the source
+        assert names <= METRICS.keys(), f"not in METRICS: {names - METRICS.keys()}"
         self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         with self._tensorboard() as board:
             for name, value in values.items():

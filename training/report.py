@@ -39,11 +39,15 @@ class Report:
                 self._endpoint.update({"step": step})
             self._progress.update(step, values)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Records and shows the loss on held-out text, nats a token."""
+    def validation(self, step: int, loss: float, by_source: Mapping[str, float]) -> None:
+        """Records and shows the loss on held-out text, nats a token, and that of each source if there are several."""
         if self._first:
-            self._log(step, {"validation_loss": loss})
-            self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}")
+            several = by_source if len(by_source) > 1 else {}
+            self._log(
+                step, {"validation_loss": loss, **{f"validation_loss/{name}": one for name, one in several.items()}}
+            )
+            shown = "".join(f", {name} {one:.4f}" for name, one in several.items())
+            self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}{shown}")
 
     def sample(self, step: int, text: str) -> None:
         """Records text that the model wrote."""
@@ -103,7 +107,7 @@ class Report:
         with self._full_disk_told(step):
             self._writer.log(step, values)
         if self._endpoint is not None:
-            self._endpoint.update(values)
+            self._endpoint.update({name: value for name, value in values.items() if name in METRICS})
 
     @contextmanager
     def _full_disk_told(self, step: int) -> Iterator[None]:

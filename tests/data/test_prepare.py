@@ -1,7 +1,9 @@
 """`prepare` gives one corpus whatever the processes, and all of it or nothing."""
 
+import gzip
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from benchmark_scripts import benchmark
 from small_corpora import Prepared
 
 from triplane.data import content, encode
@@ -240,3 +243,29 @@ def test_a_long_document_is_encoded_in_parts(
     assert report.train.documents + report.validation.documents == 2  # of "short", its end is held out
     reason = "longer than 200,000 bytes, the limit of a document or row"
     assert report.rejected[reason].count == 4
+
+
+def test_memory_is_bounded_by_the_block(prepared: Prepared, tmp_path: Path) -> None:
+    measured = benchmark("prepare_memory").measured
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "long.txt").write_text("".join(f"{i}: {text}\n" for i in range(70) for text in prepared.texts))
+    (source / "short.txt").write_text("a text")
+    assert (source / "long.txt").stat().st_size > 12_000_000
+    with gzip.open(source / "bomb.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(b"a b " * 250_000)
+    command = [sys.executable, "-m", "triplane", "prepare", str(source), "--out", str(tmp_path / "out")]
+    command += ["--tokenizer", str(prepared.folder / "tokenizer.model"), "--processes", "1"]
+    status, _, peak_bytes = measured(command)
+    assert status == 0 and peak_bytes < 450 << 20, f"{peak_bytes >> 20} MiB"
+    assert "bomb" in (tmp_path / "out" / "rejected.jsonl").read_text()
+
+
+def test_too_few_files_are_told(prepared: Prepared, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "triplane", "prepare", str(prepared.source), "--out", str(tmp_path / "out")]
+    command += ["--tokenizer", str(prepared.folder / "tokenizer.model"), "--processes", "30"]
+    limited = ["sh", "-c", f"ulimit -n 64; exec {shlex.join(command)}"]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "ulimit -n" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
