@@ -56,6 +56,8 @@ def examine(
     if any(source.is_tars for source in config.data.sources):
         problems += _tar_problems(config)
     else:
+        if config.data.tokenizer is not None:
+            warnings.append(f"data.tokenizer ({config.data.tokenizer}) is not used: prepared corpora bring their own")
         try:
             sources = open_sources(config.data, Path(config.run_dir))
         except DataError as error:

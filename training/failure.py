@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from triplane.data.files import locked_by_another
 from triplane.training.run_log import record_event
 
@@ -74,8 +76,11 @@ def record_failure(run_dir: Path, failure: Failure) -> None:
     path = _path(run_dir, failure.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(failure)))
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(asdict(failure)))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def take_failure(run_dir: Path, rank: int) -> Failure | None:
@@ -83,9 +88,12 @@ def take_failure(run_dir: Path, rank: int) -> Failure | None:
     path = _path(run_dir, rank)
     if not path.exists():
         return None
-    failure = Failure(**json.loads(path.read_text()))
+    text = path.read_bytes()
     path.unlink()
-    return failure
+    try:
+        return _FAILURES.validate_json(text)
+    except ValidationError:
+        return None  # cut off: the rank is judged by its end
 
 
 def forget_failures(run_dir: Path, rank: int) -> None:
@@ -93,6 +101,9 @@ def forget_failures(run_dir: Path, rank: int) -> None:
     _path(run_dir, rank).unlink(missing_ok=True)
     if rank == 0:
         (run_dir / LOGS / FIRST_CAUSE).unlink(missing_ok=True)
+
+
+_FAILURES = TypeAdapter(Failure)
 
 
 class Story:
@@ -119,14 +130,17 @@ class Story:
 
     def tell(self, failure: Failure, aftermath: bool = False) -> None:
         """Records the failure of this rank, and the first cause if it is this rank's turn; `aftermath`: lost peers."""
-        record_failure(self.run_dir, failure)
-        if self._watched:
-            return
-        first = self._silent(failure) if aftermath else failure
-        if first is not None and self._claim(first):
-            if len(self.hosts) > 1:  # else the error itself follows
-                print(f"triplane: {first}", file=sys.stderr, flush=True)
-            first.record(self.run_dir, self._newest_step())
+        try:
+            record_failure(self.run_dir, failure)
+            if self._watched:
+                return
+            first = self._silent(failure) if aftermath else failure
+            if first is not None and self._claim(first):
+                if len(self.hosts) > 1:  # else the error itself follows
+                    print(f"triplane: {first}", file=sys.stderr, flush=True)
+                first.record(self.run_dir, self._newest_step())
+        except OSError as error:  # the failure itself is worth more than its record
+            print(f"triplane: {failure}; NOT RECORDED: {error}", file=sys.stderr, flush=True)
 
     def _silent(self, failure: Failure) -> Failure | None:
         """The failure of a rank that cannot tell it; None if another rank has told the first cause meanwhile."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from triplane.data.files import write_whole
 from triplane.launcher.config import load_config
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.proof.layouts import Case, full_proof, own_case, quick_proof
@@ -56,7 +57,7 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
     cases += (quick_proof if quick else full_proof)(model, machine.ranks, machine.runs)
     results = _results(model, cases, machine)
     if json_path is not None:
-        json_path.write_text(json.dumps([_record(result) for result in results], indent=1) + "\n")
+        write_whole(json_path, (json.dumps([_record(result) for result in results], indent=1) + "\n").encode())
     passed = sum(result.passed for result in results)
     print(f"{passed} of {len(results)} layouts train the model that one process trains")
     return Exit.OK if passed == len(results) else Exit.FAILED

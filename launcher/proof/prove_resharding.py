@@ -10,6 +10,7 @@ from typing import Any
 
 from triplane.checkpoint.folder import checkpoint_of
 from triplane.checkpoint.location import Location
+from triplane.data.files import write_whole
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.proof.layouts import Case, resharding_proof
 from triplane.launcher.proof.proving import TIMEOUT_S, Machine, measured, tolerances, worst
@@ -34,7 +35,7 @@ def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
         with TemporaryDirectory(prefix="triplane-reshard-") as folder:
             rows += _prove(proof_model(tied), tied, machine, Path(folder))
     if json_path is not None:
-        json_path.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(json_path, (json.dumps(rows, indent=1) + "\n").encode())
     passed = sum(row["passed"] for row in rows)
     print(f"{passed} of {len(rows)} checkpoints train on, under another layout, as one process does")
     return Exit.OK if passed == len(rows) else Exit.FAILED

@@ -98,7 +98,8 @@ def limit_s(text: str) -> float:
         hours, minutes, seconds = parts
     else:
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    # To Slurm a limit of 0 is none.
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or float("inf")
 
 
 def _partition(fields: dict[str, str]) -> Partition:

@@ -155,9 +155,7 @@ MISTAKES = {
 def test_fp8_is_refused_where_there_is_none(folder: Path) -> None:
     changes = ["parallel.fp8=true", "training.precision='bf16'", "parallel.dp=1", "run_dir=eight"]
     message = refused(triplane("train", "small.toml", *changes, cwd=folder))
-    assert message.endswith(
-        "needs GPUs of compute capability 8.9 or more, not a CPU; set parallel.fp8=false\n"
-    )
+    assert message.endswith("needs GPUs of compute capability 8.9 or more, not a CPU; set parallel.fp8=false\n")
 
 
 def test_prove_prints_a_table_and_writes_it(tmp_path: Path) -> None:

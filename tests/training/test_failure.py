@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError
 
-from triplane.training.failure import Story, Where, failure_of, forget_failures, lost_peers
+from triplane.training.failure import Story, Where, failure_of, forget_failures, lost_peers, take_failure
 from triplane.training.run_log import EVENTS, HISTORY, Event, read_log
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29500")
@@ -86,3 +86,18 @@ def test_a_new_start_tells_its_own_cause(tmp_path: Path) -> None:
     errors = [event["details"]["error"] for event in read_log(tmp_path / HISTORY, EVENTS)]  # type: ignore[typeddict-item]
     assert errors == ["ValueError: first", "ValueError: second"]
     assert not list((tmp_path / "logs").glob("first_cause.*"))
+
+
+def test_a_failure_that_cannot_be_recorded_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    story = Story(tmp_path, 0, 2, False, newest_step=lambda: 40)
+    (tmp_path / "logs/rank_0.failure.partial").symlink_to("/dev/full")
+    story.tell(failure_of(0, ValueError("bad")))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "ValueError: bad; NOT RECORDED: [Errno 28]" in line
+    assert not list((tmp_path / "logs").glob("*.partial"))
+
+
+def test_a_failure_that_was_cut_off_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank_0.failure.json").write_text('{"rank": 0')
+    assert take_failure(tmp_path, 0) is None and take_failure(tmp_path, 0) is None
