@@ -8,9 +8,10 @@ import http.server
 import io
 import json
 import lzma
+import subprocess
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -213,3 +214,34 @@ def test_deep_json_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(io.BytesIO(b"[" * 200_000 + b"\n\n" + b'{"text": "good"}\n').getvalue())
     texts, rejected = _read(tmp_path)
     assert texts == ["good"] and [item.reason for item in rejected] == ["not JSON: nested too deeply", "empty"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".xz", lzma.compress), (".bz2", bz2.compress), (".gz", gzip.compress)]
+)
+def test_what_follows_a_compressed_stream_must_be_one(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    stream = compress(LINES)
+    for damage in (stream + b"X" + stream, stream + stream[:-9], stream + b"garbage", b"X" + stream):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match="cannot read this input") as caught:
+            _read(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(stream + bytes(512) + (stream if suffix == ".xz" else b""))
+    assert _read(path)[0] == TEXTS * (2 if suffix == ".xz" else 1)
+
+
+def test_a_tar_cannot_take_more_memory_than_it_has_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("x" * (2 << 20) + ".txt"))
+    with pytest.raises(DataError, match=r"a\.tar: a header of 2,097,\d+ bytes, more than the 1,048,576 that are read"):
+        _read(path)
+    sparse = tmp_path / "hole.txt"
+    with open(sparse, "wb") as file:
+        file.truncate(1 << 30)
+    subprocess.run(["tar", "--sparse", "-cf", path, "-C", tmp_path, "hole.txt"], check=True)
+    texts, rejected = _read(path)
+    assert texts == [] and [item.reason for item in rejected] == ["a sparse file, whose size its bytes do not bound"]
