@@ -50,7 +50,6 @@ def examine(
 ) -> Findings:
     """Examines a run on so many ranks. Reads files, writes none, and tokenizes nothing."""
     problems = check(config, ranks)
-    sound = not problems
     warnings = list(_odd_values(config))
     amount = None
     if any(source.is_tars for source in config.data.sources):
@@ -63,7 +62,7 @@ def examine(
         except DataError as error:
             problems += str(error).splitlines()
         else:
-            if sound:
+            if not list(config.data.problems(config.training.global_batch_size)):
                 amount = Amount.of(config, sources)
                 warnings += [*amount.warnings(), *_held_out(config, sources)]
             unexportable = export_problems(config.model, sources.tokenizer)

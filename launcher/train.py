@@ -30,7 +30,6 @@ def train(
         use_cpu()
     config = load_config(path, overrides)
     rank, run_dir = current_rank(os.environ), Path(config.run_dir)
-    forget_failures(run_dir, rank.rank if rank else 0)
     ranks = _local_ranks(config) if rank is None else rank.world_size
     first = rank is None or rank.rank == 0
     watched = LAUNCHER in os.environ
@@ -40,6 +39,7 @@ def train(
             found = _pass_gate(config, ranks, allow_data_change, allow_fresh_start, found)
         if found:
             raise ConfigError("\n".join(found))
+        forget_failures(run_dir, rank.rank if rank else 0)
     if not watched and any(source.is_tars for source in config.data.sources):
         # Tokenizes them: every process waits for it here, before the ranks wait for each other with a time limit.
         open_sources(config.data, run_dir)
