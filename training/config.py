@@ -69,8 +69,8 @@ class FaultsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, 
     """How often `triplane train` starts the ranks of this machine again after a crash or a hang; each time only if a
     checkpoint has been written since."""
     hang_timeout_s: float | None = Field(default=None, gt=0, le=1e7)
-    """A step, or validation, save and the like, that takes longer is a hang, once one of its kind was done. None: ten
-    times their median, at least 60."""
+    """A step, validation, save and the like that takes longer is a hang. None: ten times the median of its kind, at
+    least 60, and 1800 for the first of a kind. A start has 1800 at least."""
     max_rollbacks: NonNegativeInt = 3
     """How often in the whole run a loss or gradient that is no finite number, or is a spike, sends it back to the last
     checkpoint, to go on without the batch that gave it."""
