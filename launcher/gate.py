@@ -109,7 +109,9 @@ def _tar_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _vocabulary(config: RunConfig, vocab_size: int, where: str) -> Iterator[str]:
-    if vocab_size != config.model.vocab_size:
+    """A tokenizer that does not fit the model. Imported weights may have more embeddings than there are tokens."""
+    spare = config.model.vocab_size - vocab_size
+    if spare < 0 or (spare and config.checkpoint.initial is None):
         yield (
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {where} has {vocab_size}; "
             f"set model.vocab_size={vocab_size}"

@@ -88,6 +88,15 @@ def test_phases_count_with_their_length_and_weights(prepared: Prepared, tmp_path
     assert first == pytest.approx(16 * 32 + 8 * 64) and second == pytest.approx(16 * 32 + 24 * 64)
 
 
+def test_imported_weights_may_have_more_embeddings_than_there_are_tokens(prepared: Prepared, tmp_path: Path) -> None:
+    tokens = prepared.tokenizer.vocab_size
+    for vocab_size, initial, fits in ((tokens + 8, None, False), (tokens + 8, "x", True), (tokens - 8, "x", False)):
+        checkpoint = {"initial": initial} if initial else {}
+        config = small_run(prepared, tmp_path / "run", model={"vocab_size": vocab_size}, checkpoint=checkpoint)
+        refused = any(problem.startswith("model.vocab_size is") for problem in examine(config, 1).problems)
+        assert refused != fits, (vocab_size, initial)
+
+
 def test_memory_that_cannot_suffice_stops_a_start(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(prepared, tmp_path / "run", parallel={"dp": 2})
     assert memory_problem(config, 2) is None
