@@ -28,10 +28,11 @@ def problems_of_devices(config: RunConfig, rank: Rank | None, ranks: int, device
     `rank` is None in the launcher of `ranks` local ones.
     """
     here = ranks if rank is None else rank.local_size
-    if devices.gpus and here > devices.gpus and gpu_number(rank or Rank(0, ranks, 0, ranks), devices.gpus) is None:
+    if devices.gpus and gpu_number(rank or Rank(0, ranks, 0, ranks), devices.gpus) is None:
         seen = "one GPU is" if devices.gpus == 1 else f"{devices.gpus} GPUs are"
         yield (
-            f"{here} ranks on this machine, but {seen} visible; start fewer (parallel.dp=1 leaves one copy of the "
+            f"{here} ranks on this machine{'' if rank is None else f', this one number {rank.local_rank}'}, but {seen} "
+            f"visible; start fewer (parallel.dp=1 leaves one copy of the "
             f"model), or train on the CPU by --device cpu"
         )
     yield from device_problems(config.parallel, config.training.precision, devices)

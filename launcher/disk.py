@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from triplane.checkpoint.errors import CheckpointError
+from triplane.checkpoint.location import entries
 from triplane.data.remote import is_url
 from triplane.launcher.config import RunConfig
 from triplane.launcher.preflight import checkpoints_folder
@@ -31,9 +33,12 @@ def disk_problems(config: RunConfig) -> Iterator[str]:
     if is_url(config.checkpoint.folder):
         return
     folder = Path(str(checkpoints_folder(config)))
-    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    there = sum(file.stat().st_size for file in folder.glob("*/*"))
-    free = shutil.disk_usage(disk).free + there
+    try:
+        there = sum(max(0, size) for name in entries(folder) for size in entries(folder / name).values())
+        disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(disk).free + there
+    except (CheckpointError, OSError):
+        return  # cannot be looked into: whether it can be written to is found by writing
     one, count = checkpoint_bytes(config), kept_checkpoints(config)
     if one * count > free:
         yield (

@@ -120,9 +120,10 @@ def _vocabulary(config: RunConfig, vocab_size: int, where: str) -> Iterator[str]
 
 def _held_out(config: RunConfig, sources: Sources) -> Iterator[str]:
     wanted = config.training.eval_sequences
-    held = sum(corpus.tokens for corpus in sources.validation) // config.data.seq_len
+    read = [corpus for source, corpus in zip(config.data.sources, sources.validation) if source.weight]
+    held = sum(-(-corpus.tokens // config.data.seq_len) for corpus in read)
     if wanted > held:
-        yield f"training.eval_sequences ({wanted}) is more than the {held} that are held out: some count twice"
+        yield f"training.eval_sequences ({wanted}) is more than the {held} that are held out: all of them are read"
 
 
 def _odd_values(config: RunConfig) -> Iterator[str]:

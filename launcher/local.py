@@ -6,8 +6,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
 
+from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.folder import newest_step
 from triplane.checkpoint.location import Location
 from triplane.launcher.cores import cores_of_ranks
@@ -47,15 +48,34 @@ def run_local_ranks(
             print("\n".join(f"triplane: {line}" for line in failure.message.splitlines()), file=sys.stderr)
         else:
             print(f"triplane: {failure}; see {ranks.log_file(failure.rank)}", file=sys.stderr)
-        step = newest_step(checkpoints)
-        failure.record(run_dir, step)
+        step = _record(failure, run_dir, checkpoints, before)
         if ranks.stopped_by or ranks.exit_code == Exit.MISTAKE or step == before or not restarts_left:
             break
         print(f"triplane: starting again from step {step}; {restarts_left - 1} restarts left", file=sys.stderr)
-        record_event(run_dir, "restart", step, restarts_left=restarts_left - 1)
+        with _told():
+            record_event(run_dir, "restart", step, restarts_left=restarts_left - 1)
     if problem := report_problem(run_dir):
         print(f"triplane: no {REPORT}: {problem}", file=sys.stderr)
     return ranks.exit_code
+
+
+def _record(failure: Failure, run_dir: Path, checkpoints: Location, before: int) -> int:
+    """Adds the failure to the history; returns the step of the newest checkpoint, `before` if it is out of reach."""
+    step = before
+    with _told():
+        step = newest_step(checkpoints)
+    with _told():
+        failure.record(run_dir, step)
+    return step
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a crash is worth more than: a full disk, a store that does not answer."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        print(f"triplane: NOT RECORDED: {error}", file=sys.stderr)
 
 
 class LocalRanks:

@@ -18,7 +18,7 @@ from triplane.launcher.gate import examine, memory_problem
 from triplane.launcher.preflight import checkpoints_folder
 from triplane.launcher.ranks import Rank, current_rank, rendezvous
 from triplane.training.exits import Exit
-from triplane.training.failure import LOGS, forget_failures
+from triplane.training.failure import LOGS, REFUSED, forget_failures
 from triplane.training.stopping import LAUNCHER
 
 
@@ -36,8 +36,11 @@ def train(
     if not watched:
         found = list(_machine_problems(config, rank, ranks))
         if first:
-            found = _pass_gate(config, ranks, allow_data_change, allow_fresh_start, found)
+            found = _pass_gate(config, ranks, allow_data_change, allow_fresh_start, found, local=rank is None)
         if found:
+            if rank is not None:  # whoever started the ranks may see the exit code of one that waited for this one
+                (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+                (run_dir / LOGS / REFUSED).write_text("\n".join(found) + "\n")
             raise ConfigError("\n".join(found))
         forget_failures(run_dir, rank.rank if rank else 0)
     if not watched and any(source.is_tars for source in config.data.sources):
@@ -65,15 +68,27 @@ def train(
 
 
 def _pass_gate(
-    config: RunConfig, ranks: int, allow_data_change: bool, allow_fresh_start: bool, of_machine: list[str]
+    config: RunConfig,
+    ranks: int,
+    allow_data_change: bool,
+    allow_fresh_start: bool,
+    of_machine: list[str],
+    *,
+    local: bool,
 ) -> list[str]:
-    """All that is wrong, with what is `of_machine`; if nothing is, what the user should know is printed."""
+    """All that is wrong, with what is `of_machine`; if nothing is, what the user should know is printed.
+
+    `local` if this process starts the ranks. Raises BusyError if another run is at work in the folders.
+    """
     found = examine(config, ranks, allow_data_change=allow_data_change, allow_fresh_start=allow_fresh_start)
     if problems := [*found.problems, *of_machine]:
         return problems
     with _alone(config):
         if problem := write_problem(checkpoints_folder(config)):
             return [f"{problem}; set another checkpoint.folder or run_dir"]
+        port = config.training.prometheus_port
+        if local and port is not None and (problems := list(_port_problems(port))):
+            return problems
     for note in found.notes():
         print(f"triplane: {note}", flush=True)
     for source in config.data.sources:
@@ -90,8 +105,6 @@ def _machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Itera
         return
     if not devices.gpus and not check(config, ranks) and (problem := memory_problem(config, ranks)):
         yield problem
-    if config.training.prometheus_port is not None:
-        yield from _port_problems(config.training.prometheus_port)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from triplane.data.files import locked_by_another
@@ -18,9 +18,12 @@ from triplane.training.run_log import record_event
 
 LOGS = "logs"
 """Folder in a run folder: what each rank and start printed. Its launcher holds it while ranks run."""
+REFUSED = "refused"
+"""File in there with why rank 0 refused a start that others begin: exit codes of a job's step are not reliable."""
 FIRST_CAUSE = "first_cause"
 """File in there with one line: the first cause of the last start's failure. Whoever makes it tells it."""
-_ROLL = "alive"
+ROLL = "alive"
+"""File in there of which each living rank has locked a byte."""
 NOWHERE = "at an unknown step"
 _GRACE_S = 3.0
 """How long a rank that lost its peers waits for one of them to tell why."""
@@ -97,10 +100,11 @@ def take_failure(run_dir: Path, rank: int) -> Failure | None:
 
 
 def forget_failures(run_dir: Path, rank: int) -> None:
-    """Removes what an earlier start left; before anything of this one can fail."""
+    """Removes what an earlier start left; other ranks of this one may have failed already."""
     _path(run_dir, rank).unlink(missing_ok=True)
-    if rank == 0:
-        (run_dir / LOGS / FIRST_CAUSE).unlink(missing_ok=True)
+    told = run_dir / LOGS / FIRST_CAUSE
+    if rank == 0 and told.exists() and told.stat().st_mtime < psutil.Process().create_time():
+        told.unlink()
 
 
 _FAILURES = TypeAdapter(Failure)
@@ -124,9 +128,12 @@ class Story:
         self._newest_step = newest_step
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         # Each rank locks its byte of one file; the system unlocks it when the rank dies, however.
-        self._roll = open(run_dir / LOGS / _ROLL, "a+b")  # noqa: SIM115 - held until the process ends
-        with suppress(OSError):  # without locks, who lives is not known
+        self._roll = open(run_dir / LOGS / ROLL, "a+b")  # noqa: SIM115 - held until the process ends
+        try:
             fcntl.lockf(self._roll, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+            self._lives_known = True
+        except OSError:  # without locks, who lives is not known
+            self._lives_known = False
 
     def tell(self, failure: Failure, aftermath: bool = False) -> None:
         """Records the failure of this rank, and the first cause if it is this rank's turn; `aftermath`: lost peers."""
@@ -139,7 +146,7 @@ class Story:
                 if len(self.hosts) > 1:  # else the error itself follows
                     print(f"triplane: {first}", file=sys.stderr, flush=True)
                 first.record(self.run_dir, self._newest_step())
-        except OSError as error:  # the failure itself is worth more than its record
+        except (OSError, ValueError) as error:  # the failure itself is worth more than its record
             print(f"triplane: {failure}; NOT RECORDED: {error}", file=sys.stderr, flush=True)
 
     def _silent(self, failure: Failure) -> Failure | None:
@@ -150,24 +157,21 @@ class Story:
                 return None
             time.sleep(_POLL_S)
         silent = [rank for rank in range(len(self.hosts)) if not _path(self.run_dir, rank).exists()]
+        if self._lives_known:
+            silent = [rank for rank in silent if not locked_by_another(self._roll, rank, 1)]
         if not silent:
             return failure
-        dead = [rank for rank in silent if not locked_by_another(self._roll, rank, 1)]
-        gone = (dead or silent)[0]
+        gone = silent[0]
         word = "it left no word: it was killed, or its machine is gone"
         return replace(failure, rank=gone, host=self.hosts[gone], kind="killed", message=word)
 
     def _claim(self, first: Failure) -> bool:
-        """Makes the file with the first cause, whole; False if another rank has."""
-        claim = self.run_dir / LOGS / FIRST_CAUSE
-        mine = claim.with_name(f"{FIRST_CAUSE}.{self.rank}")
-        mine.write_text(f"{first}\n")
+        """Makes the file with the first cause; False if another rank has."""
         try:
-            os.link(mine, claim)
+            with open(self.run_dir / LOGS / FIRST_CAUSE, "x") as file:
+                file.write(f"{first}\n")
         except FileExistsError:
             return False
-        finally:
-            mine.unlink()
         return True
 
 

@@ -37,6 +37,8 @@ from triplane.training.stopping import Stopping, request_name
 from triplane.training.watchdog import Watchdog
 
 _SAMPLE_TOKENS = 48
+_SAVE_S = 1800.0
+"""A save may wait so long for the one before it, and the end of a run for the last."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class Trainer:
             due = self._due(step, last)
             with profiler.step(step), watchdog.work("step", step):
                 loss, norm, rate = self._update(step, partial(next, batches), exact="log" in due)
-                tokens = self.counted.count_tokens(range(start, start + size))
+                with self.watch.phase("data_time_s"):
+                    tokens = self.counted.count_tokens(range(start, start + size))
                 padding += size * self.corpora.seq_len_at(start) - tokens
                 state = state.after(size, tokens)
                 with self.watch.phase("forward_backward_time_s"):  # which is what is waited for
@@ -153,10 +156,10 @@ class Trainer:
                 with watchdog.work("sample", step):
                     self._sample(state)
             if "save" in due:
-                with watchdog.work("checkpoint", step):
+                with watchdog.work("checkpoint", step, usually_s=_SAVE_S):
                     self.save(state, validated)
             self._report_saves()
-        with watchdog.work("checkpoint", state.step):
+        with watchdog.work("last save", state.step, at_least_s=_SAVE_S):
             self._finish_saves()
         if stop:
             name = request_name(stop)

@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Self
 
 from triplane.training.exits import Exit
@@ -23,6 +23,7 @@ _MEDIANS = 10.0
 _FIRST_S = 1800.0
 """Limit of the first work of a kind, which may compile or fetch."""
 _REMEMBERED = 64
+_TELLING_S = 10.0
 
 
 class Watchdog:
@@ -60,11 +61,14 @@ class Watchdog:
         self._closed.set()
 
     @contextmanager
-    def work(self, kind: str, step: int, at_least_s: float = 0.0) -> Iterator[None]:
-        """Watches the block, which may take `at_least_s`; an error from it gets a note of where it arose."""
+    def work(self, kind: str, step: int, *, at_least_s: float = 0.0, usually_s: float = 0.0) -> Iterator[None]:
+        """Watches the block; an error from it gets a note of where it arose.
+
+        It may take `at_least_s`, whatever `timeout_s` is, and `usually_s` if there is none.
+        """
         seconds = self._seconds[kind]
         self._kind, self._step, self._waited_s = kind, step, 0.0
-        usual_s = max(self._least_s, _MEDIANS * median(seconds)) if seconds else _FIRST_S
+        usual_s = max(self._least_s, usually_s, _MEDIANS * median(seconds)) if seconds else _FIRST_S
         self._limit_s = max(at_least_s, self._timeout_s or usual_s)
         start_s = time.monotonic()
         try:
@@ -92,6 +96,8 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        # Whatever hangs may hang what tells of it too.
+        Timer(_TELLING_S, os._exit, [Exit.TRY_AGAIN]).start()
         message = f"no progress for {self._waited_s:.0f} s"
         print(f"hang {self._where}: {message}; where each thread stands:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)

@@ -41,14 +41,14 @@ def runs_in(folder: Path) -> list[Path]:
     raise LaunchError(f"{folder}: no run in it or below it; give a run folder or one with some below")
 
 
-def read_runs(folder: Path) -> tuple[list[RunStatus], list[str]]:
+def read_runs(folder: Path) -> tuple[list[RunStatus], dict[Path, str]]:
     """The runs at or below `folder`, and a line on each that cannot be read."""
-    runs, unreadable = [], []
+    runs, unreadable = [], {}
     for run_dir in runs_in(folder):
         try:
             runs.append(read_status(run_dir))
         except LaunchError as error:
-            unreadable.append(str(error))
+            unreadable[run_dir] = str(error)
     return runs, unreadable
 
 
@@ -65,7 +65,7 @@ def status(folder: Path) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if runs else []:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
-    for line in unreadable:
+    for line in unreadable.values():
         print(line)
 
 

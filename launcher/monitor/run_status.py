@@ -10,12 +10,12 @@ from triplane.data.files import LOCK, is_held
 from triplane.launcher.errors import LaunchError
 from triplane.launcher.preflight import CONFIG, DONE
 from triplane.launcher.slurm.snapshot import last_submission
-from triplane.training.failure import LOGS
+from triplane.training.failure import LOGS, ROLL
 from triplane.training.run_log import EVENTS, HISTORY, METRICS_LOG, METRICS_RECORDS, Event, read_log
 
 _TAIL_BYTES = 1 << 16
 """Of metrics.jsonl: hundreds of steps."""
-_MARKS = (HISTORY, CONFIG, LOCK, "jobs/*/job_id")
+_MARKS = (HISTORY, CONFIG, f"{LOGS}/{ROLL}", f"{LOGS}/{LOCK}", "jobs/*/job_id")
 """Files that only a run folder has."""
 
 

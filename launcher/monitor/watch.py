@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from triplane.launcher.monitor.jobs import may_move, read_runs, state_of
+from triplane.launcher.monitor.jobs import is_running, may_move, read_runs, state_of
 from triplane.launcher.monitor.run_status import RunStatus
 from triplane.training.units import format_count, format_duration
 
@@ -32,8 +33,8 @@ def watch(folder: Path) -> None:
             while True:
                 runs, unreadable = read_runs(folder)
                 shown = [_table(runs, live.console.width)] if runs else []
-                live.update(Group(*shown, *unreadable), refresh=True)
-                if not any(may_move(run) for run in runs):
+                live.update(Group(*shown, *map(Text, unreadable.values())), refresh=True)
+                if not any(map(may_move, runs)) and not any(map(is_running, unreadable)):
                     return
                 time.sleep(_REFRESH_S)
         except KeyboardInterrupt:

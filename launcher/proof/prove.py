@@ -8,6 +8,7 @@ from typing import Any
 
 from triplane.data.files import write_whole
 from triplane.launcher.config import load_config
+from triplane.launcher.errors import LaunchError
 from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.proof.layouts import Case, full_proof, own_case, quick_proof
 from triplane.launcher.proof.proving import TIMEOUT_S, Machine, tolerances, train_case, worst
@@ -66,7 +67,10 @@ def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path |
 def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Result]:
     print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
     references: dict[ModelConfig, Trace] = {}
-    allowed = tolerances(cases, model, range(_STEPS), machine)
+    try:
+        allowed = tolerances(cases, model, range(_STEPS), machine)
+    except (RanksFailedError, queue.Empty) as error:
+        raise LaunchError(f"one bf16 process, which layouts are compared with, failed: {str(error)[-200:]}") from error
     results = []
     for case in cases:
         own = case.model(model)
