@@ -68,7 +68,7 @@ def _begins_with_bos(tokenizer: Tokenizer, folder: Path) -> str:
     """What a user must know of the token that begins each text of the training."""
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     bos = library.id_to_token(tokenizer.bos_id)
-    if library.encode("a").ids[0] == tokenizer.bos_id:
+    if library.encode("a").ids[:1] == [tokenizer.bos_id]:  # a model may not know the letter
         return f"Every text of the training began with `{bos}`, which the tokenizer puts there."
     return f"Every text of the training began with `{bos}`; put it before yours, since the tokenizer does not."
 

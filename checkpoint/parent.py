@@ -25,7 +25,7 @@ class Parent(BaseModel, strict=True, frozen=True):
 
 def parent_in(folder: Path, context: int) -> Parent:
     """The model in a Hugging Face folder: named by the folder, or by the hub's cache; licence by its card or file."""
-    path = folder.absolute()
+    path = folder.resolve()
     name = path.name
     if path.parent.name == "snapshots":
         name = path.parents[1].name.removeprefix("models--").replace("--", "/")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.foreign import refuse_unprintable
-from triplane.data.errors import BusyError, NoLocksError
+from triplane.data.errors import BusyError, DataError, NoLocksError
 from triplane.data.files import locked_folder, sync
 
 _SUFFIX = ".triplane-partial"
@@ -38,23 +38,29 @@ def publishing(out: Path) -> Iterator[Path]:
         for leftover in out.parent.glob(f".*{_SUFFIX}"):
             _remove_unless_held(leftover)
         with ExitStack() as held:
-            with suppress(NoLocksError):  # where nothing can be locked, no command removes another's
-                held.enter_context(locked_folder(hidden, wait=False))
-            folder = hidden / out.name
-            folder.mkdir(parents=True)
-            yield folder
-            os.rename(folder, out)
-            sync(out.parent)
+            try:
+                with suppress(NoLocksError):  # where nothing can be locked, no command removes another's
+                    held.enter_context(locked_folder(hidden, wait=False))
+                folder = hidden / out.name
+                folder.mkdir(parents=True)
+                yield folder
+                os.rename(folder, out)
+                sync(out.parent)
+            finally:  # while it is locked, so that no other command takes it for a leftover
+                shutil.rmtree(hidden, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise CheckpointError(f"{out}: cannot be written: {reason}; make room, or give another folder") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _remove_unless_held(leftover: Path) -> None:
-    with suppress(BusyError, NoLocksError), locked_folder(leftover, wait=False):
-        print(f"{leftover}: left by a command that was killed; removed")
-        shutil.rmtree(leftover)
+    try:
+        with locked_folder(leftover, wait=False):
+            shutil.rmtree(leftover)
+            print(f"{leftover}: left by a command that was killed; removed")
+    except (BusyError, NoLocksError):
+        pass
+    except (DataError, OSError) as error:  # another user's, perhaps
+        print(f"{leftover}: left by a command that was killed; it could not be removed: {error}")

@@ -32,7 +32,7 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Of all files with tensors."""
+        """Bytes of all its files but the manifest."""
         return sum(self.file_bytes.values())
 
     @property

@@ -200,9 +200,10 @@ def show_checkpoint(console: Console, path: str, verify: bool) -> None:
     console.print(f"{checkpoint.bytes / 2**20:.1f} MiB", highlight=False)
     if verify:
         checkpoint.verify()
+        console.print("every tensor is as it was written")
         if kept := beside_config(run, checkpoint.folder).tokenizer:
             read_tokenizer(checkpoint.folder, kept)
-        console.print("every byte is as it was written")
+            console.print("the tokenizer gives the tokens that it gave")
 
 
 def _print(text: str) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from json_tokenizers import QWEN2, byte_level
 from small_models import packed, random_documents, random_weights, small_config
@@ -235,6 +236,13 @@ def test_a_tokenizer_json_goes_out_as_it_came(tmp_path):
     assert theirs.encode("some text", add_special_tokens=False) == tokenizer.encode("some text")
     assert theirs.model_max_length == 64
     assert "put it before yours" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_card_of_a_tokenizer_without_letters_is_told(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "1": 1}, []))
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert "put it before yours" in export_module._begins_with_bos(open_tokenizer(tmp_path), tmp_path)
 
 
 def test_an_export_that_turns_into_nan_is_not_published(publish, monkeypatch):

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from triplane.checkpoint import hf_folder
 from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.import_hf import import_hf
+from triplane.checkpoint.parent import parent_in
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.opening import open_sources
@@ -285,6 +286,18 @@ def test_a_run_begins_with_the_weights_in_every_layout_and_resumes_without_them(
     assert len(curves[0]) == 8
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], abs=1e-5)
+
+
+def test_a_parent_is_named_by_its_folder_and_not_by_the_way_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "below")
+    assert parent_in(Path(".."), 64).name == "model"
+    snapshot = tmp_path / "models--someone--theirs" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    monkeypatch.chdir(snapshot)
+    assert parent_in(Path("."), 64).name == "someone/theirs"
 
 
 def test_weights_of_another_network_are_refused_before_a_rank_starts(prepared: Prepared, tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ def test_the_next_command_removes_what_a_killed_one_left_and_nothing_of_a_living
     assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "third"]
 
 
+def test_a_leftover_that_cannot_be_removed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / ".other.triplane-partial").write_text("no folder, so it cannot be locked")
+    with publishing(tmp_path / "out") as folder:
+        (folder / "weights").write_bytes(b"")
+    assert "left by a command that was killed; it could not be removed: " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.triplane-partial", "out"]
+
+
 def test_a_place_where_nothing_can_be_written_is_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
