@@ -36,7 +36,7 @@ def read_tokenizer(checkpoint: Location, kept: KeptTokenizer) -> Tokenizer:
     """The tokenizer of a checkpoint; raises DamagedError if it is not the one that was written."""
     try:
         tokenizer = tokenizer_of({name: read(checkpoint / name) for name in kept.files}, checkpoint)
-    except (DataError, KeyError) as error:
+    except DataError as error:
         raise DamagedError(f"{checkpoint}: its tokenizer is damaged ({error}); give another by --tokenizer") from error
     if tokenizer.digest != kept.digest:
         raise DamagedError(

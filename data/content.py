@@ -2,9 +2,12 @@
 
 import io
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
+from triplane.data.files import disk_full_is_an_error
 from triplane.data.records import Content, Unread
 
 LONG_BYTES = 1 << 22
@@ -36,16 +39,26 @@ def read_content(stream: IO[bytes], limits: Limits) -> Content:
     start = read_fully(stream, LONG_BYTES + 1)
     if len(start) <= min(LONG_BYTES, limits.document_bytes):
         return start
-    file = tempfile.TemporaryFile(dir=limits.folder)  # noqa: SIM115 - its readers close it
-    file.write(start)
     size = len(start)
-    while size <= limits.document_bytes and (chunk := stream.read(_CHUNK_BYTES)):
-        size += len(chunk)
-        file.write(chunk)
+    with unnamed_file(limits) as file:
+        file.write(start)
+        while size <= limits.document_bytes and (chunk := stream.read(_CHUNK_BYTES)):
+            size += len(chunk)
+            file.write(chunk)
     if size > limits.document_bytes:
         return too_long(limits.document_bytes)
     file.seek(0)
     return file
+
+
+@contextmanager
+def unnamed_file(limits: Limits) -> Iterator[BinaryIO]:
+    """A file to write, which stays open for its readers and is gone with the last; DataError if the disk is full."""
+    folder = limits.folder or Path(tempfile.gettempdir())
+    with disk_full_is_an_error(folder / "a temporary file"):
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - its readers close it
+        yield file
+        file.flush()
 
 
 def read_row(stream: IO[bytes], limits: Limits) -> Content:

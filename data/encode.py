@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from triplane.data.blocks import Block
-from triplane.data.content import LONG_BYTES, Limits, too_long
+from triplane.data.content import LONG_BYTES, Limits, too_long, unnamed_file
 from triplane.data.dedupe import HASH_BYTES, minhash_signature
 from triplane.data.errors import DataError
 from triplane.data.manifest import Tokens, token_dtype
@@ -155,14 +154,14 @@ def _encode_one(encoding: Encoding, record: Record) -> Outcome:
 def _encode_long(pool: ProcessPoolExecutor, encoding: Encoding, record: Record, ahead: int) -> Outcome:
     """Writes the text to a file, since what becomes of a document depends on all of it, then encodes it from there."""
     model = load_tokenizer(encoding.tokenizer)
-    text = tempfile.TemporaryFile(dir=encoding.limits.folder)  # noqa: SIM115 - the parts read it
     hasher = hashlib.blake2b(digest_size=HASH_BYTES)
     try:
-        for piece in text_pieces(record, encoding.text_field):
-            for start in range(0, len(piece), _PIECE_CHARS):
-                content = piece[start : start + _PIECE_CHARS].encode()
-                hasher.update(content)
-                text.write(content)
+        with unnamed_file(encoding.limits) as text:
+            for piece in text_pieces(record, encoding.text_field):
+                for start in range(0, len(piece), _PIECE_CHARS):
+                    content = piece[start : start + _PIECE_CHARS].encode()
+                    hasher.update(content)
+                    text.write(content)
         size = text.tell()
         if size > encoding.limits.document_bytes:  # in another encoding it was shorter
             return too_long(encoding.limits.document_bytes).reason

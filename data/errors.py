@@ -1,6 +1,11 @@
 """What a user can put right in data or tokenizer."""
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere as part of one line, without characters that would move a terminal's cursor."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class DataError(ValueError):
     """Something is wrong with data or tokenizer; the message is one line: what, where, and what to do."""
 

@@ -39,15 +39,16 @@ def replacing(path: Path, size_bytes: int) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def disk_full_is_an_error(path: Path, size_bytes: int) -> Iterator[None]:
-    """Raises DataError, with what is needed and free, if there is no room for what is written within."""
+def disk_full_is_an_error(path: Path, size_bytes: int | None = None) -> Iterator[None]:
+    """Raises DataError, with what is needed (if that is known) and free, if what is written within has no room."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(path.parent).free
-        raise DataError(f"{path}: the disk is full: {size_bytes:,} bytes needed, {free:,} free") from error
+        needed = "" if size_bytes is None else f"{size_bytes:,} needed, "
+        raise DataError(f"{path}: the disk is full: {needed}{free:,} bytes free") from error
 
 
 @contextmanager

@@ -13,9 +13,12 @@ _MOST_TOKENS = 1 << 22
 def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, fraction: float) -> None:
     """Moves the last document of one split, with its copies, to the other; of a single document, holds out its end.
 
-    `fraction` is that of the text which is held out. Does nothing if neither is possible.
+    `fraction` is that of the text which is held out. Does nothing if neither is possible, nor if a shard is finished,
+    which could hold further copies.
     """
     full, empty = (train, validation) if train.counts.documents else (validation, train)
+    if full.has_shards:
+        return
     taken, others_stay = full.take_last()
     if not taken:
         return

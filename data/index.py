@@ -3,6 +3,7 @@
 import io
 import itertools
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from triplane.data.errors import printable
 from triplane.data.files import write_whole
 
 _CHUNK_BYTES = 1 << 20
@@ -40,14 +42,16 @@ class ShardIndex(NamedTuple):
         try:
             with zipfile.ZipFile(file) as archive:
                 if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in cls._fields):
-                    raise ValueError(f"the arrays {', '.join(archive.namelist())[:200]}")
+                    raise ValueError(f"the arrays {printable(', '.join(archive.namelist())[:200])}")
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("compressed arrays, whose size the file's does not bound")
                 unpacked = sum(member.file_size for member in archive.infolist())
                 if documents is not None and unpacked > (most := _ENTRY_BYTES * (documents + 1) + _HEADER_BYTES):
                     raise ValueError(
                         f"{unpacked:,} bytes unpacked, where {documents:,} documents take at most {most:,}"
                     )
                 return cls(*(_array(archive, name) for name in cls._fields))
-        except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
+        except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"no index: {error}") from error
         except MemoryError as error:
             raise ValueError("an array that does not fit into memory") from error
@@ -88,7 +92,10 @@ def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
         content = io.BytesIO(file.read())
     if np.lib.format.read_magic(content) != (1, 0):
         raise ValueError(f"{name}: another version of the array format")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise ValueError(f"{name}: no header of an array") from error
     left = len(content.getbuffer()) - content.tell()
     if dtype != np.dtype(_KINDS[name]) or len(shape) != 1 or shape[0] * dtype.itemsize != left:
         raise ValueError(f"{name}: {dtype} of shape {shape} in {left:,} bytes")

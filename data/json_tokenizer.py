@@ -43,11 +43,11 @@ class JsonTokenizer(Tokenizer):
             self._library.model.dropout = None
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        content = json.loads(files[JSON_NAME])
+        content = json.loads(self._library.to_str())  # with the keys that the file may leave out
         config, map_ = (_object(files.get(name, b"{}"), f"{where}: {name}") for name in (CONFIG_NAME, MAP_NAME))
-        special = [token["content"] for token in content["added_tokens"] if token["special"]]
+        special = {token["content"] for token in content["added_tokens"] if token["special"]}
         begin, end = _template_ends(content["post_processor"])
-        eos = _first(vocabulary, _named(config, "eos_token"), _named(map_, "eos_token"), end, *_KNOWN_EOS, *special[:1])
+        eos = _first(vocabulary, _named(config, "eos_token"), _named(map_, "eos_token"), end, *_KNOWN_EOS)
         if eos is None:
             raise DataError(
                 f'{where}: no token ends a text: name one as "eos_token" in a {CONFIG_NAME} beside tokenizer.json'
@@ -55,10 +55,10 @@ class JsonTokenizer(Tokenizer):
         bos = _first(vocabulary, _named(config, "bos_token"), _named(map_, "bos_token"), begin) or eos
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
         for token in (bos, eos):
-            if vocabulary[token] in self.encode_whole(token):
+            if token not in special or vocabulary[token] in self.encode_whole(token):
                 raise DataError(
-                    f"{where}: {token}, which begins or ends a text, is read from text that spells it out: mark it as "
-                    f'"special" among the "added_tokens" of tokenizer.json'
+                    f"{where}: {token}, which begins or ends a text, can be read from text that spells it out: mark it "
+                    f'as "special" among the "added_tokens" of tokenizer.json'
                 )
         named = json.dumps({**config, "bos_token": bos, "eos_token": eos}, indent=1) + "\n"
         self.files = {JSON_NAME: files[JSON_NAME], CONFIG_NAME: named.encode()}

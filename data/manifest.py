@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from triplane.data.errors import DataError
+from triplane.data.errors import DataError, printable
 from triplane.data.files import write_whole
 
 Tokens = NDArray[np.unsignedinteger]
@@ -129,7 +129,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
             return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            key = printable(".".join(map(str, first["loc"])))
             reason = first["msg"].removeprefix("Value error, ")
             raise DataError(
                 f"{where}: {f'{key}: ' if key else ''}{reason}: copy it again or prepare the corpus again"

@@ -31,9 +31,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenizer_of(files: Mapping[str, bytes], where: object) -> Tokenizer:
-    """The tokenizer with these `Tokenizer.files`."""
+    """The tokenizer with these `Tokenizer.files`; raises DataError if it cannot be read."""
     if JSON_NAME in files:
         return JsonTokenizer(files, str(where))
+    if SENTENCEPIECE_NAME not in files:
+        raise DataError(f"{where}: neither {JSON_NAME} nor {SENTENCEPIECE_NAME} is among the tokenizer's files")
     return SentencePieceTokenizer(files[SENTENCEPIECE_NAME], str(where))
 
 

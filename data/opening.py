@@ -71,7 +71,9 @@ def _corpus_folder(config: DataConfig, source: SourceConfig, run_dir: Path) -> s
     if not source.is_tars:
         return source.corpus
     if config.tokenizer is None:
-        raise DataError(f"{source.corpus}: tars need data.tokenizer, the model file to tokenize them with")
+        raise DataError(
+            f"{source.corpus}: tars need data.tokenizer, a sentencepiece model or tokenizer.json to tokenize them with"
+        )
     processes = len(os.sched_getaffinity(0))
     return str(ensure_corpus([source.corpus], run_dir / "corpora", Path(config.tokenizer), processes=processes))
 

@@ -60,10 +60,11 @@ def prepare(
     `report.json`, and `rejected.jsonl`, which names each input that is not in the corpus.
 
     `text_field` is the field of JSON rows and the column of tables that holds the text. A document of more than
-    `max_document_bytes` is left out. Which split a document is in
-    depends on its content alone, so copies of it are all in one. `out` appears when all of it is written; until then
-    what is finished stays in `out` with `.partial` added, and the same call goes on from there. If another process
-    is writing there, `wait` says whether to wait for its corpus. Raises DataError if `out` holds something else or
+    `max_document_bytes` is left out. Which split a document is in depends on its content alone, so copies of it are all
+    in one; but if one split would be empty and no shard of the other is finished, the last document and its copies move
+    there, or the end of a single one. `out` appears when all of it is written; until then what is finished stays in
+    `out` with `.partial` added, and the same call goes on from there. If another process is writing there, `wait` says
+    whether to wait for its corpus. Raises DataError if `out` holds something else or
     was begun with other inputs or settings, an input can't be read, a split is empty, the tokenizer alters a text or
     the disk is full.
     """
@@ -180,6 +181,8 @@ class _Build:
         if not (train.documents and validation.documents):
             Journal.remove(self._folder)
             reasons = [f"{what.count} left out because {why}, first {what.first}" for why, what in rejected.items()]
+            if train.documents + validation.documents > 1:
+                reasons.append(f"{'raise' if train.documents else 'lower'} validation_fraction")
             raise DataError(
                 f"{out}: {train.documents} documents for training and {validation.documents} for validation, each "
                 f"needs one: {'; '.join([*reasons, 'give more text'])}"

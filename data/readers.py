@@ -6,6 +6,7 @@ A library that only one kind of file needs is imported when there is one.
 import io
 import itertools
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -15,9 +16,9 @@ from typing import IO, Any, Literal
 
 import fsspec
 
-from triplane.data.content import DEFAULT_LIMITS, Limits, read_content, read_line, read_row, too_long
+from triplane.data.content import DEFAULT_LIMITS, Limits, read_content, read_line, read_row, too_long, unnamed_file
 from triplane.data.decompression import decompressed
-from triplane.data.errors import DataError
+from triplane.data.errors import DataError, printable
 from triplane.data.records import Content, Position, Record, Unread
 from triplane.data.sources import SourceFile
 
@@ -98,14 +99,16 @@ def _lines(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]
 def _parquet(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     from pyarrow.parquet import ParquetFile
 
+    stream = _seekable(stream, limits)
     metadata = ParquetFile(stream).metadata
     _check_column(metadata.schema.to_arrow_schema(), text_field)
     # A value that is there many times is in memory once; of a column, only the pages that are being read.
     file = ParquetFile(stream, metadata=metadata, read_dictionary=[text_field], buffer_size=_DRAIN_BYTES)
-    column = file.schema_arrow.get_field_index(text_field)
+    # Row groups count the leaves of nested columns, the schema the columns.
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_field)
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
-        mean_bytes = group.column(column).total_uncompressed_size // max(1, group.num_rows)
+        mean_bytes = group.column(leaf).total_uncompressed_size // max(1, group.num_rows)
         if mean_bytes > limits.row_bytes:
             raise DataError(
                 f"row group {number}: {mean_bytes:,} bytes a row, more than the {limits.row_bytes:,} that are read"
@@ -116,6 +119,7 @@ def _parquet(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Ro
 def _arrow(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     from pyarrow import ipc
 
+    stream = _seekable(stream, limits)
     if stream.read(6) == b"ARROW1":
         stream.seek(0)
         file = ipc.open_file(stream)
@@ -132,15 +136,27 @@ def _arrow(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]
     yield from _table_rows(batches, text_field, limits)
 
 
+def _seekable(stream: IO[bytes], limits: Limits) -> IO[bytes]:
+    """The stream, or its content in a file: the formats of tables are read from their end."""
+    if stream.seekable():
+        return stream
+    with unnamed_file(limits) as file:
+        shutil.copyfileobj(stream, file, _DRAIN_BYTES)
+    file.seek(0)
+    return file
+
+
 def _check_column(schema: Any, text_field: str) -> None:
     from pyarrow import types
 
     if text_field not in schema.names:
-        raise DataError(f'no column "{text_field}"; there are {", ".join(schema.names)}: name one as the text field')
+        raise DataError(
+            f'no column "{text_field}"; there are {printable(", ".join(schema.names))}: name one as the text field'
+        )
     kind = schema.field(text_field).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind)):
-        raise DataError(f'column "{text_field}" holds {kind}, not strings')
+        raise DataError(f'column "{text_field}" holds {printable(str(kind))}, not strings')
 
 
 def _table_rows(batches: Any, text_field: str, limits: Limits) -> Iterator[_Row]:
@@ -188,6 +204,7 @@ class _StrictInfo(tarfile.TarInfo):
 def _tar(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictInfo) as tar:
         for key, members in itertools.groupby(_members(tar), lambda member: _split(member)[0]):
+            key = printable(key)
             contents: dict[str, Content] = {}
             for member in members:
                 extension = _split(member)[1]
@@ -205,11 +222,13 @@ def _tar(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined] # else all headers of the archive stay in memory
-        if member.isreg():
+        if not member.isdir():
             yield member
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, limits: Limits) -> Content:
+    if not member.isreg():
+        return Unread("a link or special file, not a regular member")
     if member.issparse():
         return Unread("a sparse file, whose size its bytes do not bound")
     file = tar.extractfile(member)

@@ -82,7 +82,10 @@ def _decoded(file: BinaryIO, encoding: str) -> Iterator[str]:
         chunk = file.read(_CHUNK_BYTES)
         pending = decoder.getstate()[0]
         try:
-            yield decoder.decode(chunk, final=not chunk)
+            piece = decoder.decode(chunk, final=not chunk)
+            if encoding != "utf-8":
+                piece.encode()  # UTF-7 and escapes can spell half a surrogate pair, which is no text
+            yield piece
         except UnicodeDecodeError as error:
             at = read - len(pending) + error.start
             raise ValueError(f"not {error.encoding}: {error.reason} at byte {at}") from error

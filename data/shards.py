@@ -69,18 +69,24 @@ class SplitWriter:
         self._finish_shard()
         return True
 
+    @property
+    def has_shards(self) -> bool:
+        """Whether a shard is finished, whose documents stay."""
+        return bool(self._shards)
+
     def take_last(self) -> tuple[list[Tokens], bool]:
-        """Removes the last document and its copies among those that are in no shard yet; and whether others stay.
+        """Removes the last document and its copies, of a split without a finished shard; and whether others stay.
 
         May be called only before `close`, which then writes what stays; the journal keeps all.
         """
+        assert not self._shards
         lengths = np.frombuffer(self._lengths.read(), np.uint32)
         if not len(lengths):
-            return [], bool(self._shards)
+            return [], False
         documents = np.split(np.frombuffer(self._tokens.read(), self._dtype), np.cumsum(lengths[:-1], dtype=np.int64))
         taken = [document for document in documents if np.array_equal(document, documents[-1])]
         self._left = [document for document in documents if not np.array_equal(document, documents[-1])]
-        return taken, bool(self._left or self._shards)
+        return taken, bool(self._left)
 
     def put(self, document: Tokens) -> None:
         """Has `close` write a document that is not in the journal."""

@@ -15,7 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from triplane.data.decompression import COMPRESSIONS
-from triplane.data.errors import DataError
+from triplane.data.errors import DataError, printable
 from triplane.data.records import Rejection
 
 PYTHON_STDLIB = "python-stdlib"
@@ -103,7 +103,7 @@ def _described(store: "_Local | _Remote", folder: str, reject: Callable[[Rejecti
 
 def _spelled(path: str) -> str:
     """A name that can be printed and stored: bytes that are not UTF-8 as `\\xff`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def format_of(path: str) -> str:

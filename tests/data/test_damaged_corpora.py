@@ -120,7 +120,7 @@ def _index_with_a_lie(folder: Path, draw: random.Random) -> None:
     def change(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             contents = {name: archive.read(name) for name in archive.namelist()}
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(file, "w") as archive:
             for name, content in contents.items():
                 if name == "crc32.npy":
                     header = io.BytesIO()
@@ -203,6 +203,58 @@ def test_each_damage_is_one_line(
         assert sorted(folder.rglob("*")) == before, seed
         shutil.rmtree(folder)
     assert told >= 0.7 * _DAMAGES[damage], "what is damaged is mostly seen"
+
+
+def _stored_index(file: Path, method: int, change: Callable[[bytes], bytes] = bytes) -> None:
+    """Writes the index again with that compression, and a changed `crc32`."""
+    with zipfile.ZipFile(file) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    contents["crc32.npy"] = change(contents["crc32.npy"])
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_index_that_would_grow_as_it_is_read_is_refused(prepared: Prepared, tmp_path: Path, method: int) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(prepared.folder, folder)
+    _rewrite(folder, "index", lambda file: _stored_index(file, method))
+    with pytest.raises(DataError, match="compressed arrays, whose size the file's does not bound"):
+        Corpus(folder / "train").read(0, 10)
+
+
+@pytest.mark.parametrize("header", [b"{'descr': {}, (1,): 2, 'shape': 3}", b"{'descr': (", b"{[]: 1}", b"{1: (2L"])
+def test_a_header_that_numpy_stumbles_over_is_a_line(prepared: Prepared, tmp_path: Path, header: bytes) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(prepared.folder, folder)
+
+    def change(content: bytes) -> bytes:
+        size = int.from_bytes(content[8:10], "little")
+        return content[:10] + header.ljust(size) + content[10 + size :]
+
+    _rewrite(folder, "index", lambda file: _stored_index(file, zipfile.ZIP_STORED, change))
+    with pytest.raises(DataError, match=r"damaged: expected the index of shard-000000\.tar"):
+        Corpus(folder / "train").read(0, 10)
+
+
+def test_a_key_of_a_manifest_cannot_move_the_cursor(prepared: Prepared, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(prepared.folder, folder)
+    path = folder / "train" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"\x1b[2J\n": 1}))
+    with pytest.raises(DataError, match=r"manifest\.json: \\x1b\[2J\\n: Extra inputs"):
+        Corpus(folder / "train")
+
+
+def test_a_tokenizer_of_unknown_files_is_told(prepared: Prepared, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(prepared.folder, folder)
+    (folder / "foo").touch()
+    path = folder / "train" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_files": ["foo"]}))
+    with pytest.raises(DataError, match=r"neither tokenizer\.json nor tokenizer\.model is among the tokenizer's files"):
+        Corpus(folder / "train").open_tokenizer()
 
 
 def test_a_token_beyond_the_vocabulary_is_told(prepared: Prepared, tmp_path: Path) -> None:

@@ -94,7 +94,35 @@ def test_a_special_token_that_text_can_spell_is_refused(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["added_tokens"][0]["special"] = False
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"<\|endoftext\|>, which begins or ends a text, is read from text"):
+    with pytest.raises(DataError, match=r"<\|endoftext\|>, which begins or ends a text, can be read from text"):
+        open_tokenizer(path)
+
+
+def test_a_token_of_the_vocabulary_that_is_not_special_ends_no_text(tmp_path: Path) -> None:
+    path = byte_level(tmp_path / "tokenizer.json", None, ["words of text\n" * 9])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "\u0120text"}))
+    with pytest.raises(DataError, match="\u0120text, which begins or ends a text, can be read from text"):
+        open_tokenizer(path)
+
+
+def test_no_special_token_is_taken_for_the_end_by_guess(tmp_path: Path) -> None:
+    path = byte_level(tmp_path / "tokenizer.json", None)
+    path.write_text(path.read_text().replace("<|endoftext|>", "<|fim|>"))
+    with pytest.raises(DataError, match="no token ends a text: name one"):
+        open_tokenizer(path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|fim|>"}))
+    assert open_tokenizer(path).eos_id == 0
+
+
+def test_keys_that_the_library_does_not_need_may_be_absent(tmp_path: Path) -> None:
+    path = byte_level(tmp_path / "tokenizer.json", None)
+    content = json.loads(path.read_text())
+    del content["post_processor"], content["pre_tokenizer"]
+    path.write_text(json.dumps(content))
+    assert open_tokenizer(path).eos_id == 0
+    del content["added_tokens"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match='mark it as "special"'):
         open_tokenizer(path)
 
 

@@ -129,7 +129,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(prepared: Prepared, tmp_path
     done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("triplane.data.errors.DataError: ")
-    assert "the disk is full: " in error and "bytes needed" in error and "free" in error
+    assert "the disk is full: " in error and " needed, " in error and "bytes free" in error
     assert done.stdout.splitlines()[-2:] == [".", "./out"]
 
 
@@ -193,6 +193,26 @@ def test_each_split_has_a_document_of_any_number(prepared: Prepared, tmp_path: P
             assert counts.documents == described[name]["documents"] and counts.tokens == described[name]["tokens"]
             assert counts.text_bytes == described[name]["text_bytes"] == sum(len(text) for text in splits[name])
             assert sum(counts.lengths) == counts.documents
+
+
+def test_nothing_is_held_out_of_a_split_with_a_finished_shard(prepared: Prepared, tmp_path: Path) -> None:
+    texts = ["a copy", *(f"document {i} " * 50 for i in range(20)), "a copy"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = prepared.folder / "tokenizer.model"
+    for fraction, advice in ((1e-9, "raise"), (1 - 1e-9, "lower")):
+        with pytest.raises(DataError, match=rf"each needs one: {advice} validation_fraction; give more text"):
+            prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", model, fraction, 1000, 1)
+
+
+def test_a_full_disk_under_a_long_document_is_told(prepared: Prepared, tmp_path: Path) -> None:
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=5m none {tmp_path} && $0"]
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a file system")
+    script = f"yes some words | head -c 4400000 > {tmp_path}/long.txt; '{sys.executable}' -c '{_SCRIPT}' "
+    script += f"{tmp_path}/long.txt {tmp_path}/out '{prepared.folder}/tokenizer.model'"
+    mount[-1] = mount[-1].replace("$0", script)
+    done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
+    assert "DataError: " in (error := done.stderr.strip().splitlines()[-1]) and "a temporary file: the disk is" in error
 
 
 def test_a_folder_that_cannot_be_replaced_is_found_first(

@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import lzma
+import os
 import subprocess
 import tarfile
 import threading
@@ -21,6 +22,7 @@ import pytest
 import webdataset
 from backports import zstd
 
+from triplane.data.content import Limits
 from triplane.data.errors import DataError
 from triplane.data.prepare import read_documents
 from triplane.data.readers import read_records
@@ -127,6 +129,61 @@ def test_a_sample_without_text_is_rejected(tmp_path: Path) -> None:
     texts, rejected = _read(tmp_path)
     assert texts == ["both"]
     assert [item.name for item in rejected] == [f"{tmp_path}/a.tar:1"]
+
+
+def test_links_and_pipes_in_a_tar_are_rejected_by_name(tmp_path: Path) -> None:
+    (tmp_path / "0.txt").write_text("text")
+    (tmp_path / "1.txt").hardlink_to(tmp_path / "0.txt")
+    (tmp_path / "2.txt").symlink_to("0.txt")
+    os.mkfifo(tmp_path / "3.txt")
+    (tmp_path / "folder").mkdir()
+    names = ["0.txt", "1.txt", "2.txt", "3.txt", "folder"]
+    subprocess.run(["tar", "-cf", tmp_path / "a.tar", "-C", tmp_path, *names], check=True)
+    texts, rejected = _read(tmp_path / "a.tar")
+    assert texts == ["text"]
+    reason = "a link or special file, not a regular member"
+    assert [(item.name, item.reason) for item in rejected] == [
+        (f"{tmp_path}/a.tar:{number}.txt", reason) for number in (1, 2, 3)
+    ]
+
+
+def test_names_in_a_tar_cannot_move_the_cursor(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("\x1b[2J\né.txt"))
+    assert [item.name for item in _read(tmp_path / "a.tar")[1]] == [f"{tmp_path}/a.tar:\\x1b[2J\\né.txt"]
+
+
+def test_the_bound_of_a_row_is_that_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    nested = [{"a": 1, "b": "x" * 5000}] * 4
+    pyarrow.parquet.write_table(pyarrow.table({"nested": nested, "text": ["short"] * 4}), path)
+    files = find_files([str(path)], pytest.fail)
+    limits = Limits(document_bytes=1000)
+    assert [record.content for record in read_records(files, "text", Position(), limits)] == [b"short"] * 4
+    pyarrow.parquet.write_table(pyarrow.table({"nested": [{"a": 1, "b": 2}], "text": ["x" * 5000]}), path)
+    with pytest.raises(DataError, match=r"row group 0: 5,\d+ bytes a row, more than the 1,000 that are read"):
+        list(read_records(find_files([str(path)], pytest.fail), "text", Position(), limits))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_compressed_tables(tmp_path: Path, suffix: str) -> None:
+    compress = {".gz": gzip.compress, ".zst": zstd.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    _write_parquet(tmp_path / "rows", [*TEXTS])
+    _write_dataset(tmp_path / "data", TEXTS)
+    tables = {"1.parquet": tmp_path / "rows", "2.arrow": min((tmp_path / "data").glob("data-*"))}
+    for name, path in tables.items():
+        (tmp_path / f"{name}{suffix}").write_bytes(compress(path.read_bytes()))
+    assert _read(tmp_path / f"1.parquet{suffix}") == (TEXTS, [])
+    assert _read(tmp_path / f"2.arrow{suffix}") == (TEXTS[:1500], [])
+
+
+def test_half_a_surrogate_pair_in_python_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"# coding: utf-7\n+2AA-\n")
+    (tmp_path / "b.py").write_bytes(b"# coding: unicode_escape\n\\ud800\n")
+    (tmp_path / "c.py").write_bytes(b"# coding: utf-7\n+AOk-\n")
+    texts, rejected = _read(tmp_path)
+    assert texts == ["# coding: utf-7\né\n"]
+    assert ["surrogates not allowed" in item.reason for item in rejected] == [True, True]
 
 
 def _cut(content: bytearray, offset: int) -> bytearray:
