@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sampl
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rpartition("] ")[2]  # what is before it is the place in the C++ source
+        if least := re.search(rf"required_chars\. {vocab_size} vs (\d+)", reason):
+            reason = f"its characters, the 256 bytes and the special tokens take {least[1]}; give that many or more"
         raise DataError(f"{path}: no tokenizer of {vocab_size} ids from this text: {reason}") from error
     write_whole(path, model.getvalue())
     tokenizer = open_tokenizer(path)
