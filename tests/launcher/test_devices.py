@@ -45,7 +45,7 @@ def test_more_ranks_than_gpus_are_refused(prepared: Prepared, tmp_path: Path) ->
     assert problem.startswith("2 ranks on this machine, but one GPU is visible; start fewer (parallel.dp=1 ")
     assert problem.endswith("or train on the CPU by --device cpu")
     (problem,) = problems_of_devices(config, TORCHRUN, 8, Devices(2, H100))
-    assert problem.startswith("4 ranks on this machine, but 2 GPUs are visible")
+    assert problem.startswith("4 ranks on this machine, this one number 1, but 2 GPUs are visible")
     for rank, ranks, devices in ((None, 2, Devices(2, H100)), (SLURM, 8, Devices(1, H100)), (None, 2, CPU)):
         assert list(problems_of_devices(config, rank, ranks, devices)) == []
 
