@@ -4,10 +4,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from triplane.data.files import is_held
 from triplane.launcher.config import load_config
 from triplane.launcher.errors import LaunchError
-from triplane.launcher.monitor.run_status import RunStatus, find_runs, read_status, steps_done
+from triplane.launcher.monitor.run_status import RunStatus, find_runs, is_running, read_status, steps_done
 from triplane.launcher.preflight import CONFIG
 from triplane.launcher.slurm import client as slurm
 from triplane.launcher.slurm.snapshot import JOB_ID, SCRIPT, last_submission
@@ -136,11 +135,6 @@ def resume(run_dir: Path) -> None:
     job_id = slurm.submit(submission / SCRIPT)
     (submission / JOB_ID).write_text(f"{job_id}\n")
     print(f"job {job_id}: {run_dir} goes on by {submission / SCRIPT}")
-
-
-def is_running(run_dir: Path) -> bool:
-    """Whether a process, of this machine or another, trains in the folder or starts ranks for it."""
-    return is_held(run_dir) or is_held(run_dir / LOGS)
 
 
 def may_move(run: RunStatus) -> bool:

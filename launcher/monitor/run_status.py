@@ -103,7 +103,7 @@ def _config(run_dir: Path) -> ShownConfig:
     for folder in filter(None, (run_dir, submission)):
         if (folder / CONFIG).exists():
             return _read_config(folder / CONFIG)
-    if is_held(run_dir) or is_held(run_dir / LOGS):
+    if is_running(run_dir):
         raise LaunchError(f"{run_dir}: the run is starting: it has no {CONFIG} yet")
     raise LaunchError(f"{run_dir}: not the folder of a run: it has no {CONFIG}, or its start was refused")
 
@@ -119,6 +119,11 @@ def _read_config(path: Path) -> ShownConfig:
         raise LaunchError(f"{path}: not the config of a run: {key}: {problem}; restore the file") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
         raise LaunchError(f"{path}: not the config of a run: {error}; restore the file") from None
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a process, of this machine or another, trains in the folder or starts ranks for it."""
+    return is_held(run_dir) or is_held(run_dir / LOGS)
 
 
 def steps_done(run_dir: Path) -> int:

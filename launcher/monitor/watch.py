@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from triplane.launcher.monitor.jobs import is_running, may_move, read_runs, state_of
-from triplane.launcher.monitor.run_status import RunStatus
+from triplane.launcher.monitor.jobs import may_move, read_runs, state_of
+from triplane.launcher.monitor.run_status import RunStatus, is_running
 from triplane.training.units import format_count, format_duration
 
 _REFRESH_S = 2.0
