@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from small_corpora import Prepared
-from small_models import small_config
+from small_models import small_config, small_model
 
 from triplane.data.config import DataConfig
 from triplane.data.corpus import Corpus
 from triplane.data.prepare import prepare
-from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
 from triplane.training.batches import Feed
 from triplane.training.evaluation import evaluate_model, held_out, validation_losses
@@ -20,8 +19,7 @@ from triplane.training.evaluation import evaluate_model, held_out, validation_lo
 def test_a_source_of_weight_0_does_not_move_the_loss(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(400)))
     prepare([str(tmp_path / "t.jsonl")], tmp_path / "few", prepared.folder / "tokenizer.model", 0.5, 1000, 1)
-    torch.manual_seed(0)
-    evaluate = evaluate_model(Transformer(small_config(vocab_size=prepared.tokenizer.vocab_size)))
+    evaluate = evaluate_model(small_model(small_config(vocab_size=prepared.tokenizer.vocab_size)))
     feed = Feed(4, 0, 1, Axis(), torch.device("cpu"))
 
     def losses(*weights: float, sequences: int = 16) -> tuple[float, dict[str, float]]:
