@@ -25,10 +25,10 @@ import torch.distributed as dist
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore
-from triplane.launcher.forked import run_ranks
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
+from triplane.prove.forked import run_ranks
 
 _ROWS = 1024
 _TENSORS = 64

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from triplane.launcher.config import load_config
-from triplane.launcher.forked import run_ranks
-from triplane.launcher.proof.prove import prove
+from triplane.config.load import load_config
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
 from triplane.model.count import flops_per_token
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
+from triplane.prove.command import prove
+from triplane.prove.forked import run_ranks
 from triplane.training.config import OptimizerConfig
 from triplane.training.hardware import peak_flops_per_s, peak_memory_gib
 from triplane.training.optimizer import adamw

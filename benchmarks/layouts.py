@@ -17,13 +17,14 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
-from triplane.launcher.config import RunConfig, load_config
-from triplane.launcher.forked import run_ranks
+from triplane.config.load import load_config
 from triplane.model.batch import Batch
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
+from triplane.training.config import RunConfig
 from triplane.training.optimizer import adamw
 
 _CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"

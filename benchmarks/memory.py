@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from triplane.launcher.forked import run_ranks
-from triplane.launcher.plan.memory import kept_activations, peak_memory
-from triplane.launcher.plan.shares import RankKind, Stage, Work, parameters, pipeline
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
+from triplane.plan.memory import kept_activations, peak_memory
+from triplane.plan.shares import RankKind, Stage, Work, parameters, pipeline
+from triplane.prove.forked import run_ranks
 from triplane.training.config import OptimizerConfig
 from triplane.training.optimizer import adamw
 

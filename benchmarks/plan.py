@@ -15,10 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from triplane.launcher.plan.gpus import GPUS, Gpu
-from triplane.launcher.plan.memory import kept_activations
-from triplane.launcher.plan.rates import Program
-from triplane.launcher.plan.shares import (
+from triplane.model.config import ModelConfig
+from triplane.model.count import flops_per_token
+from triplane.parallel.config import ParallelConfig
+from triplane.plan.gpus import GPUS, Gpu
+from triplane.plan.memory import kept_activations
+from triplane.plan.rates import Program
+from triplane.plan.shares import (
     RankKind,
     Stage,
     Work,
@@ -27,10 +30,7 @@ from triplane.launcher.plan.shares import (
     pipeline,
     table_parameters,
 )
-from triplane.launcher.plan.speed import speed
-from triplane.model.config import ModelConfig
-from triplane.model.count import flops_per_token
-from triplane.parallel.config import ParallelConfig
+from triplane.plan.speed import speed
 
 H100 = GPUS["h100"]
 GRAND_TETON = H100.model_copy(update={"memory_gib": 94.0, "memory_gb_per_s": 2400})

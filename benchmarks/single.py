@@ -41,7 +41,7 @@ def triplane(seconds: float, zero: int, precision: str, compiled: bool) -> list[
     from triplane.model.config import ModelConfig
     from triplane.parallel.config import ParallelConfig
     from triplane.parallel.engine import Engine
-    from triplane.parallel.mesh import connected
+    from triplane.parallel.groups import connected
     from triplane.training.config import OptimizerConfig
     from triplane.training.hardware import DTYPES
     from triplane.training.optimizer import adamw

@@ -10,9 +10,9 @@ checkpoint while it has a manifest, which is written last and deleted first.
 from itertools import count
 from pathlib import Path
 
-from triplane.checkpoint.errors import DamagedError
-from triplane.checkpoint.location import Location, entries, reaching, remove, rename, writing
 from triplane.checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from triplane.storage.errors import DamagedError
+from triplane.storage.location import Location, entries, reaching, remove, rename, writing
 
 _PREFIX, _DAMAGED = "step_", "damaged_"
 

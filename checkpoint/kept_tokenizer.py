@@ -4,12 +4,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from triplane.checkpoint.errors import DamagedError
-from triplane.checkpoint.foreign import FileName
-from triplane.checkpoint.location import Location, read, writing
-from triplane.data.errors import DataError
 from triplane.data.open_tokenizer import tokenizer_of
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DamagedError, TriplaneError
+from triplane.storage.foreign import FileName
+from triplane.storage.location import Location, read, writing
 
 
 class KeptTokenizer(BaseModel, strict=True):
@@ -36,7 +35,7 @@ def read_tokenizer(checkpoint: Location, kept: KeptTokenizer) -> Tokenizer:
     """The tokenizer of a checkpoint; raises DamagedError if it is not the one that was written."""
     try:
         tokenizer = tokenizer_of({name: read(checkpoint / name) for name in kept.files}, checkpoint)
-    except DataError as error:
+    except TriplaneError as error:
         raise DamagedError(f"{checkpoint}: its tokenizer is damaged ({error}); give another by --tokenizer") from error
     if tokenizer.digest != kept.digest:
         raise DamagedError(

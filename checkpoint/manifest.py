@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from triplane.checkpoint.errors import CheckpointError, DamagedError
-from triplane.checkpoint.foreign import FileName, Name
-from triplane.checkpoint.location import Location, entries, read, writing
-from triplane.model.schema import first_problem
+from triplane.storage.errors import CheckpointError, DamagedError
+from triplane.storage.foreign import FileName, Name
+from triplane.storage.location import Location, entries, read, writing
+from triplane.storage.schema import first_problem
 
 FORMAT = 1
 MANIFEST = "manifest.json"

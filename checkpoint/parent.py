@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.foreign import regular_file
+from triplane.storage.errors import CheckpointError
+from triplane.storage.foreign import regular_file
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]{1,100})", re.MULTILINE)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triplane.checkpoint.errors import CheckpointError, DamagedError
-from triplane.checkpoint.location import Location
 from triplane.checkpoint.manifest import MANIFEST, Box, read_manifest
 from triplane.checkpoint.tensors import TensorFile
 from triplane.checkpoint.tiling import tiles
 from triplane.parallel.placement import Fragment
+from triplane.storage.errors import CheckpointError, DamagedError
+from triplane.storage.location import Location
 
 
 class Checkpoint:

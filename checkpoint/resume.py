@@ -6,12 +6,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from triplane.checkpoint.agreement import on_rank_0
-from triplane.checkpoint.errors import CheckpointError, DamagedError
 from triplane.checkpoint.folder import latest, set_aside, step_of
-from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.parallel.placement import Fragment
+from triplane.parallel.rank_0 import on_rank_0
+from triplane.storage.errors import CheckpointError, DamagedError
+from triplane.storage.location import Location
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from triplane.checkpoint.agreement import on_rank_0
 from triplane.checkpoint.config import CheckpointConfig
-from triplane.checkpoint.errors import DamagedError
 from triplane.checkpoint.folder import begin, checkpoint_of, checkpoints, commit, delete, step_of
 from triplane.checkpoint.kept_tokenizer import write_tokenizer
-from triplane.checkpoint.location import Location, remove
 from triplane.checkpoint.manifest import Box, Manifest, read_manifest
 from triplane.checkpoint.retention import Kept, expendable
 from triplane.checkpoint.snapshot import Snapshot, last_change
 from triplane.checkpoint.tensors import write_tensors
 from triplane.data.tokenizer import Tokenizer
 from triplane.parallel.placement import Fragment
+from triplane.parallel.rank_0 import on_rank_0
+from triplane.storage.errors import DamagedError
+from triplane.storage.location import Location, remove
 
 _SLOWEST_WRITE = timedelta(hours=1)
 """How long the first rank to have written waits for the last."""

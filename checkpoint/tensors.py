@@ -10,12 +10,12 @@ from typing import Literal
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
-from triplane.checkpoint.errors import CheckpointError, DamagedError, OutOfReachError
-from triplane.checkpoint.foreign import regular_file
-from triplane.checkpoint.location import Location, fill, writing
 from triplane.checkpoint.manifest import Box
-from triplane.model.schema import first_problem
 from triplane.parallel.placement import Fragment
+from triplane.storage.errors import CheckpointError, DamagedError, OutOfReachError
+from triplane.storage.foreign import regular_file
+from triplane.storage.location import Location, fill, writing
+from triplane.storage.schema import first_problem
 
 _LENGTH_BYTES = 8
 """Before the header: its length, little-endian."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from triplane.data.config import DataConfig
-from triplane.data.errors import DataError
-from triplane.data.files import replacing
 from triplane.data.manifest import StoredFile
-from triplane.data.remote import Retry, download
+from triplane.storage.errors import DataError
+from triplane.storage.files import replacing
+from triplane.storage.remote import Retry, download
 
 _OURS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.tmp")
 _POLL_S = 0.02

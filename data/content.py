@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple
 
-from triplane.data.files import disk_full_is_an_error
 from triplane.data.records import Content, Unread
+from triplane.storage.files import disk_full_is_an_error
 
 LONG_BYTES = 1 << 22
 """Longer documents are never in memory whole."""

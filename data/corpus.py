@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triplane.data.cache import Cache
-from triplane.data.errors import DataError
 from triplane.data.folder import LocalFolder, RemoteFolder, folder_at, join
 from triplane.data.index import ShardIndex
 from triplane.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, StoredFile, Tokens, damaged
 from triplane.data.open_tokenizer import tokenizer_of
 from triplane.data.sentencepiece_tokenizer import SENTENCEPIECE_NAME
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError
 
 
 class DocumentPart(NamedTuple):

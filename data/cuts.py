@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from triplane.data.errors import DataError
 from triplane.data.order import Order
+from triplane.storage.errors import DataError
 
 Piece = tuple[int, int]
 """Token of the source at which it starts, and how many of the tokens after that one it predicts."""

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from triplane.data.errors import DataError
 from triplane.data.journal import Journal
+from triplane.storage.errors import DataError
 
 Dedupe = Literal["none", "exact", "near"]
 

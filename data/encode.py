@@ -21,11 +21,11 @@ import numpy as np
 from triplane.data.blocks import Block
 from triplane.data.content import LONG_BYTES, Limits, too_long, unnamed_file
 from triplane.data.dedupe import HASH_BYTES, minhash_signature
-from triplane.data.errors import DataError
 from triplane.data.manifest import Tokens, token_dtype
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.records import Record, Unread, text_of, text_pieces
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError, TriplaneError
 
 _CHUNK_BYTES = 1 << 18
 """Stored text that a process encodes at once."""
@@ -139,7 +139,7 @@ def _encode_one(encoding: Encoding, record: Record) -> Outcome:
         text = text_of(record, encoding.text_field)
         parts = [model.encode_exactly(block, record.name) for block in model.blocks([text])]
     except ValueError as error:
-        if isinstance(error, DataError):
+        if isinstance(error, TriplaneError):
             raise
         return str(error)
     content = text.encode()
@@ -168,7 +168,7 @@ def _encode_long(pool: ProcessPoolExecutor, encoding: Encoding, record: Record, 
         for _ in model.blocks(_pieces(text)):
             pass  # raises if it cannot be cut, while nothing is written yet
     except ValueError as error:
-        if isinstance(error, DataError):
+        if isinstance(error, TriplaneError):
             raise
         return str(error)
     parts = _encode_parts(pool, encoding, record.name, model.blocks(_pieces(text)), ahead)

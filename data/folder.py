@@ -5,9 +5,9 @@ from io import BufferedReader
 from pathlib import Path
 
 from triplane.data.cache import Cache
-from triplane.data.errors import DataError
 from triplane.data.manifest import StoredFile
-from triplane.data.remote import is_url, read_url
+from triplane.storage.errors import DataError
+from triplane.storage.remote import is_url, read_url
 
 _MOST_BYTES = 1 << 28
 """Of a file that is read into memory before its checksum is known: a manifest, or one of a tokenizer's."""

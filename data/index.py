@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from triplane.data.errors import printable
-from triplane.data.files import write_whole
+from triplane.storage.errors import printable
+from triplane.storage.files import write_whole
 
 _CHUNK_BYTES = 1 << 20
 _ENTRY_BYTES = 3 * 8 + 4 + 4

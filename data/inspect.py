@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
 from triplane.data.plan import Plan
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
 

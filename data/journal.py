@@ -6,8 +6,8 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel
 
-from triplane.data.errors import DataError
-from triplane.data.files import disk_full_is_an_error, write_whole
+from triplane.storage.errors import DataError
+from triplane.storage.files import disk_full_is_an_error, write_whole
 
 _NAME = "journal.json"
 

@@ -9,8 +9,8 @@ from typing import Any
 import tokenizers
 
 from triplane.data.blocks import AHEAD_CHARS, SafePairs
-from triplane.data.errors import DataError
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError
 
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -73,9 +73,6 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         text: str = self._library.decode(ids, skip_special_tokens=True)
         return text
-
-    def hf_files(self) -> dict[str, bytes]:
-        return dict(self.files)
 
     def find_cut(self, text: str, start: int, stop: int) -> int | None:
         if self._pairs:

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Piece
-from triplane.data.errors import DataError
 from triplane.data.plan import Chunk, Plan
 from triplane.data.prefetch import Prefetcher
+from triplane.storage.errors import DataError, TriplaneError
 
 IGNORED_TARGET = -100
 """A position with this target has no loss."""
@@ -212,7 +212,7 @@ def _worker_errors() -> Iterator[None]:
     """Makes DataErrors of what workers raise, and of what they lack."""
     try:
         yield
-    except DataError as error:
+    except TriplaneError as error:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
     except RuntimeError as error:

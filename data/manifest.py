@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from triplane.data.errors import DataError, printable
-from triplane.data.files import write_whole
+from triplane.storage.errors import DataError, printable
+from triplane.storage.files import write_whole
 
 Tokens = NDArray[np.unsignedinteger]
 """Ids as they are stored."""

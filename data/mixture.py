@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from triplane.data.errors import DataError
 from triplane.data.order import key_of, permute
+from triplane.storage.errors import DataError
 
 BLOCK = 4096
 """Positions that are mixed together, and planned at once."""

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from triplane.data.errors import DataError
 from triplane.data.json_tokenizer import CONFIG_NAME, JSON_NAME, MAP_NAME, JsonTokenizer
 from triplane.data.sentencepiece_tokenizer import SENTENCEPIECE_NAME, SentencePieceTokenizer
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError
 
 _MOST_BYTES = 1 << 28
 

@@ -9,11 +9,11 @@ from triplane.data.cache import Cache
 from triplane.data.config import DataConfig, SourceConfig
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Even
-from triplane.data.errors import DataError
 from triplane.data.packing import packing
 from triplane.data.plan import Phase, StoredPlan, TrainingPlan
 from triplane.data.raw import ensure_corpus
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError, TriplaneError
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Sources:
         return [corpus.digest for corpus in self.train]
 
 
-def open_sources(config: DataConfig, run_dir: Path) -> Sources:
+def open_sources(config: DataConfig, tokenized: Path) -> Sources:
     """Raises DataError, a line for each source that is absent, damaged or made with another tokenizer.
 
-    Sources that are tars are tokenized into `run_dir/corpora` if they are not yet, which may take long: ask before
-    the ranks wait for each other.
+    Sources that are tars are tokenized into folders in `tokenized` unless they are there. That may take long: call it
+    before the ranks wait for each other.
     """
     problems: list[str] = []
     train: list[Corpus] = []
@@ -43,10 +43,10 @@ def open_sources(config: DataConfig, run_dir: Path) -> Sources:
     cache = Cache.of(config)
     for source in config.sources:
         try:
-            folder = _corpus_folder(config, source, run_dir)
+            folder = _corpus_folder(config, source, tokenized)
             splits = Corpus.open_splits(folder, cache)
             tokenizer = splits[0].open_tokenizer()
-        except DataError as error:
+        except TriplaneError as error:
             problems.append(str(error))
             continue
         tokenizers.append(tokenizer)
@@ -67,7 +67,7 @@ def open_sources(config: DataConfig, run_dir: Path) -> Sources:
     return Sources(train, validation, tokenizers[0])
 
 
-def _corpus_folder(config: DataConfig, source: SourceConfig, run_dir: Path) -> str:
+def _corpus_folder(config: DataConfig, source: SourceConfig, tokenized: Path) -> str:
     if not source.is_tars:
         return source.corpus
     if config.tokenizer is None:
@@ -75,19 +75,21 @@ def _corpus_folder(config: DataConfig, source: SourceConfig, run_dir: Path) -> s
             f"{source.corpus}: tars need data.tokenizer, a sentencepiece model or tokenizer.json to tokenize them with"
         )
     processes = len(os.sched_getaffinity(0))
-    return str(ensure_corpus([source.corpus], run_dir / "corpora", Path(config.tokenizer), processes=processes))
+    return str(ensure_corpus([source.corpus], tokenized, Path(config.tokenizer), processes=processes))
 
 
-def find_tokenizer(config: DataConfig, run_dir: Path) -> Tokenizer:
+def find_tokenizer(config: DataConfig, tokenized: Path) -> Tokenizer:
     """The tokenizer of all sources."""
-    return Corpus.open_splits(_corpus_folder(config, config.sources[0], run_dir), Cache.of(config))[0].open_tokenizer()
+    return Corpus.open_splits(_corpus_folder(config, config.sources[0], tokenized), Cache.of(config))[
+        0
+    ].open_tokenizer()
 
 
-def training_plan(config: DataConfig, corpora: Sequence[Corpus], seed: int, run_dir: Path) -> TrainingPlan:
-    """The order in which a run reads; the plans of best-fit packing are kept in `run_dir`, made there if absent."""
+def training_plan(config: DataConfig, corpora: Sequence[Corpus], seed: int, packed: Path) -> TrainingPlan:
+    """The order in which a run reads; the plans of best-fit packing are kept in the folder `packed`."""
     if config.packing == "best_fit":
         run = config.run_tokens // config.seq_len
-        cuts = [packing(corpus, config.seq_len, run, run_dir / "packing") for corpus in corpora]
+        cuts = [packing(corpus, config.seq_len, run, packed) for corpus in corpora]
         phases = [Phase(start, weights, cuts, seq_len) for start, weights, seq_len in config.timeline()]
     else:
         phases = [

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Piece, Pieces
-from triplane.data.errors import DataError
-from triplane.data.files import write_whole
+from triplane.storage.errors import DataError
+from triplane.storage.files import write_whole
 
 
 class Packing:

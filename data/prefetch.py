@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
+from triplane.storage.errors import DataError
 
 
 class Prefetcher:

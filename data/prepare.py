@@ -16,8 +16,6 @@ from triplane.data.content import DEFAULT_LIMITS, Limits
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe, Duplicates, check_library
 from triplane.data.encode import Encoding, Outcome, check_open_files, encode_records
-from triplane.data.errors import DataError
-from triplane.data.files import locked_folder, replacing, sync, write_whole
 from triplane.data.holdout import hold_out
 from triplane.data.journal import Journal
 from triplane.data.open_tokenizer import open_tokenizer
@@ -27,6 +25,8 @@ from triplane.data.report import Counts, Recipe, Rejected, Report
 from triplane.data.shards import SplitWriter
 from triplane.data.sources import SourceFile, find_files
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError
+from triplane.storage.files import locked_folder, replacing, sync, write_whole
 
 _REPORT_NAME = "report.json"
 

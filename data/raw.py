@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from triplane.data.errors import DataError
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.prepare import Progress, prepare
 from triplane.data.sources import find_files
+from triplane.storage.errors import DataError
 
 
 def ensure_corpus(

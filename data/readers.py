@@ -18,9 +18,9 @@ import fsspec
 
 from triplane.data.content import DEFAULT_LIMITS, Limits, read_content, read_line, read_row, too_long, unnamed_file
 from triplane.data.decompression import decompressed
-from triplane.data.errors import DataError, printable
 from triplane.data.records import Content, Position, Record, Unread
 from triplane.data.sources import SourceFile
+from triplane.storage.errors import DataError, TriplaneError, printable
 
 _Row = tuple[str, Literal["text", "python", "json"], Content]
 """The end of its name, its kind and its content."""
@@ -46,7 +46,7 @@ def read_records(
                 rows = itertools.islice(_reader(file)(stream, text_field, limits), skipped, None)
                 for count, (suffix, kind, content) in enumerate(rows, skipped + 1):
                     yield Record(file.name + suffix, kind, content, Position(number, count), before_bytes + raw.tell())
-        except DataError as error:
+        except TriplaneError as error:
             raise DataError(f"{file.name}: {error}") from error
         except MemoryError as error:
             raise DataError(f"{file.name}: cannot read this input: a part of it does not fit into memory") from error

@@ -6,8 +6,8 @@ from functools import cached_property
 import sentencepiece
 
 from triplane.data.blocks import SafePairs
-from triplane.data.errors import DataError
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 _SPACE = "\u2581"
@@ -43,11 +43,6 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         text: str = self._processor.decode(ids)
         return text
-
-    def hf_files(self) -> dict[str, bytes]:
-        from triplane.data.hf_tokenizer import converted  # loads protobuf
-
-        return converted(self.files[SENTENCEPIECE_NAME])
 
     def find_cut(self, text: str, start: int, stop: int) -> int | None:
         return self._pairs.find_cut(text, start, stop) if self._pairs else None

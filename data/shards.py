@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from triplane.data.files import replacing
 from triplane.data.index import index_shard
 from triplane.data.journal import Journal
 from triplane.data.manifest import Manifest, Shard, Split, StoredFile, Tokens, token_dtype
 from triplane.data.report import Counts
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.files import replacing
 
 _BLOCK_DOCUMENTS = 256
 _BLOCK_TOKENS = 1 << 20

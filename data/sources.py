@@ -15,8 +15,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from triplane.data.decompression import COMPRESSIONS
-from triplane.data.errors import DataError, printable
 from triplane.data.records import Rejection
+from triplane.storage.errors import DataError, TriplaneError, printable
 
 PYTHON_STDLIB = "python-stdlib"
 """The input that every machine has: the sources and documentation of Python's standard library, about 12 MB."""
@@ -80,7 +80,7 @@ def _find(name: str, reject: Callable[[Rejection], object]) -> Iterator[SourceFi
                     raise DataError(f"{match}: {reason}")
                 else:
                     yield store.describe(match)
-    except DataError:
+    except TriplaneError:
         raise
     except Exception as error:  # each store has errors of its own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from triplane.data.blocks import BLOCK_CHARS, Block, blocks
-from triplane.data.errors import DataError
-from triplane.data.files import write_whole
 from triplane.data.manifest import Tokens, token_dtype
+from triplane.storage.errors import DataError
+from triplane.storage.files import write_whole
 
 
 class Tokenizer(ABC):
@@ -33,10 +33,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; special tokens have none."""
-
-    @abstractmethod
-    def hf_files(self) -> dict[str, bytes]:
-        """Names and contents of its files in a Hugging Face folder; DataError if it has none."""
 
     @abstractmethod
     def find_cut(self, text: str, start: int, stop: int) -> int | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import sentencepiece
 
 from triplane.data.blocks import Block
-from triplane.data.errors import DataError
-from triplane.data.files import write_whole
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.tokenizer import Tokenizer
+from triplane.storage.errors import DataError, TriplaneError
+from triplane.storage.files import write_whole
 
 _PIECE_CHARS = 1 << 16
 """Longer documents are cut for training, so that one huge file can be sampled as well."""
@@ -62,7 +62,7 @@ def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sampl
     try:
         for i, text in enumerate([_ODD_TEXT, *sample[:100]]):
             tokenizer.encode_exactly(Block("", text, 0), f"training text {i}" if i else "a text of ours")
-    except DataError:
+    except TriplaneError:
         path.unlink()
         raise
     return tokenizer

@@ -4,21 +4,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from triplane.checkpoint.errors import CheckpointError
-from triplane.data.errors import BusyError, DataError
-from triplane.launcher.errors import ConfigError, LaunchError
-from triplane.model.errors import ModelError
-from triplane.parallel.errors import LayoutError
-from triplane.training.errors import TrainingError
-from triplane.training.exits import Exit
-
-USER_ERRORS = (CheckpointError, ConfigError, DataError, LaunchError, LayoutError, ModelError, TrainingError)
-"""What a user can mend: one line a problem."""
+from triplane.storage.errors import BusyError, ConfigError, TriplaneError
+from triplane.training.exits import Exit, leave
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
@@ -176,7 +168,7 @@ def plan(
 
     Exits with 1 if something is wrong.
     """
-    from triplane.launcher.plan.command import plan
+    from triplane.plan.command import plan
 
     leave(plan(config, overrides or [], gpus, gpu, search, price, time_limit_days, json))
 
@@ -217,8 +209,8 @@ def submit(
 
     Warned of its time limit or of a preemption, the job saves and goes back into the queue; so it does after a crash.
     """
-    from triplane.launcher.slurm.batch_script import Request
-    from triplane.launcher.slurm.submit import submit
+    from triplane.slurm.batch_script import Request
+    from triplane.slurm.submit import submit
 
     allowed = (allow_data_change, allow_fresh_start)
     request = Request(nodes, ranks_per_node, time, partition, account, container, chain, *allowed)
@@ -292,7 +284,7 @@ def cancel(run: RunFolder) -> None:
 @app.command()
 def resume(run: RunFolder) -> None:
     """Queue the last job of a run again, with the code and config that it had."""
-    from triplane.launcher.monitor.jobs import resume
+    from triplane.slurm.jobs import resume
 
     resume(run)
 
@@ -309,7 +301,7 @@ def check_nodes(
     Started for each rank, as by `srun --ntasks-per-node 8 triplane check-nodes RUN`.
     Exits with 3 if a node is out of line.
     """
-    from triplane.launcher.slurm.node_check import check_nodes
+    from triplane.slurm.node_check import check_nodes
 
     leave(check_nodes(run, bad_nodes))
 
@@ -337,10 +329,10 @@ def prove(
     if reshard:
         if config is not None or quick:
             raise ConfigError("--reshard has a model and layouts of its own; give neither a config nor --quick")
-        from triplane.launcher.proof.prove_resharding import prove_resharding
+        from triplane.prove.reshard import prove_resharding
 
         leave(prove_resharding(ranks, json))
-    from triplane.launcher.proof.prove import prove
+    from triplane.prove.command import prove
 
     leave(prove(config, ranks, quick, json))
 
@@ -449,7 +441,7 @@ def main() -> None:
 
 def _mistake(error: Exception) -> str | None:
     """What a user can mend, a line a problem; None if it is not the user's."""
-    if isinstance(error, USER_ERRORS):
+    if isinstance(error, TriplaneError):
         return str(error)
     if isinstance(error, typer.TyperException):
         message = error.format_message()  # none where all of the help was shown
@@ -458,10 +450,3 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and sys.argv[1:2] != ["train"]:
         return f"{error.filename}: {error.strerror}"
     return None
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process now: gloo's threads abort one exit in twelve after a run that finished right."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -8,13 +8,13 @@ from rich.console import Console
 
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe
-from triplane.data.errors import DataError
 from triplane.data.inspect import describe
 from triplane.data.prepare import prepare as prepare_corpus
 from triplane.data.prepare import read_documents
 from triplane.data.records import Rejection
 from triplane.data.tokenizer_training import train_tokenizer as train_sentencepiece
-from triplane.launcher.preparation import PreparationBar, show_report
+from triplane.launcher.progress_bar import PreparationBar, show_report
+from triplane.storage.errors import DataError
 
 _SHOWN_REJECTIONS = 10
 

@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triplane.launcher.checks import check
-from triplane.launcher.config import RunConfig, load_config
-from triplane.launcher.errors import ConfigError
-from triplane.launcher.plan.estimate import work_of
-from triplane.launcher.plan.shares import RankKind, Work, rank_kinds
+from triplane.config.checks import check
+from triplane.config.load import load_config
 from triplane.model.batch import Batch
 from triplane.parallel.engine import Engine
-from triplane.parallel.mesh import connected
+from triplane.parallel.groups import connected
+from triplane.plan.estimate import work_of
+from triplane.plan.shares import RankKind, Work, rank_kinds
+from triplane.storage.errors import ConfigError
+from triplane.training.config import RunConfig
 
 _META = torch.device("meta")
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from triplane.config.checks import check
+from triplane.config.load import load_config
 from triplane.data.inspect import describe_batch
 from triplane.data.opening import open_sources, training_plan
-from triplane.launcher.checks import check
-from triplane.launcher.config import load_config
 from triplane.launcher.corpus_commands import show_corpus
-from triplane.launcher.errors import ConfigError
+from triplane.storage.errors import ConfigError
 
 
 def inspect(path: str, documents: int, verify: bool) -> None:
@@ -28,8 +28,8 @@ def inspect_data(path: Path, overrides: list[str], step: int) -> None:
     config = load_config(path, overrides)
     if problems := check(config, None):
         raise ConfigError("\n".join(problems))
-    sources = open_sources(config.data, Path(config.run_dir))
-    plan = training_plan(config.data, sources.train, config.seed, Path(config.run_dir))
+    sources = open_sources(config.data, config.folder.corpora)
+    plan = training_plan(config.data, sources.train, config.seed, config.folder.packing)
     size = config.training.global_batch_size
     first = (step - 1) * size
     console = Console(highlight=False, soft_wrap=True)

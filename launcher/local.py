@@ -15,13 +15,14 @@ from types import FrameType
 import torch
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
 
-from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.folder import newest_step
-from triplane.checkpoint.location import Location
 from triplane.launcher.cores import cores_of_ranks
-from triplane.launcher.monitor.report import REPORT, report_problem
+from triplane.launcher.monitor.report import report_problem
+from triplane.storage.errors import CheckpointError
+from triplane.storage.location import Location
 from triplane.training.exits import Exit
-from triplane.training.failure import LOGS, NOWHERE, Failure, take_failure
+from triplane.training.failure import NOWHERE, Failure, take_failure
+from triplane.training.run_folder import RunFolder
 from triplane.training.run_log import record_event
 from triplane.training.stopping import LAUNCHER
 
@@ -55,7 +56,7 @@ def run_local_ranks(
         with _told():
             record_event(run_dir, "restart", step, restarts_left=restarts_left - 1)
     if problem := report_problem(run_dir):
-        print(f"triplane: no {REPORT}: {problem}", file=sys.stderr)
+        print(f"triplane: no report: {problem}", file=sys.stderr)
     return ranks.exit_code
 
 
@@ -221,7 +222,7 @@ class _Logs(LogsSpecs):
     """Rank 0 prints on the console; what ranks warn of goes into `logs/rank_N.START.log`."""
 
     def __init__(self, run_dir: Path):
-        super().__init__(str(run_dir / LOGS))
+        super().__init__(str(RunFolder(run_dir).logs))
 
     @property
     def root_log_dir(self) -> str:

@@ -7,22 +7,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from triplane.checkpoint.errors import CheckpointError
-from triplane.checkpoint.export import export as export_weights
-from triplane.checkpoint.import_hf import import_hf
 from triplane.checkpoint.kept_tokenizer import read_tokenizer
 from triplane.checkpoint.parent import Parent
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
+from triplane.config.preflight import beside_config, config_of, find_checkpoint, model_of
+from triplane.config.toml import to_toml
 from triplane.data.baseline import unigram_loss
-from triplane.data.errors import DataError
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.opening import find_tokenizer, open_sources
 from triplane.data.tokenizer import Tokenizer
-from triplane.launcher.config import RunConfig
-from triplane.launcher.errors import ConfigError
-from triplane.launcher.preflight import beside_config, config_of, find_checkpoint, model_of
-from triplane.launcher.toml import to_toml
+from triplane.hf.export import export as export_weights
+from triplane.hf.importing import import_hf
 from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
 from triplane.model.count import count_parameters
@@ -30,7 +26,9 @@ from triplane.model.generate import generate as generate_tokens
 from triplane.model.generate import next_logits
 from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
+from triplane.storage.errors import CheckpointError, ConfigError, TriplaneError
 from triplane.training.batches import Feed
+from triplane.training.config import RunConfig
 from triplane.training.evaluation import evaluate_model, held_out, validation_losses
 from triplane.training.hardware import DTYPES, room_for_weights
 
@@ -68,8 +66,8 @@ class TrainedModel:
             raise CheckpointError(f"{where}: holds no tokenizer; give one by --tokenizer")
         else:
             try:
-                tokenizer = find_tokenizer(self.config.data, Path(self.config.run_dir))
-            except DataError as error:
+                tokenizer = find_tokenizer(self.config.data, self.config.folder.corpora)
+            except TriplaneError as error:
                 raise CheckpointError(f"{error}; or give the tokenizer by --tokenizer") from error
         if (size := tokenizer.vocab_size) > self.model.vocab_size:
             raise CheckpointError(f"{where}: of {self.model.vocab_size} tokens, but the tokenizer has {size}")
@@ -108,7 +106,7 @@ def evaluate(run: str, sequences: int | None) -> None:
             f"{run}: only weights, without a run that says what to read; train with checkpoint.initial"
         )
     data = trained.config.data
-    sources = open_sources(data, Path(trained.config.run_dir))
+    sources = open_sources(data, trained.config.folder.corpora)
     validation = held_out(data, sources.validation)
     model, device = trained.load()
     feed = Feed(trained.config.training.micro_batch_size, 0, 1, Axis(), device)

@@ -9,22 +9,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from triplane.checkpoint.agreement import on_rank_0
-from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.folder import fresh_start_problem, newest_manifest, newest_step
-from triplane.checkpoint.location import Location
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import Damage, Resumed, fill_from_newest
 from triplane.checkpoint.store import CheckpointStore
-from triplane.data.files import write_whole
-from triplane.data.loader import SequenceDataset
-from triplane.data.opening import Sources, open_sources, training_plan
-from triplane.launcher.config import RunConfig
-from triplane.launcher.devices import gpu_number, threads
-from triplane.launcher.monitor.report import REPORT, report_problem
-from triplane.launcher.preflight import (
-    CONFIG,
-    DONE,
+from triplane.config.preflight import (
     change_since,
     checkpoints_folder,
     config_of,
@@ -34,11 +23,21 @@ from triplane.launcher.preflight import (
     parent_of,
     run_record,
 )
-from triplane.launcher.ranks import Rank
-from triplane.launcher.toml import to_toml
+from triplane.config.toml import to_toml
+from triplane.data.loader import SequenceDataset
+from triplane.data.opening import Sources, open_sources, training_plan
+from triplane.launcher.monitor.report import report_problem
+from triplane.parallel.devices import gpu_number, threads
 from triplane.parallel.engine import Engine
-from triplane.parallel.mesh import Mesh, connected
+from triplane.parallel.groups import connected
+from triplane.parallel.mesh import Mesh
+from triplane.parallel.rank_0 import on_rank_0
+from triplane.parallel.ranks import Rank
+from triplane.storage.errors import CheckpointError
+from triplane.storage.files import write_whole
+from triplane.storage.location import Location
 from triplane.training.batches import Feed
+from triplane.training.config import RunConfig
 from triplane.training.evaluation import held_out
 from triplane.training.failure import Story, failure_of, lost_peers
 from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
@@ -112,7 +111,7 @@ def _prepare(
         partial(adamw, config.optimizer),
     )
     state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start)
-    sources = open_sources(config.data, Path(config.run_dir))
+    sources = open_sources(config.data, config.folder.corpora)
     own = {"id": on_rank_0(lambda: own_id(config)), "parent": _parent(config, resumed)}
     record = run_record(config, sources) | own
     corpora = _corpora(config, sources)
@@ -177,19 +176,19 @@ def _resolve(config: RunConfig, folder: Location, mesh: Mesh) -> RunConfig:
 
 
 def _write_config(config: RunConfig) -> None:
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / DONE).unlink(missing_ok=True)
-    write_whole(run_dir / CONFIG, to_toml(config).encode())
+    run = config.folder
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.done.unlink(missing_ok=True)
+    write_whole(run.config, to_toml(config).encode())
 
 
 def _write_done(config: RunConfig) -> None:
-    write_whole(Path(config.run_dir) / DONE, f"{config.training.steps}\n".encode())
+    write_whole(config.folder.done, f"{config.training.steps}\n".encode())
 
 
 def _write_report(run_dir: Path, report: Report) -> None:
     if problem := report_problem(run_dir):  # all that matters is saved
-        report.message(f"no {REPORT}: {problem}")
+        report.message(f"no report: {problem}")
 
 
 def _saved_precision(folder: Location) -> Precision | None:
@@ -241,13 +240,13 @@ def _record_damages(config: RunConfig, damages: list[Damage]) -> None:
 
 
 def _corpora(config: RunConfig, sources: Sources) -> Corpora:
-    data, run_dir = config.data, Path(config.run_dir)
+    data = config.data
 
     def write_plans() -> None:
-        training_plan(data, sources.train, config.seed, run_dir)
+        training_plan(data, sources.train, config.seed, config.folder.packing)
 
     on_rank_0(write_plans)  # before the others read them
-    plan = training_plan(data, sources.train, config.seed, run_dir)
+    plan = training_plan(data, sources.train, config.seed, config.folder.packing)
     return Corpora(
         SequenceDataset(sources.train, plan, data.document_mask),
         held_out(data, sources.validation),

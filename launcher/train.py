@@ -7,18 +7,18 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from triplane.checkpoint.folder import write_problem
-from triplane.data.errors import NoLocksError
-from triplane.data.files import locked_folder
+from triplane.config.checks import check
+from triplane.config.load import load_config
+from triplane.config.preflight import checkpoints_folder
 from triplane.data.opening import open_sources
-from triplane.launcher.checks import check
-from triplane.launcher.config import RunConfig, load_config
-from triplane.launcher.devices import problems_of_devices, use_cpu, visible_devices
-from triplane.launcher.errors import ConfigError
-from triplane.launcher.gate import examine, memory_problem
-from triplane.launcher.preflight import checkpoints_folder
-from triplane.launcher.ranks import Rank, current_rank, rendezvous
-from triplane.training.exits import Exit
-from triplane.training.failure import LOGS, REFUSED, forget_failures
+from triplane.parallel.devices import problems_of_devices, use_cpu, visible_devices
+from triplane.parallel.ranks import Rank, current_rank, rendezvous
+from triplane.plan.gate import examine, memory_problem
+from triplane.storage.errors import ConfigError, NoLocksError
+from triplane.storage.files import locked_folder
+from triplane.training.config import RunConfig
+from triplane.training.exits import Exit, leave
+from triplane.training.failure import forget_failures
 from triplane.training.stopping import LAUNCHER
 
 
@@ -39,26 +39,25 @@ def train(
             found = _pass_gate(config, ranks, allow_data_change, allow_fresh_start, found, local=rank is None)
         if found:
             if rank is not None:  # whoever started the ranks may see the exit code of one that waited for this one
-                (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-                (run_dir / LOGS / REFUSED).write_text("\n".join(found) + "\n")
+                config.folder.logs.mkdir(parents=True, exist_ok=True)
+                config.folder.refused.write_text("\n".join(found) + "\n")
             raise ConfigError("\n".join(found))
         forget_failures(run_dir, rank.rank if rank else 0)
     if not watched and any(source.is_tars for source in config.data.sources):
         # Tokenizes them: every process waits for it here, before the ranks wait for each other with a time limit.
-        open_sources(config.data, run_dir)
+        open_sources(config.data, config.folder.corpora)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
         flags = [flag for flag, given in allowed.items() if given]
         arguments = ["train", str(path), *overrides, *flags]
         from triplane.launcher.local import run_local_ranks  # loads torch
 
-        with alone_in(run_dir / LOGS):
+        with alone_in(config.folder.logs):
             return run_local_ranks(ranks, arguments, run_dir, checkpoints_folder(config), config.faults.max_restarts)
     if rank is not None and rank.world_size > 1:
         os.environ.update(rendezvous(os.environ))
     if not first:
         os.dup2(2, 1)  # what libraries print; the console is rank 0's
-    from triplane.launcher.cli import leave
     from triplane.launcher.run import run_rank
 
     with _alone(config) if first else nullcontext():
@@ -100,7 +99,7 @@ def _pass_gate(
 def _machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Iterator[str]:
     """Why this machine cannot run its ranks: this one, or all if `rank` is None and this process starts them."""
     devices = visible_devices()
-    yield from problems_of_devices(config, rank, ranks, devices)
+    yield from problems_of_devices(config.parallel, config.training.precision, rank, ranks, devices)
     if rank is not None:
         return
     if not devices.gpus and not check(config, ranks) and (problem := memory_problem(config, ranks)):

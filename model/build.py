@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
-from triplane.model.errors import ModelError
 from triplane.model.transformer import Transformer
+from triplane.storage.errors import ModelError
 
 
 def load_model(config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Transformer:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from triplane.model.batch import Batch
-from triplane.model.errors import ModelError
 from triplane.model.transformer import Transformer
+from triplane.storage.errors import ModelError
 
 LENGTH_MULTIPLE = 64
 """Tokens are padded to a multiple of it: on a GPU each length is another plan, and compiled, another graph."""

@@ -1,7 +1,5 @@
 """The one place that fixes the order in which parallelism is applied to a model."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -10,24 +8,9 @@ from triplane.model.transformer import Transformer
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.pipeline import TIED_HEAD, cut_stage
-from triplane.parallel.placement import Placement, place
+from triplane.parallel.placement import LocalModel, place
 from triplane.parallel.recompute import apply_recompute
 from triplane.parallel.stages import stage_layers
-
-
-@dataclass(frozen=True)
-class LocalModel:
-    """What this rank holds of the model, all zeros."""
-
-    stages: list[Transformer]
-    """One, or as many as there are virtual stages, in the order in which a token passes them."""
-    placements: list[Placement]
-    dtype: torch.dtype
-
-    @property
-    def module(self) -> nn.Module:
-        """All of it as one module."""
-        return self.stages[0] if len(self.stages) == 1 else nn.ModuleList(self.stages)
 
 
 def build_local_model(

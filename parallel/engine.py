@@ -15,10 +15,10 @@ from triplane.model.generate import LENGTH_MULTIPLE
 from triplane.model.head import Loss
 from triplane.model.init import initial_weight
 from triplane.model.transformer import Transformer
-from triplane.parallel.apply import LocalModel, build_local_model
+from triplane.parallel.apply import build_local_model
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.placement import Fragment
+from triplane.parallel.placement import Fragment, LocalModel
 from triplane.parallel.rules import token_multiple
 
 Forward = Callable[[nn.Module, int, Tensor | None], Tensor]

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Size, Tensor, nn
 
+from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Mesh
 
 
@@ -110,3 +112,18 @@ def fragments(placement: Placement, kind: str, flat: Tensor, start: int, primary
 def _fragment(placement: Placement, kind: str, local: tuple[int, ...], data: Tensor, primary: bool) -> Fragment:
     offsets = tuple(a + b for a, b in zip(placement.offsets, local))
     return Fragment(kind, placement.name, placement.shape, offsets, data, primary and placement.primary)
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """What this rank holds of the model, all zeros."""
+
+    stages: list[Transformer]
+    """One, or as many as there are virtual stages, in the order in which a token passes them."""
+    placements: list[Placement]
+    dtype: torch.dtype
+
+    @property
+    def module(self) -> nn.Module:
+        """All of it as one module."""
+        return self.stages[0] if len(self.stages) == 1 else nn.ModuleList(self.stages)

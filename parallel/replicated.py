@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triplane.parallel.apply import LocalModel
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.norm import squared_norm
-from triplane.parallel.placement import Fragment, fragments
+from triplane.parallel.placement import Fragment, LocalModel, fragments
 
 _BUCKET_ELEMENTS = 32 * 1024**2
 """Gradients are reduced in buffers of this size: few collectives, bounded extra memory."""

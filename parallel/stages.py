@@ -7,7 +7,7 @@ from math import inf
 
 from triplane.model.config import ModelConfig
 from triplane.model.count import block_flops, head_flops
-from triplane.parallel.errors import LayoutError
+from triplane.storage.errors import LayoutError
 
 _EMBEDDING = 0.1
 """Cost of the embedding as a share of the head's: no product, but its gradient is as large a table."""

@@ -17,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triplane.model.transformer import Transformer
-from triplane.parallel.apply import LocalModel
 from triplane.parallel.config import BUCKET_ELEMENTS, ParallelConfig
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.placement import Fragment, Placement, fragments
+from triplane.parallel.placement import Fragment, LocalModel, Placement, fragments
 from triplane.parallel.uncompiled import importing_uncompiled
 
 if not torch.cuda.is_available():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from small_corpora import Prepared
 
-from triplane.data.files import locked_folder
-from triplane.launcher.config import RunConfig
+from triplane.storage.files import locked_folder
+from triplane.training.config import RunConfig
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from triplane.hf.names import hf_config, to_hf_name
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
-from triplane.model.hf import hf_config, to_hf_name
 from triplane.model.transformer import Transformer
 
 

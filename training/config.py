@@ -1,8 +1,15 @@
-"""The choices that define the optimization and what is reported."""
+"""Every choice of a run. The tables of the network, the data, the layout and the checkpoints are in their rooms."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from triplane.checkpoint.config import CheckpointConfig
+from triplane.data.config import DataConfig
+from triplane.model.config import ModelConfig
+from triplane.parallel.config import ParallelConfig
+from triplane.training.run_folder import RunFolder
 
 
 class OptimizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
@@ -96,3 +103,35 @@ class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False,
     """How many; a trace of a step takes megabytes."""
     ranks: list[NonNegativeInt] = Field(default=[0], min_length=1)
     """Those that write one each."""
+
+
+class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
+    """All choices of a run; a table in the file for each room."""
+
+    run_dir: str = Field(min_length=1)
+    """Folder of the run: checkpoints, metrics, logs. Started again, the run goes on from what is there."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the initial weights and the order of the data."""
+    model: ModelConfig
+    """The network."""
+    data: DataConfig
+    """What is read, in which order."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model spreads over ranks."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    training: TrainingConfig
+    """How long, how big a step, what is reported."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When state is saved, what is kept."""
+    faults: FaultsConfig = FaultsConfig()
+    """What happens when something goes wrong."""
+    profile: ProfileConfig = ProfileConfig()
+    """Which steps are traced."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """The folder of the run."""
+        return RunFolder(Path(self.run_dir))

@@ -1,7 +1,9 @@
 """Exit codes of `triplane`; README.md lists them. A process that a signal ended has 128 and the signal's number."""
 
 import os
+import sys
 from enum import IntEnum
+from typing import NoReturn
 
 
 class Exit(IntEnum):
@@ -16,3 +18,10 @@ class Exit(IntEnum):
     """`check-nodes` found a node out of line."""
     TRY_AGAIN = os.EX_TEMPFAIL
     """75: a rank hung, or the run folder is held by another process."""
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now: gloo's threads abort one exit in twelve after a run that finished right."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -13,17 +13,10 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
-from triplane.data.files import locked_by_another
+from triplane.storage.files import locked_by_another
+from triplane.training.run_folder import RunFolder
 from triplane.training.run_log import record_event
 
-LOGS = "logs"
-"""Folder in a run folder: what each rank and start printed. Its launcher holds it while ranks run."""
-REFUSED = "refused"
-"""File in there with why rank 0 refused a start that others begin: exit codes of a job's step are not reliable."""
-FIRST_CAUSE = "first_cause"
-"""File in there with one line: the first cause of the last start's failure. Whoever makes it tells it."""
-ROLL = "alive"
-"""File in there of which each living rank has locked a byte."""
 NOWHERE = "at an unknown step"
 _GRACE_S = 3.0
 """How long a rank that lost its peers waits for one of them to tell why."""
@@ -76,7 +69,7 @@ def lost_peers(error: BaseException) -> bool:
 
 def record_failure(run_dir: Path, failure: Failure) -> None:
     """Replaces what the rank left earlier; whoever reads it sees all of it or nothing."""
-    path = _path(run_dir, failure.rank)
+    path = RunFolder(run_dir).failure(failure.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
@@ -88,7 +81,7 @@ def record_failure(run_dir: Path, failure: Failure) -> None:
 
 def take_failure(run_dir: Path, rank: int) -> Failure | None:
     """What the rank left, which is gone then."""
-    path = _path(run_dir, rank)
+    path = RunFolder(run_dir).failure(rank)
     if not path.exists():
         return None
     text = path.read_bytes()
@@ -101,8 +94,8 @@ def take_failure(run_dir: Path, rank: int) -> Failure | None:
 
 def forget_failures(run_dir: Path, rank: int) -> None:
     """Removes what an earlier start left; other ranks of this one may have failed already."""
-    _path(run_dir, rank).unlink(missing_ok=True)
-    told = run_dir / LOGS / FIRST_CAUSE
+    RunFolder(run_dir).failure(rank).unlink(missing_ok=True)
+    told = RunFolder(run_dir).first_cause
     if rank == 0 and told.exists() and told.stat().st_mtime < psutil.Process().create_time():
         told.unlink()
 
@@ -126,9 +119,10 @@ class Story:
         """That of each rank, once the ranks have met."""
         self._watched = watched
         self._newest_step = newest_step
-        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        self._run = RunFolder(run_dir)
+        self._run.logs.mkdir(parents=True, exist_ok=True)
         # Each rank locks its byte of one file; the system unlocks it when the rank dies, however.
-        self._roll = open(run_dir / LOGS / ROLL, "a+b")  # noqa: SIM115 - held until the process ends
+        self._roll = open(self._run.alive, "a+b")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.lockf(self._roll, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
             self._lives_known = True
@@ -153,10 +147,10 @@ class Story:
         """The failure of a rank that cannot tell it; None if another rank has told the first cause meanwhile."""
         deadline_s = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline_s:
-            if (self.run_dir / LOGS / FIRST_CAUSE).exists():
+            if self._run.first_cause.exists():
                 return None
             time.sleep(_POLL_S)
-        silent = [rank for rank in range(len(self.hosts)) if not _path(self.run_dir, rank).exists()]
+        silent = [rank for rank in range(len(self.hosts)) if not self._run.failure(rank).exists()]
         if self._lives_known:
             silent = [rank for rank in silent if not locked_by_another(self._roll, rank, 1)]
         if not silent:
@@ -168,12 +162,8 @@ class Story:
     def _claim(self, first: Failure) -> bool:
         """Makes the file with the first cause; False if another rank has."""
         try:
-            with open(self.run_dir / LOGS / FIRST_CAUSE, "x") as file:
+            with open(self._run.first_cause, "x") as file:
                 file.write(f"{first}\n")
         except FileExistsError:
             return False
         return True
-
-
-def _path(run_dir: Path, rank: int) -> Path:
-    return run_dir / LOGS / f"rank_{rank}.failure.json"

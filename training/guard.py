@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from triplane.training.agreement import Verdict
 from triplane.training.config import FaultsConfig
+from triplane.training.verdicts import Verdict
 
 _NORMAL = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation."""

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.store import CheckpointStore
 from triplane.data.loader import SequenceDataset
 from triplane.data.tokenizer import Tokenizer
@@ -20,10 +19,9 @@ from triplane.model.batch import Batch
 from triplane.model.count import flops_per_token
 from triplane.model.generate import generate
 from triplane.parallel.engine import Engine, StepLoss
-from triplane.training.agreement import Agreement, Verdict
+from triplane.storage.errors import CheckpointError, TrainingError
 from triplane.training.batches import Feed
 from triplane.training.config import FaultsConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainingConfig
-from triplane.training.errors import TrainingError
 from triplane.training.evaluation import HeldOut, validation_losses
 from triplane.training.guard import problem
 from triplane.training.hardware import peak_memory_gib
@@ -34,6 +32,7 @@ from triplane.training.report import Report
 from triplane.training.schedule import learning_rate, warmup_steps
 from triplane.training.state import State
 from triplane.training.stopping import Stopping, request_name
+from triplane.training.verdicts import Agreement, Verdict
 from triplane.training.watchdog import Watchdog
 
 _SAMPLE_TOKENS = 48

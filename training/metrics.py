@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from triplane.training.run_log import METRICS_LOG, SAMPLES_LOG, cut_log, open_log
+from triplane.training.run_folder import RunFolder
+from triplane.training.run_log import cut_log, open_log
 from triplane.training.units import format_count
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ class MetricsWriter:
 
         # A start from nothing repeats the validation before the first step, if there is one.
         first_step = resume_step + 1 if resume_step else 0
-        for name in (METRICS_LOG, SAMPLES_LOG):
-            cut_log(run_dir / name, first_step)
-        self._lines, self._samples = (open_log(run_dir / name) for name in (METRICS_LOG, SAMPLES_LOG))
-        self._open_board = partial(SummaryWriter, str(run_dir / "tensorboard"))
+        run = RunFolder(run_dir)
+        for log in (run.metrics, run.samples):
+            cut_log(log, first_step)
+        self._lines, self._samples = open_log(run.metrics), open_log(run.samples)
+        self._open_board = partial(SummaryWriter, str(run.tensorboard))
         self._board: SummaryWriter | None = self._open_board(purge_step=first_step)
         if resume_step == 0:
             self._board.add_text("metrics", _legend(), 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch.profiler import profile, record_function
 
 from triplane.training.config import ProfileConfig
+from triplane.training.run_folder import RunFolder
 
 
 class Profiler:
@@ -15,7 +16,7 @@ class Profiler:
     def __init__(self, config: ProfileConfig, run_dir: Path, rank: int):
         start = config.start_step if rank in config.ranks else None
         self._window = range(0) if start is None else range(start, start + config.steps)
-        self._path = run_dir / "profile" / f"rank_{rank}.json"
+        self._path = RunFolder(run_dir).trace(rank)
         self._profile: profile | None = None
 
     def __enter__(self) -> "Profiler":

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-METRICS_LOG, SAMPLES_LOG, HISTORY = "metrics.jsonl", "samples.jsonl", "history.jsonl"
+from triplane.training.run_folder import RunFolder
 
 Record = TypeVar("Record")
 
@@ -62,7 +62,7 @@ METRICS_RECORDS: TypeAdapter[Metrics] = TypeAdapter(Annotated[Metrics, AfterVali
 def record_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
     """Adds a record to the history; for one process at a time."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open_log(run_dir / HISTORY) as lines:
+    with open_log(RunFolder(run_dir).history) as lines:
         lines.write(json.dumps({"time": time.time(), "event": event, "step": step, "details": details}) + "\n")
 
 

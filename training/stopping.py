@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-STOP = "stop"
-"""File in a run folder that asks its ranks to save and leave."""
+from triplane.training.run_folder import RunFolder
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FILE = 255
 """Stands for the file where a signal's number would."""
@@ -22,7 +22,7 @@ class Stopping:
     """
 
     def __init__(self, run_dir: Path, rank: int):
-        self._file = run_dir / STOP if rank == 0 else None
+        self._file = RunFolder(run_dir).stop if rank == 0 else None
         self._launcher = os.environ.get(LAUNCHER)
         self._signal = 0
         for number in _SIGNALS:

@@ -1,36 +1,19 @@
-"""`triplane status`, `logs`, `cancel` and `resume`: the runs in a folder, and their jobs if they have any."""
+"""`triplane status`, `logs` and `cancel`: the runs in a folder, on this machine or as jobs."""
 
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from triplane.launcher.config import load_config
-from triplane.launcher.errors import LaunchError
-from triplane.launcher.monitor.run_status import RunStatus, find_runs, is_running, read_status, steps_done
-from triplane.launcher.preflight import CONFIG
-from triplane.launcher.slurm import client as slurm
-from triplane.launcher.slurm.snapshot import JOB_ID, SCRIPT, last_submission
-from triplane.training.failure import LOGS
-from triplane.training.stopping import STOP
+from triplane.launcher.monitor.run_status import RunStatus, find_runs, read_status
+from triplane.slurm import client as slurm
+from triplane.slurm.jobs import active_job, job_of
+from triplane.storage.errors import LaunchError
+from triplane.training.run_folder import RunFolder
 from triplane.training.units import format_duration
 
 _POLL_S = 0.5
 _OBEY_S = 60.0
 """How long a run on this machine may take to obey, at least; a step must end, and a save."""
-
-
-def job_of(run_dir: Path) -> slurm.Job | None:
-    """The last job of a run; None if it has none, or none that Slurm remembers."""
-    submission = last_submission(run_dir)
-    if submission is None or not slurm.is_here():
-        return None
-    return slurm.find_job((submission / JOB_ID).read_text().strip())
-
-
-def active_job(run_dir: Path) -> slurm.Job | None:
-    """The job of a run that is in the queue or runs."""
-    job = job_of(run_dir)
-    return job if job and job.state in slurm.ACTIVE else None
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -88,7 +71,7 @@ def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
 
 
 def _newest_log(run_dir: Path, rank: int | None) -> Path:
-    folder, pattern = run_dir / LOGS, "job.log" if rank is None else f"rank_{rank}.*.log"
+    folder, pattern = RunFolder(run_dir).logs, RunFolder(run_dir).job_log.name if rank is None else f"rank_{rank}.*.log"
     if found := list(folder.glob(pattern)):
         return max(found, key=lambda file: file.stat().st_mtime_ns)
     there = ", ".join(sorted(file.name for file in folder.glob("*.log")))
@@ -106,9 +89,9 @@ def cancel(run_dir: Path) -> None:
         print(f"job {job.id} is cancelled; `triplane resume {run_dir}` goes on from the last checkpoint")
         return
     run = read_status(run_dir)
-    if not is_running(run_dir):
+    if not RunFolder(run_dir).is_running():
         raise LaunchError(f"{run_dir}: no job of this run is queued, and it is not running: {state_of(run)}")
-    stop = run_dir / STOP
+    stop = RunFolder(run_dir).stop
     stop.touch()
     deadline_s = time.monotonic() + _OBEY_S + 3 * run.metrics.get("step_time_s", 0.0)
     while stop.exists():
@@ -119,27 +102,9 @@ def cancel(run_dir: Path) -> None:
     print(f"{run_dir} has saved and left")
 
 
-def resume(run_dir: Path) -> None:
-    """Queues the last submission again."""
-    submission = last_submission(run_dir)
-    if submission is None:
-        raise LaunchError(f"{run_dir}: it was never submitted; `triplane submit CONFIG` queues it")
-    if not slurm.is_here():
-        raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted")
-    if steps_done(run_dir) >= load_config(submission / CONFIG).training.steps:
-        raise LaunchError(f"{run_dir}: the run is done; submit it with more training.steps to go on")
-    if job := active_job(run_dir):
-        raise LaunchError(f"{run_dir}: job {job.id} is {job.state} already")
-    for name in ("crashes", "bad_nodes"):  # that were mended since
-        (submission / name).unlink(missing_ok=True)
-    job_id = slurm.submit(submission / SCRIPT)
-    (submission / JOB_ID).write_text(f"{job_id}\n")
-    print(f"job {job_id}: {run_dir} goes on by {submission / SCRIPT}")
-
-
 def may_move(run: RunStatus) -> bool:
     """Whether the run is being trained, or waits to be."""
-    return not run.done and (is_running(run.run_dir) or active_job(run.run_dir) is not None)
+    return not run.done and (RunFolder(run.run_dir).is_running() or active_job(run.run_dir) is not None)
 
 
 def state_of(run: RunStatus) -> str:
@@ -150,7 +115,7 @@ def state_of(run: RunStatus) -> str:
         if job.state == "PENDING":
             return f"job {job.id} PENDING ({job.reason})"
         return f"job {job.id} {job.state}" + (f" on {job.nodes}" if job.state == "RUNNING" else "")
-    if is_running(run.run_dir):
+    if RunFolder(run.run_dir).is_running():
         return "running"
     if run.last_event is None:
         return "not begun"

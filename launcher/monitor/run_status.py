@@ -6,17 +6,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, PositiveInt, ValidationError
 
-from triplane.data.files import LOCK, is_held
-from triplane.launcher.errors import LaunchError
-from triplane.launcher.preflight import CONFIG, DONE
-from triplane.launcher.slurm.snapshot import last_submission
-from triplane.training.failure import LOGS, ROLL
-from triplane.training.run_log import EVENTS, HISTORY, METRICS_LOG, METRICS_RECORDS, Event, read_log
+from triplane.slurm.snapshot import last_submission
+from triplane.storage.errors import LaunchError
+from triplane.training.run_folder import CONFIG, RunFolder
+from triplane.training.run_log import EVENTS, METRICS_RECORDS, Event, read_log
 
 _TAIL_BYTES = 1 << 16
 """Of metrics.jsonl: hundreds of steps."""
-_MARKS = (HISTORY, CONFIG, f"{LOGS}/{ROLL}", f"{LOGS}/{LOCK}", "jobs/*/job_id")
-"""Files that only a run folder has."""
 
 
 class _Source(BaseModel):
@@ -77,15 +73,15 @@ class RunStatus:
 
 def read_status(run_dir: Path) -> RunStatus:
     """Raises LaunchError if the folder has no config, or one that cannot be read."""
-    lines = read_log(run_dir / METRICS_LOG, METRICS_RECORDS, _TAIL_BYTES)
-    events = read_log(run_dir / HISTORY, EVENTS)
+    lines = read_log(RunFolder(run_dir).metrics, METRICS_RECORDS, _TAIL_BYTES)
+    events = read_log(RunFolder(run_dir).history, EVENTS)
     saves = [event for event in events if event["event"] == "save"]
     starts = [event for event in events if event["event"] in ("start", "resume")]
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     return RunStatus(
         run_dir=run_dir,
         config=_config(run_dir),
-        done=steps_done(run_dir) > 0,
+        done=RunFolder(run_dir).steps_done() > 0,
         step=int(lines[-1]["step"]) if lines else 0,
         metrics=metrics,
         updated_s=max([line["time"] for line in lines[-1:]] + [event["time"] for event in events[-1:]], default=None),
@@ -103,7 +99,7 @@ def _config(run_dir: Path) -> ShownConfig:
     for folder in filter(None, (run_dir, submission)):
         if (folder / CONFIG).exists():
             return _read_config(folder / CONFIG)
-    if is_running(run_dir):
+    if RunFolder(run_dir).is_running():
         raise LaunchError(f"{run_dir}: the run is starting: it has no {CONFIG} yet")
     raise LaunchError(f"{run_dir}: not the folder of a run: it has no {CONFIG}, or its start was refused")
 
@@ -121,18 +117,6 @@ def _read_config(path: Path) -> ShownConfig:
         raise LaunchError(f"{path}: not the config of a run: {error}; restore the file") from None
 
 
-def is_running(run_dir: Path) -> bool:
-    """Whether a process, of this machine or another, trains in the folder or starts ranks for it."""
-    return is_held(run_dir) or is_held(run_dir / LOGS)
-
-
-def steps_done(run_dir: Path) -> int:
-    """The steps of a run that has taken its last one; 0 for others."""
-    done = run_dir / DONE
-    text = done.read_text(errors="replace").strip() if done.exists() else ""
-    return int(text) if text.isdecimal() else 0
-
-
 def find_runs(folder: Path) -> list[Path]:
     """The run folders at and below `folder`, each real folder once; those that are starting or only submitted too."""
     found: list[Path] = []
@@ -143,7 +127,7 @@ def find_runs(folder: Path) -> list[Path]:
         if (real := here.resolve()) in seen:  # reached by another link
             continue
         seen.add(real)
-        if any(next(here.glob(mark), None) for mark in _MARKS):
+        if RunFolder(here).exists():
             found.append(here)
         else:
             waiting += here.glob("*/")

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from triplane.launcher.monitor.jobs import may_move, read_runs, state_of
-from triplane.launcher.monitor.run_status import RunStatus, is_running
+from triplane.launcher.monitor.run_status import RunStatus
+from triplane.training.run_folder import RunFolder
 from triplane.training.units import format_count, format_duration
 
 _REFRESH_S = 2.0
@@ -34,7 +35,7 @@ def watch(folder: Path) -> None:
                 runs, unreadable = read_runs(folder)
                 shown = [_table(runs, live.console.width)] if runs else []
                 live.update(Group(*shown, *map(Text, unreadable.values())), refresh=True)
-                if not any(map(may_move, runs)) and not any(map(is_running, unreadable)):
+                if not any(map(may_move, runs)) and not any(RunFolder(run_dir).is_running() for run_dir in unreadable):
                     return
                 time.sleep(_REFRESH_S)
         except KeyboardInterrupt:

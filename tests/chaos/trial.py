@@ -11,8 +11,8 @@ from chaos.victim import Victim
 from runs import small_run
 from small_corpora import Prepared
 
-from triplane.launcher.config import RunConfig
 from triplane.parallel.config import ParallelConfig
+from triplane.training.config import RunConfig
 
 LAYOUTS = [
     ParallelConfig(**axes)

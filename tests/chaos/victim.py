@@ -13,9 +13,9 @@ from tempfile import mkdtemp
 from typing import Any
 
 from triplane.checkpoint.folder import latest, step_of
-from triplane.launcher.config import RunConfig
-from triplane.launcher.toml import to_toml
+from triplane.config.toml import to_toml
 from triplane.parallel.config import ParallelConfig
+from triplane.training.config import RunConfig
 
 _PATIENCE_S = 90.0
 _HOOKS = Path(__file__).parent / "hooks"

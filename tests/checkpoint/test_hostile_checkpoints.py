@@ -19,7 +19,6 @@ from mutations import mutate
 from small_models import random_weights, small_config, state_after
 from typer.testing import CliRunner
 
-from triplane.checkpoint.errors import CheckpointError, DamagedError
 from triplane.checkpoint.manifest import MANIFEST, Manifest, write_manifest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.tensors import write_tensors
@@ -27,6 +26,7 @@ from triplane.checkpoint.tiling import tiles
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.launcher.cli import app
 from triplane.parallel.placement import Fragment
+from triplane.storage.errors import CheckpointError, DamagedError
 
 CONFIG = small_config(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=8, vocab_size=12)
 WEIGHTS = random_weights(CONFIG)

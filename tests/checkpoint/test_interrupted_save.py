@@ -11,10 +11,10 @@ from triplane.checkpoint.config import CheckpointConfig
 from triplane.checkpoint.folder import latest
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore
-from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
+from triplane.prove.forked import RanksFailedError, run_ranks
 
 LAYOUT, RANKS = ParallelConfig(), 2
 ELEMENTS = 10_000

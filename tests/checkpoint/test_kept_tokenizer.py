@@ -13,16 +13,15 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from triplane.checkpoint.errors import CheckpointError
 from triplane.checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.launcher.cli import app
-from triplane.launcher.config import RunConfig
-from triplane.launcher.errors import ConfigError
-from triplane.launcher.forked import run_ranks
 from triplane.launcher.run import train_on
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the rank forks
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
+from triplane.storage.errors import CheckpointError, ConfigError
+from triplane.training.config import RunConfig
 
 PHASES = [
     {"from_sequence": 16, "weights": [1.0], "seq_len": 64},

@@ -15,24 +15,24 @@ from small_models import state_after
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 from typer.testing import CliRunner
 
-from triplane.checkpoint import location as location_module
 from triplane.checkpoint import store as store_module
 from triplane.checkpoint.config import CheckpointConfig
-from triplane.checkpoint.errors import CheckpointError, OutOfReachError
 from triplane.checkpoint.folder import checkpoints, latest, set_aside, write_problem
-from triplane.checkpoint.location import Location, entries, location, writing
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import fill_from_newest
 from triplane.checkpoint.store import CheckpointStore, Save
+from triplane.config.preflight import find_checkpoint
 from triplane.launcher.cli import app
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import RanksFailedError, run_ranks
-from triplane.launcher.preflight import find_checkpoint
 from triplane.launcher.run import train_on
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
-from triplane.training.proof import proof_model
-from triplane.training.resharding import train_between
+from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.prove.reference import proof_model
+from triplane.prove.resharding import train_between
+from triplane.storage import location as location_module
+from triplane.storage.errors import CheckpointError, OutOfReachError
+from triplane.storage.location import Location, entries, location, writing
+from triplane.training.config import RunConfig
 
 LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 ELEMENTS = 10_000

@@ -6,9 +6,9 @@ import pytest
 import torch
 from resharding import LAYOUTS
 
-from triplane.launcher.forked import run_ranks
-from triplane.training.proof import Trace, largest_difference, proof_model, train_plainly
-from triplane.training.resharding import train_between
+from triplane.prove.forked import run_ranks
+from triplane.prove.reference import Trace, largest_difference, proof_model, train_plainly
+from triplane.prove.resharding import train_between
 
 ORDER = [
     "zero3 tp2 dp2",

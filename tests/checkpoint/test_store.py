@@ -16,16 +16,16 @@ from small_models import state_after
 
 from triplane.checkpoint import store as store_module
 from triplane.checkpoint.config import CheckpointConfig
-from triplane.checkpoint.errors import CheckpointError, DamagedError
 from triplane.checkpoint.folder import latest
 from triplane.checkpoint.manifest import MANIFEST
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.store import CheckpointStore, Save
-from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
-from triplane.training.proof import proof_model
-from triplane.training.resharding import train_between
+from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.prove.reference import proof_model
+from triplane.prove.resharding import train_between
+from triplane.storage.errors import CheckpointError, DamagedError
 
 LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 

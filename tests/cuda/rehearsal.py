@@ -61,12 +61,12 @@ def _run(case: dict[str, Any]) -> None:
     from triplane.checkpoint.snapshot import Snapshot, last_change
     from triplane.parallel.config import ParallelConfig
     from triplane.parallel.engine import Engine
-    from triplane.parallel.mesh import connected
+    from triplane.parallel.groups import connected
     from triplane.parallel.rules import layout_problems
-    from triplane.training.agreement import Agreement
     from triplane.training.config import OptimizerConfig
     from triplane.training.hardware import DTYPES
     from triplane.training.optimizer import adamw
+    from triplane.training.verdicts import Agreement
 
     layout = ParallelConfig(**({"dp": 1} | case["layout"]))
     precision = case.get("precision", "fp32" if layout.zero == 0 else "bf16")
@@ -140,10 +140,10 @@ def _prepare() -> None:
     dist.init_process_group = lambda *args, device_id=None, **kwargs: initialise(*args, **kwargs)
     from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
-    from triplane.parallel import engine, megatron, mesh, replicated, ring, tensor, ulysses, zero  # noqa: F401
-    from triplane.training import agreement, hardware, optimizer  # noqa: F401
+    from triplane.parallel import engine, groups, megatron, replicated, ring, tensor, ulysses, zero  # noqa: F401
+    from triplane.training import hardware, optimizer, verdicts  # noqa: F401
 
-    mesh._BACKENDS["cuda"] = "cpu:fake,cuda:fake"
+    groups._BACKENDS["cuda"] = "cpu:fake,cuda:fake"
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
     # It compares values that ranks have gathered.

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from small_corpora import Prepared
 
 from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
 from triplane.data.index import ShardIndex
 from triplane.data.manifest import Manifest
 from triplane.data.shards import write_shard
+from triplane.storage.errors import DataError
 
 
 def _plain_documents(folder: Path) -> list[list[int]]:

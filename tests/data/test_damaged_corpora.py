@@ -19,11 +19,11 @@ from small_corpora import Prepared
 from triplane.data.cache import Cache
 from triplane.data.config import DataConfig
 from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
 from triplane.data.inspect import describe
 from triplane.data.loader import SequenceDataset
 from triplane.data.opening import open_sources, training_plan
-from triplane.data.remote import Retry
+from triplane.storage.errors import DataError
+from triplane.storage.remote import Retry
 
 _ODD_VALUES: list[Any] = [
     None, True, -1, 0, 1.5, 10**15, 10**30, float("inf"), "", "x", "\0", "\ud800",

@@ -9,11 +9,11 @@ from json_tokenizers import LLAMA3, QWEN2, byte_level
 
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Even
-from triplane.data.errors import DataError
 from triplane.data.loader import IGNORED_TARGET, SequenceDataset
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.plan import StoredPlan
 from triplane.data.prepare import prepare
+from triplane.storage.errors import DataError
 
 _CONFIGS: dict[str, tuple[str | None, dict[str, Any] | None, str, str]] = {
     "GPT-2": (None, {"model_max_length": 1024}, "<|endoftext|>", "<|endoftext|>"),

@@ -23,14 +23,14 @@ from triplane.data.cache import Cache
 from triplane.data.config import DataConfig
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Even
-from triplane.data.errors import DataError
 from triplane.data.loader import IGNORED_TARGET, MicroBatch, SequenceDataset, batches
 from triplane.data.opening import training_plan, validation_plan
 from triplane.data.plan import StoredPlan
-from triplane.data.remote import Retry
-from triplane.launcher.forked import run_ranks
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
+from triplane.storage.errors import DataError
+from triplane.storage.remote import Retry
 
 _SEQ_LEN = 64
 _GLOBAL_BATCH = 24
@@ -368,7 +368,6 @@ import sys
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Even
 from triplane.data.cuts import Even
-from triplane.data.errors import DataError
 from triplane.data.loader import SequenceDataset, batches
 from triplane.data.plan import StoredPlan
 corpus = Corpus(sys.argv[1])

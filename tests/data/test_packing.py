@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_corpora import Prepared
 
-from triplane.data.errors import DataError
 from triplane.data.packing import pack, packing
+from triplane.storage.errors import DataError
 
 
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=80), seq_len=st.integers(1, 40))

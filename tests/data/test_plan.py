@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triplane.data.cuts import Even, Pieces
-from triplane.data.errors import DataError
 from triplane.data.mixture import BLOCK, Mixture
 from triplane.data.plan import Chunk, Phase, StoredPlan, TrainingPlan
+from triplane.storage.errors import DataError
 
 _WEIGHTS = st.lists(st.floats(0.001, 10), min_size=1, max_size=5)
 _BASE = 8

@@ -17,10 +17,10 @@ from small_corpora import Prepared
 from triplane.data import content, encode
 from triplane.data.blocks import BLOCK_CHARS
 from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
 from triplane.data.inspect import describe
 from triplane.data.prepare import Progress, prepare
 from triplane.data.report import Rejected, Report
+from triplane.storage.errors import DataError
 
 
 def _prepare(prepared: Prepared, out: Path, processes: int = 1, fraction: float = 0.1) -> Report:
@@ -128,7 +128,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(prepared: Prepared, tmp_path
     mount[-1] = mount[-1].replace("$0", f"mkdir {tmp_path}/out; cd {tmp_path}; {script}; find .")
     done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("triplane.data.errors.DataError: ")
+    assert error.startswith("triplane.storage.errors.DataError: ")
     assert "the disk is full: " in error and " needed, " in error and "bytes free" in error
     assert done.stdout.splitlines()[-2:] == [".", "./out"]
 

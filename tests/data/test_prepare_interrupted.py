@@ -16,9 +16,9 @@ import pytest
 from small_corpora import Prepared
 
 from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
 from triplane.data.prepare import prepare
 from triplane.data.raw import ensure_corpus
+from triplane.storage.errors import DataError
 
 KILLS = 20
 

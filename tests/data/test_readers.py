@@ -23,11 +23,11 @@ import webdataset
 from backports import zstd
 
 from triplane.data.content import Limits
-from triplane.data.errors import DataError
 from triplane.data.prepare import read_documents
 from triplane.data.readers import read_records
 from triplane.data.records import Position, Rejection
 from triplane.data.sources import find_files
+from triplane.storage.errors import DataError
 
 TEXTS = [f"text {i} é\n" for i in range(3000)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()

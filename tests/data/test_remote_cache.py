@@ -20,11 +20,11 @@ from servers import FaultyServer, http_server
 
 from triplane.data.cache import Cache, _locked
 from triplane.data.corpus import Corpus
-from triplane.data.errors import DataError
 from triplane.data.manifest import Manifest, StoredFile
 from triplane.data.prefetch import Prefetcher
-from triplane.data.remote import Retry
 from triplane.data.shards import write_shard
+from triplane.storage.errors import DataError
+from triplane.storage.remote import Retry
 
 _FORK = multiprocessing.get_context("fork")
 _RETRY = Retry(retries=3, timeout_s=2, first_wait_s=0.01)

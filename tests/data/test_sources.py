@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from triplane.data.errors import DataError
 from triplane.data.prepare import read_documents
 from triplane.data.records import Rejection
 from triplane.data.sources import PYTHON_STDLIB
+from triplane.storage.errors import DataError
 
 
 def _read(*inputs: object) -> tuple[list[tuple[str, str]], list[Rejection]]:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from small_corpora import Prepared
 
 from triplane.data.blocks import Block
-from triplane.data.errors import DataError
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.tokenizer_training import train_tokenizer
+from triplane.storage.errors import DataError
 
 _ODD_TEXTS = [
     "",

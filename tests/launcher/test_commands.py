@@ -14,8 +14,8 @@ import webdataset
 from runs import small_run
 from small_corpora import Prepared
 
-from triplane.data.files import locked_folder
-from triplane.launcher.toml import to_toml
+from triplane.config.toml import to_toml
+from triplane.storage.files import locked_folder
 
 
 def triplane(
@@ -224,7 +224,7 @@ def test_help_is_quick_and_needs_no_torch(command: tuple[str, ...], tmp_path: Pa
         "import sys; from triplane.launcher.cli import app\n"
         f"try: app([*{command!r}, '--help'])\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'numpy', 'triplane.launcher.config'} & sys.modules.keys()"
+        "assert not {'torch', 'numpy', 'triplane.config.load'} & sys.modules.keys()"
     )
     best_s = float("inf")
     for _ in range(6):  # a busy machine slows even the time of a core

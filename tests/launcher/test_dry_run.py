@@ -7,13 +7,13 @@ import pytest
 from runs import small_run
 from small_corpora import Prepared
 
-from triplane.launcher.config import load_config
+from triplane.config.load import load_config
+from triplane.config.toml import to_toml
 from triplane.launcher.dry_run import dry_run
-from triplane.launcher.errors import ConfigError
-from triplane.launcher.plan.estimate import work_of
-from triplane.launcher.plan.shares import parameters, rank_kinds
-from triplane.launcher.toml import to_toml
 from triplane.parallel import megatron
+from triplane.plan.estimate import work_of
+from triplane.plan.shares import parameters, rank_kinds
+from triplane.storage.errors import ConfigError
 
 
 def config_file(prepared: Prepared, folder: Path, **layout) -> Path:

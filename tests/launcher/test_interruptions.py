@@ -20,9 +20,9 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 
 from triplane.checkpoint.folder import latest
 from triplane.checkpoint.reader import Checkpoint
-from triplane.launcher.forked import run_ranks
+from triplane.config.toml import to_toml
 from triplane.launcher.run import train_on
-from triplane.launcher.toml import to_toml
+from triplane.prove.forked import run_ranks
 
 STEPS = 240
 LAYOUT = {"dp": 2, "zero": 0}

@@ -12,11 +12,13 @@ import pytest
 from runs import held_by_another, small_run
 from small_corpora import Prepared
 
-from triplane.launcher.errors import LaunchError
-from triplane.launcher.monitor.jobs import cancel, logs, resume, status
+from triplane.config.toml import to_toml
+from triplane.launcher.monitor.jobs import cancel, logs, status
 from triplane.launcher.monitor.run_status import read_status
-from triplane.launcher.toml import to_toml
-from triplane.training.run_log import METRICS_LOG, open_log, record_event
+from triplane.slurm.jobs import resume
+from triplane.storage.errors import LaunchError
+from triplane.training.run_folder import RunFolder
+from triplane.training.run_log import open_log, record_event
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_a_broken_line_of_a_log_spoils_no_other(run_dir: Path, log: str, broken:
         lines.write(broken + b"\n" + content + broken)
     assert read_status(run_dir).checkpoint_step == whole.checkpoint_step
     record_event(run_dir, "rollback", 10)
-    with open_log(run_dir / METRICS_LOG) as lines:
+    with open_log(RunFolder(run_dir).metrics) as lines:
         lines.write(json.dumps({"step": 14, "time": 1.0, "loss": 2.0}) + "\n")
     run = read_status(run_dir)
     assert (run.step, run.metrics["loss"]) == (14, 2.0)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from triplane.launcher.config import load_config
-from triplane.launcher.proof.layouts import Case, full_proof, own_case, quick_proof
-from triplane.training.proof import proof_model
+from triplane.config.load import load_config
+from triplane.prove.cases import Case, full_proof, own_case, quick_proof
+from triplane.prove.reference import proof_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = proof_model()

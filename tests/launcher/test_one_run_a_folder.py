@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from triplane.data.errors import BusyError
-from triplane.data.files import locked_folder
 from triplane.launcher.train import alone_in
+from triplane.storage.errors import BusyError
+from triplane.storage.files import locked_folder
 
 
 def _refused(folder: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from runs import held_by_another
 
-from triplane.data.files import write_whole
 from triplane.launcher.monitor.run_status import read_status
 from triplane.launcher.monitor.watch import _table, watch
+from triplane.storage.files import write_whole
 from triplane.training.metrics import MetricsWriter
 from triplane.training.run_log import record_event
 

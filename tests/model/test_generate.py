@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_models import llama, random_weights, small_config, small_model
 
-from triplane.model.errors import ModelError
 from triplane.model.generate import generate, next_logits
 from triplane.model.transformer import Transformer
+from triplane.storage.errors import ModelError
 
 CONFIG = small_config(tie_embeddings=True)
 PROMPT = [1, 17, 42, 5]

@@ -9,8 +9,8 @@ from small_models import llama, packed, random_documents, random_weights, small_
 from triplane.model.batch import Batch
 from triplane.model.build import load_model, streamed_logits
 from triplane.model.config import RopeScaling
-from triplane.model.errors import ModelError
 from triplane.model.rope import frequencies
+from triplane.storage.errors import ModelError
 
 # Of the four frequencies one stays, one is blended and two are divided.
 LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)

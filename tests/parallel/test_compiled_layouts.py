@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from triplane.launcher.forked import run_ranks
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.rules import layout_problems
-from triplane.training.proof import proof_batch, proof_engine, proof_model
+from triplane.prove.forked import run_ranks
+from triplane.prove.reference import proof_batch, proof_engine, proof_model
 
 CASES: list[tuple[dict[str, Any], int]] = [
     ({"dp": 2, "recompute": "selective"}, 0),

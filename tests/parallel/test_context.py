@@ -9,7 +9,6 @@ from small_models import packed, random_documents, small_config, small_model
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from triplane.launcher.forked import run_ranks
 from triplane.model.attention import SegmentAttention
 from triplane.model.batch import Batch
 from triplane.parallel import ring
@@ -18,6 +17,7 @@ from triplane.parallel.context import Method, cut_for_context
 from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.ring import RingAttention
 from triplane.parallel.ulysses import UlyssesAttention
+from triplane.prove.forked import run_ranks
 
 TOKENS, HEADS, HEAD_DIM = 96, 12, 8
 MODULES: dict[Method, type[nn.Module]] = {"ulysses": UlyssesAttention, "ring": RingAttention}

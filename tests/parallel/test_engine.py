@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from triplane.launcher.forked import run_ranks
 from triplane.model.batch import Batch
 from triplane.model.config import ModelConfig
 from triplane.model.init import initial_weight
@@ -11,7 +10,8 @@ from triplane.model.transformer import Transformer
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
-from triplane.training.proof import SEQUENCES, proof_batch, proof_engine, proof_model
+from triplane.prove.forked import run_ranks
+from triplane.prove.reference import SEQUENCES, proof_batch, proof_engine, proof_model
 
 LAYOUTS = [
     {"tp": 4, "sequence_parallel": True},

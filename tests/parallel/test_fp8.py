@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from triplane.launcher.forked import run_ranks
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
-from triplane.training.proof import Trace, proof_engine, proof_model, train_on_mesh, train_plainly
+from triplane.prove.forked import run_ranks
+from triplane.prove.reference import Trace, proof_engine, proof_model, train_on_mesh, train_plainly
 
 STEPS = 4
 

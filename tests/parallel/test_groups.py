@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.distributed.distributed_c10d import _world
 
-from triplane.launcher.forked import run_ranks
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.groups import peers
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
 
 LAYOUTS = [{"tp": 2, "pp": 2, "dp": 2}, {"tp": 2, "cp": 2, "dp": 2}, {"cp": 2, "pp": 2, "dp": 2}, {"tp": 4, "dp": 2}]
 

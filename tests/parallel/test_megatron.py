@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from triplane.launcher.forked import run_ranks
 from triplane.parallel import megatron
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.stages import group_size
+from triplane.prove.forked import run_ranks
 
 TP2 = ParallelConfig(tp=2)
 

@@ -6,8 +6,8 @@ import pytest
 
 from triplane.model.config import ModelConfig
 from triplane.model.count import block_flops, head_flops
-from triplane.parallel.errors import LayoutError
 from triplane.parallel.stages import stage_layers
+from triplane.storage.errors import LayoutError
 
 
 def config(n_layers: int, vocab_size: int) -> ModelConfig:

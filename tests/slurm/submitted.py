@@ -13,8 +13,8 @@ from runs import small_run
 from slurm.cluster import Cluster, until
 from small_corpora import Prepared
 
-from triplane.launcher.slurm.client import limit_s
-from triplane.launcher.toml import to_toml
+from triplane.config.toml import to_toml
+from triplane.slurm.client import limit_s
 
 
 def with_config(folder: Path, prepared: Prepared) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from slurm.cluster import Cluster, until
 from slurm.submitted import Submitted
 
-from triplane.launcher.slurm.node_check import Facts, _rounds, out_of_line
+from triplane.slurm.node_check import Facts, _rounds, out_of_line
 
 SOUND = Facts("n1", 0, "triplane 1 torch 2", 0.0, 9.0, 9.0, 9.0, "H100", 79.2, 1.5, 10.0)
 

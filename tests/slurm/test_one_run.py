@@ -10,8 +10,8 @@ from slurm.cluster import NODES, Cluster, until
 from slurm.submitted import Submitted, ranks_on
 from small_corpora import Prepared
 
-from triplane.launcher.forked import run_ranks
 from triplane.launcher.run import train_on
+from triplane.prove.forked import run_ranks
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from slurm.cluster import Cluster
 
-from triplane.launcher.errors import LaunchError
-from triplane.launcher.slurm.client import limit_s
+from triplane.slurm.client import limit_s
+from triplane.storage.errors import LaunchError
 
 NODES = ["--nodes", "2", "--ranks-per-node", "2"]
 

@@ -11,13 +11,13 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 
 from triplane.checkpoint.manifest import MANIFEST
 from triplane.checkpoint.reader import Checkpoint
+from triplane.config.preflight import check_run_dir, run_record
 from triplane.data.opening import open_sources
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import RanksFailedError, run_ranks
-from triplane.launcher.preflight import check_run_dir, run_record
 from triplane.launcher.run import train_on
 from triplane.parallel import zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.training.config import RunConfig
 
 
 def _train(mesh: Mesh, config: RunConfig, allow_fresh_start: bool) -> None:
@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_set_aside(name: str, whole: Checkpoint, prepare
     assert _names(run) == ["step_3", "step_6"]
     damage(run / "checkpoints" / "step_6")
     config = small_run(prepared, run, parallel={"dp": 2})
-    record = run_record(config, open_sources(config.data, run))
+    record = run_record(config, open_sources(config.data, config.folder.corpora))
     assert check_run_dir(config, record, allow_data_change=False, allow_fresh_start=False) == []
     _start(config)
     _assert_same_end(run, whole)
@@ -96,7 +96,7 @@ def test_without_a_whole_checkpoint_a_run_begins_anew_only_if_told(
     with pytest.raises(RanksFailedError, match=r"no checkpoint is whole; .* --allow-fresh-start"):
         _start(config)
     assert _names(run) == ["damaged_step_3", "damaged_step_6"]
-    record = run_record(config, open_sources(config.data, run))
+    record = run_record(config, open_sources(config.data, config.folder.corpora))
     (problem,) = check_run_dir(config, record, allow_data_change=False, allow_fresh_start=False)
     assert "damaged_step_3, damaged_step_6" in problem
     assert check_run_dir(config, record, allow_data_change=False, allow_fresh_start=True) == []

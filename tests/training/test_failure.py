@@ -9,7 +9,8 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from triplane.training.failure import Story, Where, failure_of, forget_failures, lost_peers, take_failure
-from triplane.training.run_log import EVENTS, HISTORY, Event, read_log
+from triplane.training.run_folder import RunFolder
+from triplane.training.run_log import EVENTS, Event, read_log
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29500")
 
@@ -39,7 +40,7 @@ def start(*ranks: Callable[[int], None]) -> None:
 
 
 def told(run_dir: Path) -> Event:
-    (event,) = read_log(run_dir / HISTORY, EVENTS)
+    (event,) = read_log(RunFolder(run_dir).history, EVENTS)
     assert event["event"] == "failure" and event["step"] == 40
     return event
 
@@ -74,7 +75,7 @@ def test_a_start_that_is_watched_leaves_the_word_to_its_launcher(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     start(fails(tmp_path, ValueError("bad"), watched=True))
-    assert not (tmp_path / HISTORY).exists() and not capfd.readouterr().err
+    assert not RunFolder(tmp_path).history.exists() and not capfd.readouterr().err
     assert (tmp_path / "logs/rank_0.failure.json").exists()
 
 
@@ -84,7 +85,7 @@ def test_a_new_start_tells_its_own_cause(tmp_path: Path) -> None:
             forget_failures(tmp_path, rank)
         start(fails(tmp_path, ValueError(cause)), lambda rank: None, lambda rank: None)
         os.utime(tmp_path / "logs/first_cause", (0, 0))  # before the next start
-    errors = [event["details"]["error"] for event in read_log(tmp_path / HISTORY, EVENTS)]  # type: ignore[typeddict-item]
+    errors = [event["details"]["error"] for event in read_log(RunFolder(tmp_path).history, EVENTS)]  # type: ignore[typeddict-item]
     assert errors == ["ValueError: first", "ValueError: second"]
 
 

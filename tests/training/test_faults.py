@@ -18,23 +18,22 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 
 from triplane.checkpoint.folder import latest
 from triplane.checkpoint.reader import Checkpoint
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import RanksFailedError, run_ranks
 from triplane.launcher.run import train_on
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine, StepLoss
 from triplane.parallel.mesh import Mesh
-from triplane.training.agreement import Verdict
+from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.prove.reference import SEQUENCES, proof_batch, proof_engine, proof_model
 from triplane.training.batches import Feed
-from triplane.training.config import FaultsConfig
+from triplane.training.config import FaultsConfig, RunConfig
 from triplane.training.guard import problem
 from triplane.training.hardware import DTYPES
 from triplane.training.loop import Trainer
-from triplane.training.proof import SEQUENCES, proof_batch, proof_engine, proof_model
 from triplane.training.repetition import twice
 from triplane.training.replicas import differing_ranks
 from triplane.training.state import State
+from triplane.training.verdicts import Verdict
 
 LAYOUTS = {
     "one": {"dp": 1, "zero": 0},

@@ -9,11 +9,11 @@ from runs import small_run
 from small_corpora import Prepared
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import run_ranks
 from triplane.launcher.run import train_on
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
+from triplane.training.config import RunConfig
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tokens": {"dp": 1, "tp": 2, "sequence_parallel": True, "cp": 2, "cp_method": "ring", "recompute": "selective"},

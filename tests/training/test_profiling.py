@@ -6,11 +6,11 @@ from pathlib import Path
 from runs import small_run
 from small_corpora import Prepared
 
-from triplane.launcher.checks import check
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import run_ranks
+from triplane.config.checks import check
 from triplane.launcher.run import train_on
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
+from triplane.training.config import RunConfig
 
 
 def _train(mesh: Mesh, config: RunConfig) -> None:

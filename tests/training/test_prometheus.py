@@ -13,12 +13,12 @@ from runs import small_run
 from small_corpora import Prepared
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import run_ranks
 from triplane.launcher.run import train_on
 from triplane.launcher.train import _port_problems
 from triplane.parallel import zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
+from triplane.training.config import RunConfig
 from triplane.training.report import Report
 
 

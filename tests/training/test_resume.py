@@ -12,10 +12,10 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 
 from triplane.checkpoint.folder import checkpoints, latest
 from triplane.checkpoint.reader import Checkpoint
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import run_ranks
 from triplane.launcher.run import train_on
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import run_ranks
+from triplane.training.config import RunConfig
 
 LAYOUTS = {"one": {"dp": 1, "zero": 0}, "zero1 dp2": {"dp": 2}, "tp2 pp2": {"dp": 1, "tp": 2, "pp": 2}}
 STEPS = 8

@@ -16,12 +16,12 @@ from triplane.checkpoint.folder import checkpoints
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.snapshot import Snapshot
 from triplane.checkpoint.store import Save
-from triplane.launcher.checks import check
-from triplane.launcher.config import RunConfig
-from triplane.launcher.forked import RanksFailedError, run_ranks
+from triplane.config.checks import check
 from triplane.launcher.run import train_on
 from triplane.parallel import zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
+from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.training.config import RunConfig
 from triplane.training.report import Report
 
 RANKS = 2

@@ -32,7 +32,7 @@ def plant_faults() -> None:
 
 def tell_batches_and_spoil_gradients() -> None:
     from triplane.parallel.engine import Engine
-    from triplane.training.agreement import Agreement
+    from triplane.training.verdicts import Agreement
 
     forward_backward, put = Engine.forward_backward, Agreement.put
     read: dict[str, Any] = {}

@@ -1,0 +1,100 @@
+"""What the keys of a run config must be to each other and to the number of ranks."""
+
+from collections.abc import Iterator
+
+from triplane.parallel.rules import layout_problems, multiple, token_multiple
+from triplane.training.config import RunConfig
+from triplane.training.schedule import decay_steps, warmup_steps
+
+
+def check(config: RunConfig, ranks: int | None) -> list[str]:
+    """All that cannot work, a line each with its operands; `ranks` None leaves out what depends on it."""
+    layout = list(_check_ranks(config, ranks)) if ranks is not None else []
+    dp = None if layout else _dp(config, ranks)
+    return [
+        *layout,
+        *_check_model(config),
+        *layout_problems(config.model, config.parallel, config.training.precision),
+        *_check_batch(config, dp),
+        *_check_schedule(config),
+        *_check_checkpoints(config),
+        *config.data.problems(config.training.global_batch_size),
+    ]
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens in one update, over all ranks, until a phase of the data changes the length."""
+    return config.training.global_batch_size * config.data.seq_len
+
+
+def _dp(config: RunConfig, ranks: int | None) -> int | None:
+    if config.parallel.dp != "auto":
+        return config.parallel.dp
+    return None if ranks is None else ranks // config.parallel.ranks_of_one
+
+
+def _check_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
+    layout, one = config.parallel, config.parallel.ranks_of_one
+    axes = f"tp ({layout.tp}) x pp ({layout.pp})" + (f" x cp ({layout.cp})" if layout.cp > 1 else "")
+    if layout.dp == "auto":
+        if ranks % one:
+            yield f"{axes} = {one} does not divide {ranks} ranks"
+    elif layout.dp * one != ranks:
+        yield f"dp ({layout.dp}) x {axes} = {layout.dp * one}, but {ranks} ranks"
+    if config.profile.start_step is not None and max(config.profile.ranks) >= ranks:
+        yield f"profile.ranks has {max(config.profile.ranks)}, but the last of {ranks} ranks is {ranks - 1}"
+
+
+def _check_model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    yield from multiple("n_heads", model.n_heads, f"n_kv_heads ({model.n_kv_heads})", model.n_kv_heads)
+    if model.head_dim % 2:
+        yield f"head_dim ({model.head_dim}) is odd, but RoPE turns pairs; take {model.head_dim + 1}"
+
+
+def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
+    layout, micro = config.parallel, config.training.micro_batch_size
+    product = f"micro_batch_size ({micro})" if dp is None else f"dp ({dp}) x micro_batch_size ({micro}) = {dp * micro}"
+    for name in ("global_batch_size", "eval_sequences"):
+        yield from multiple(name, getattr(config.training, name), product, (dp or 1) * micro)
+    for seq_len in {config.data.seq_len, *(phase.seq_len or config.data.seq_len for phase in config.data.phases)}:
+        tokens = f"micro_batch_size ({micro}) x seq_len ({seq_len})"
+        shares = token_multiple(layout)
+        split = f"the ranks that tp with sequence_parallel and cp (twice for a ring) make ({shares})"
+        yield from multiple(tokens, micro * seq_len, split, shares)
+        if layout.fp8:  # a product of gradients contracts over the tokens of a rank
+            yield from multiple(tokens, micro * seq_len, f"16 x cp ({layout.cp}), for fp8", 16 * layout.cp)
+    for name in ("global_batch_size", "eval_sequences"):
+        sequences = getattr(config.training, name)
+        micro_batches = sequences // ((dp or 1) * micro)
+        if layout.virtual_stages > 1 and micro_batches < layout.pp:
+            yield (
+                f"virtual_stages needs at least pp ({layout.pp}) micro-batches, but {name} ({sequences}) / "
+                f"({product}) is {micro_batches}"
+            )
+
+
+def _check_schedule(config: RunConfig) -> Iterator[str]:
+    schedule, steps, stop = config.schedule, config.training.steps, config.training.stop_at_step
+    if stop is not None and stop > steps:
+        yield f"stop_at_step ({stop}) is after the last of {steps} steps"
+    if (schedule.warmup_steps is None) == (schedule.warmup_tokens is None):
+        given = "neither is" if schedule.warmup_steps is None else "both are"
+        yield f"schedule: give one of warmup_steps and warmup_tokens, {given} given"
+        return
+    warmup, decay = warmup_steps(schedule, tokens_per_step(config)), decay_steps(schedule, steps)
+    if warmup > steps:
+        yield f"warm-up ({warmup} steps) is longer than the run ({steps} steps)"
+    elif schedule.kind == "wsd" and warmup + decay > steps:
+        yield f"warm-up ({warmup} steps) + wsd decay ({decay} steps) = {warmup + decay}, but {steps} steps"
+
+
+def _check_checkpoints(config: RunConfig) -> Iterator[str]:
+    rules, evaluated = config.checkpoint, config.training.eval_every_steps
+    saved = f"checkpoint.every_steps ({rules.every_steps})"
+    if rules.keep_every:
+        yield from multiple("checkpoint.keep_every", rules.keep_every, saved, rules.every_steps)
+    if rules.keep_best:  # each checkpoint needs a loss
+        yield from multiple(
+            "keep_best: checkpoint.every_steps", rules.every_steps, f"eval_every_steps ({evaluated})", evaluated
+        )

@@ -1,0 +1,66 @@
+"""Reads a run config: one TOML file and the overrides of the command line."""
+
+import tomllib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from triplane.config.explain import explain, spelled
+from triplane.config.overrides import Override
+from triplane.storage.errors import ConfigError
+from triplane.training.config import RunConfig
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads the TOML file `path`, with `key.path=value` overrides on top; of two for one key the later holds.
+
+    Keys, types and bounds are validated here, what depends on several keys in `checks.check`.
+    Raises ConfigError with all that is wrong, each line naming the file or the override to blame.
+    """
+    problems: list[str] = []
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(Override.parse(text))
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        values = _read(path)
+    except ConfigError as error:
+        raise ConfigError("\n".join([str(error), *problems])) from None
+    for override in parsed:
+        try:
+            values = override.apply(values)
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        config = RunConfig.model_validate(values, strict=True)
+    except ValidationError as error:
+        for key, problem in explain(error, RunConfig).items():
+            # An override may have made the table that an unknown key is in, or stand in what it replaced.
+            overridden = any(override.path[: len(key)] == key[: len(override.path)] for override in parsed)
+            problems.append(f"{'override' if overridden else path}: {spelled(key)}: {problem}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {_near(path)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _near(path: Path) -> str:
+    names = sorted(file.name for file in path.parent.glob("*.toml"))
+    near = get_close_matches(path.name, names) or get_close_matches(f"{path.name}.toml", names) or names
+    return f"did you mean {', '.join(str(path.parent / name) for name in near)}?" if near else "no .toml file is near"

@@ -1,0 +1,257 @@
+"""The run folder and its checkpoints: where they are, whose they are, whether a run may go on from them."""
+
+import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from pydantic import BaseModel, ValidationError
+
+from triplane.checkpoint.folder import fresh_start_problem, latest, newest_manifest
+from triplane.checkpoint.kept_tokenizer import KeptTokenizer, kept_tokenizer
+from triplane.checkpoint.manifest import MANIFEST, read_manifest
+from triplane.checkpoint.parent import Parent
+from triplane.config.data_change import DataChange, data_change
+from triplane.data.opening import Sources
+from triplane.model.config import ModelConfig
+from triplane.storage.errors import CheckpointError
+from triplane.storage.files import write_whole
+from triplane.storage.location import Location, entries, location, read
+from triplane.storage.schema import first_problem
+from triplane.training.config import RunConfig
+from triplane.training.run_folder import CHECKPOINTS, CONFIG, RunFolder
+
+_FIXED = (
+    "seed",
+    "model",
+    "data.seq_len",
+    "data.document_mask",
+    "data.shuffle_window",
+    "data.packing",
+    "data.lanes",
+)
+"""Keys that a run may not change when it is resumed: they define the weights' shapes and the order of the data."""
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class BesideConfig(BaseModel, strict=True):
+    """What a `run_record` says that is no choice of the run."""
+
+    corpus_digests: list[str] = []
+    tokenizer: KeptTokenizer | None = None
+    parent: Parent | None = None
+    id: str | None = None
+    """Of the run, whatever its folder is called; None in checkpoints that were written before runs had one."""
+
+
+class _CheckpointFolder(BaseModel, strict=True):
+    folder: str | None = None
+
+
+def check_run_dir(
+    config: RunConfig, record: dict[str, Any], allow_data_change: bool, allow_fresh_start: bool
+) -> list[str]:
+    """A run folder whose newest checkpoint belongs to another run, or read other data; or whose are all damaged."""
+    try:
+        folder = checkpoints_folder(config)
+        found = newest_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    if found is None:
+        problem = None if allow_fresh_start else fresh_start_problem(folder)
+        return [problem] if problem else list(_check_initial(config))
+    newest, state = found[0], found[1].state
+    try:
+        config_of(state["run"], newest)
+    except CheckpointError as error:
+        return [str(error)]
+    theirs, ours = flatten(state["run"]), flatten(record)
+    keys = sorted(theirs.keys() | ours.keys())
+    differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]
+    problems = [
+        f"{newest} belongs to another run: {key} is {theirs.get(key)} there and {ours.get(key)} here; "
+        f"set another run_dir, or delete {config.run_dir} to start afresh"
+        for key in differing
+    ]
+    problems += [*_another_run(config, newest, state["run"]), *_phase_problems(config, newest, state)]
+    change = change_since(state, record)
+    problems += [f"{newest}: {line}" for line in change.refused]
+    if not allow_data_change:
+        problems += [
+            f"{newest}: {line}; restore the corpus, or go on with the new one by --allow-data-change"
+            for line in change.replaced
+        ]
+    return problems
+
+
+def _another_run(config: RunConfig, newest: Location, theirs: dict[str, Any]) -> Iterator[str]:
+    """A `checkpoint.folder` that another run writes to. One in the run folder moves and is copied with it."""
+    if config.checkpoint.folder is None:
+        return
+    ours, named = _read_id(Path(config.run_dir)), theirs["run_dir"]
+    same = ours == theirs.get("id") if ours and theirs.get("id") else named == config.run_dir
+    if not same:
+        yield (
+            f"{newest} belongs to the run {named}, not to {config.run_dir}: set another checkpoint.folder; to begin "
+            f"from its weights, set checkpoint.initial={newest} too; to go on with it, run_dir={named}"
+        )
+
+
+def _phase_problems(config: RunConfig, newest: Location, state: dict[str, Any]) -> Iterator[str]:
+    """A later phase with sequences of another length that begins within a step, counted from the checkpoint."""
+    size, consumed = config.training.global_batch_size, state["consumed_sequences"]
+    for number, ((_, _, before), (start, _, after)) in enumerate(pairwise(config.data.timeline())):
+        left = start - consumed
+        if before != after and left > 0 and left % size:
+            yield (
+                f"data.phases[{number}]: seq_len changes within a step: from {newest} it is {left} sequences to "
+                f"from_sequence ({start}), not a multiple of global_batch_size ({size})"
+            )
+
+
+def own_id(config: RunConfig) -> str:
+    """The run's id: in its folder, or that of its checkpoints if the folder is lost; made if there is none."""
+    run_dir = Path(config.run_dir)
+    if known := _read_id(run_dir):
+        return known
+    found = newest_manifest(checkpoints_folder(config))
+    known = (found[1].state["run"].get("id") if found else None) or uuid4().hex
+    write_whole(config.folder.run_id, f"{known}\n".encode())
+    return known
+
+
+def _read_id(run_dir: Path) -> str | None:
+    path = RunFolder(run_dir).run_id
+    return path.read_text(errors="replace").strip() if path.exists() else None
+
+
+def checkpoints_folder(config: RunConfig) -> Location:
+    """Where the run's checkpoints lie."""
+    return location(config.checkpoint.folder or f"{config.run_dir}/{CHECKPOINTS}")
+
+
+def done_steps(config: RunConfig) -> int:
+    """Steps of the checkpoint that the run would go on from; none if none can be read, which is a problem too."""
+    try:
+        newest = newest_manifest(checkpoints_folder(config))
+    except CheckpointError:
+        return 0
+    return int(newest[1].state["step"]) if newest else 0
+
+
+def find_checkpoint(text: str) -> Location:
+    """The checkpoint at a path or URL, or the newest of a run folder or a folder of checkpoints."""
+    place = location(text)
+    found = entries(place)
+    if MANIFEST in found:
+        return place
+    elsewhere = None
+    if CONFIG in found:
+        elsewhere = _configured_folder(place / CONFIG)
+    if elsewhere:
+        place = location(elsewhere)
+    elif CHECKPOINTS in found:
+        place /= CHECKPOINTS
+    if (newest := latest(place)) is None:
+        raise CheckpointError(f"{text}: neither a checkpoint nor a run folder with one; train or import first")
+    return newest
+
+
+def _configured_folder(path: Location) -> str | None:
+    """`checkpoint.folder` in the config of a run."""
+    try:
+        config = tomllib.loads(read(path).decode())
+        folder: str | None = _CheckpointFolder.model_validate(config.get("checkpoint", {})).folder
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: checkpoint.{first_problem(error)}") from error
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not TOML: {error}") from error
+    return folder
+
+
+def _check_initial(config: RunConfig) -> Iterator[str]:
+    """Initial weights that are not there, or of another network."""
+    initial = config.checkpoint.initial
+    if initial is None:
+        return
+    try:
+        found = find_checkpoint(initial)
+        theirs = model_of(read_manifest(found).state["run"], found).model_dump(mode="json")
+        parent_of(initial)
+    except CheckpointError as error:
+        yield f"checkpoint.initial: {error}"
+        return
+    for key, ours in config.model.model_dump(mode="json", exclude={"init_std", "z_loss_weight"}).items():
+        if theirs[key] != ours:
+            yield f"checkpoint.initial: {initial} has {key} {theirs[key]}, but model.{key} is {ours}; make them equal"
+
+
+def change_since(state: dict[str, Any], record: dict[str, Any]) -> DataChange:
+    """How the data differs from that of the checkpoint with this state."""
+    return data_change(state["run"], record, state["consumed_sequences"])
+
+
+def run_record(config: RunConfig, sources: Sources) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it, but for its parent."""
+    return {
+        **config.model_dump(mode="json"),
+        "corpus_digests": sources.digests,
+        "tokenizer": kept_tokenizer(sources.tokenizer),
+    }
+
+
+def parent_of(initial: str) -> Parent:
+    """The model whose weights a run begins with: the one that was imported, or the run that trained it."""
+    found = find_checkpoint(initial)
+    record = read_manifest(found).state["run"]
+    grandparent = beside_config(record, found).parent
+    if "imported_from" in record and grandparent is not None:
+        return grandparent
+    licence = grandparent.licence if grandparent else None
+    return Parent(name=str(record.get("run_dir", initial)), licence=licence, context=_context_of(record, found))
+
+
+def _context_of(record: dict[str, Any], where: Location) -> int | None:
+    return None if "imported_from" in record else max(n for _, _, n in config_of(record, where).data.timeline())
+
+
+def beside_config(record: dict[str, Any], where: Location) -> BesideConfig:
+    """The rest of a `run_record`, or of what stands for it in an imported checkpoint; raises CheckpointError."""
+    return _of_this_version(BesideConfig, record, where)
+
+
+def config_of(record: dict[str, Any], where: Location) -> RunConfig:
+    """The config in the `run_record` of the checkpoint `where`; CheckpointError if this version cannot read it."""
+    beside_config(record, where)
+    content = {key: value for key, value in record.items() if key not in BesideConfig.model_fields}
+    return _of_this_version(RunConfig, content, where)
+
+
+def model_of(record: dict[str, Any], where: Location) -> ModelConfig:
+    """The network in the `run_record`, or in what stands for it in an imported checkpoint; raises CheckpointError."""
+    return _of_this_version(ModelConfig, record.get("model"), where)
+
+
+def _of_this_version(schema: type[T], content: object, where: Location) -> T:
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{where}: written by another version of triplane: {first_problem(error)}; use that version"
+        ) from error
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One table, with the keys of nested ones as `outer.inner`."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,86 @@
+"""How a preparation looks on a console: a bar while it runs, tables at its end."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from triplane.data.prepare import Progress as Progressed
+from triplane.data.report import Report
+from triplane.plan.tables import plain_table
+
+_BAR_CELLS = 16
+
+
+class PreparationBar:
+    """Shows how far a preparation is; gone when it ends."""
+
+    def __init__(self, console: Console):
+        self._bar = Progress(
+            TextColumn("tokenizing"),
+            BarColumn(_BAR_CELLS),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, figures="")
+        self._resumed_tokens: int | None = None
+
+    def __enter__(self) -> "PreparationBar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, now: Progressed) -> None:
+        """Shows `now`; the rate is that of this run."""
+        if self._resumed_tokens is None:
+            self._resumed_tokens = now.tokens
+        task: Task = self._bar.tasks[0]
+        rate = (now.tokens - self._resumed_tokens) / (task.elapsed or 1)
+        figures = f"{now.documents:,} docs  {now.text_bytes / 1e6:,.0f} MB  {_short(rate)} tok/s"
+        self._bar.update(self._task, completed=now.read_bytes, total=now.total_bytes, figures=figures)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Prints what is in the corpus and what is not."""
+    splits = {"train": report.train, "validation": report.validation}
+    sizes = plain_table("split", "documents", "tokens", "text MB", "bytes/token")
+    for name, counts in splits.items():
+        sizes.add_row(
+            name,
+            f"{counts.documents:,}",
+            f"{counts.tokens:,}",
+            f"{counts.text_bytes / 1e6:,.1f}",
+            f"{counts.bytes_per_token:.2f}",
+        )
+    console.print(sizes)
+    lengths = plain_table("tokens in a document", *splits, "share of all")
+    documents = report.train.documents + report.validation.documents
+    for power in range(max(len(counts.lengths) for counts in splits.values())):
+        row = [counts.lengths[power] if power < len(counts.lengths) else 0 for counts in splits.values()]
+        if sum(row):
+            share = f"{100 * sum(row) / documents:.1f} %"
+            lengths.add_row(f"{1 << power:,} to {(2 << power) - 1:,}", *(f"{count:,}" for count in row), share)
+    console.print()
+    console.print(lengths)
+    if report.rejected:
+        rejected = Table("left out because", "inputs", "the first", box=None, header_style="bold", pad_edge=False)
+        rejected.columns[1].justify = "right"
+        for reason, what in sorted(report.rejected.items(), key=lambda item: -item[1].count):
+            rejected.add_row(Text(reason), f"{what.count:,}", Text(what.first))
+        console.print()
+        console.print(rejected)
+
+
+def _short(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,23 @@
+"""Environment variables that others set, read with their names in every complaint."""
+
+from collections.abc import Mapping
+
+from triplane.storage.errors import LaunchError
+
+
+def whole_number(
+    environment: Mapping[str, str], name: str, default: int | None = None, least: int = 0, below: int | None = None
+) -> int:
+    """The value of `name`; LaunchError if it is missing without a default, no number, or out of range."""
+    given = environment.get(name)
+    if given is None:
+        if default is None:
+            raise LaunchError(f"{name} is not set, though this process is started as one of several ranks; set it")
+        return default
+    if not given.strip().isdecimal():
+        raise LaunchError(f"{name} is {given!r}; set a whole number")
+    number = int(given)
+    if number < least or (below is not None and number >= below):
+        allowed = f"{least} or more" if below is None else f"a number from {least} to {below - 1}"
+        raise LaunchError(f"{name} is {number}; set {allowed}")
+    return number

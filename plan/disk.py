@@ -1,0 +1,48 @@
+"""The checkpoints that a run keeps, and the room that they need."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from triplane.config.preflight import checkpoints_folder
+from triplane.model.count import count_parameters
+from triplane.storage.errors import CheckpointError
+from triplane.storage.location import entries
+from triplane.storage.remote import is_url
+from triplane.training.config import RunConfig
+
+_STATE_BYTES = 12
+"""fp32 weight and two moments of each parameter."""
+
+
+def kept_checkpoints(config: RunConfig) -> int:
+    """How many whole checkpoints there are at once at the most: those that the rules keep, and one being written."""
+    rules, steps = config.checkpoint, config.training.steps
+    saves = -(-steps // rules.every_steps)
+    kept = rules.keep_last + rules.keep_best + (steps // rules.keep_every if rules.keep_every else 0)
+    return min(saves, kept) + 1
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Of one checkpoint."""
+    return _STATE_BYTES * count_parameters(config.model)
+
+
+def disk_problems(config: RunConfig) -> Iterator[str]:
+    """A disk without room for the checkpoints that the rules keep; one at a URL is not asked."""
+    if is_url(config.checkpoint.folder):
+        return
+    folder = Path(str(checkpoints_folder(config)))
+    try:
+        there = sum(max(0, size) for name in entries(folder) for size in entries(folder / name).values())
+        disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(disk).free + there
+    except (CheckpointError, OSError):
+        return  # cannot be looked into: whether it can be written to is found by writing
+    one, count = checkpoint_bytes(config), kept_checkpoints(config)
+    if one * count > free:
+        yield (
+            f"{folder}: {count} checkpoints of {one / 2**30:,.1f} GiB (those that checkpoint.keep_last, keep_every and "
+            f"keep_best name, and one being written) need {one * count / 2**30:,.1f} GiB, but {free / 2**30:,.1f} GiB "
+            f"are free; keep fewer, or set checkpoint.folder to a larger disk"
+        )

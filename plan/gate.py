@@ -1,0 +1,135 @@
+"""The gate: all that can be known to be wrong with a run, found once, before a rank starts. Imports no torch.
+
+`plan`, `train` and `submit` ask it. Ranks do not: what one process has found holds for all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from triplane.config.checks import check
+from triplane.config.preflight import check_run_dir, run_record
+from triplane.data.open_tokenizer import open_tokenizer
+from triplane.data.opening import Sources, open_sources
+from triplane.data.sources import find_files
+from triplane.hf.exportable import export_problems
+from triplane.plan.amount import Amount
+from triplane.plan.disk import disk_problems
+from triplane.plan.estimate import work_of
+from triplane.plan.memory import peak_memory
+from triplane.plan.shares import pipeline
+from triplane.storage.errors import TriplaneError
+from triplane.training.config import RunConfig
+
+_HIGH_LR = 0.1
+_HIGH_INIT_STD = 1.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the gate has found."""
+
+    problems: list[str]
+    """A line each; a run with one is not started."""
+    warnings: list[str]
+    """A line each; the run starts."""
+    amount: Amount | None
+    """None while it is not known: a source is absent, or tars that are not tokenized yet."""
+
+    def notes(self) -> Iterator[str]:
+        """Lines to show before the run starts."""
+        if self.amount is not None:
+            yield self.amount.describe()
+        yield from (f"warning: {warning}" for warning in self.warnings)
+
+
+def examine(
+    config: RunConfig, ranks: int, *, allow_data_change: bool = False, allow_fresh_start: bool = False
+) -> Findings:
+    """Examines a run on so many ranks. Reads files, writes none, and tokenizes nothing."""
+    problems = check(config, ranks)
+    warnings = list(_odd_values(config))
+    amount = None
+    if any(source.is_tars for source in config.data.sources):
+        problems += _tar_problems(config)
+    else:
+        if config.data.tokenizer is not None:
+            warnings.append(f"data.tokenizer ({config.data.tokenizer}) is not used: prepared corpora bring their own")
+        try:
+            sources = open_sources(config.data, config.folder.corpora)
+        except TriplaneError as error:
+            problems += str(error).splitlines()
+        else:
+            if not list(config.data.problems(config.training.global_batch_size)):
+                amount = Amount.of(config, sources)
+                warnings += [*amount.warnings(), *_held_out(config, sources)]
+            unexportable = export_problems(config.model, sources.tokenizer)
+            warnings += [f"it could not be exported: {problem}" for problem in unexportable]
+            # Whether the run folder holds this run means nothing until model and data fit each other.
+            problems += list(_vocabulary(config, sources.tokenizer.vocab_size, config.data.sources[0].corpus)) or (
+                check_run_dir(config, run_record(config, sources), allow_data_change, allow_fresh_start)
+            )
+    problems += disk_problems(config)
+    return Findings(problems, warnings, amount)
+
+
+def memory_problem(config: RunConfig, ranks: int) -> str | None:
+    """Why `ranks` on this machine's CPUs cannot hold the state of the run, whatever else they need."""
+    work = work_of(config, ranks)
+    each = [peak_memory(work, rank, "cpu") for rank in pipeline(work)]
+    state = sum(memory.weights + memory.gradients + memory.optimizer for memory in each) * ranks // len(each)
+    there = psutil.virtual_memory().total
+    if state <= there:
+        return None
+    return (
+        f"weights, gradients and optimizer of {ranks} ranks need {state / 2**30:,.1f} GiB of memory, but this machine "
+        f"has {there / 2**30:,.1f}; take a smaller model, or more machines"
+    )
+
+
+def _tar_problems(config: RunConfig) -> Iterator[str]:
+    """What keeps tars from being tokenized when the run begins."""
+    data = config.data
+    tars = [source.corpus for source in data.sources if source.is_tars]
+    if data.tokenizer is None:
+        yield f"{tars[0]}: tars need data.tokenizer, the model file to tokenize them with"
+    else:
+        try:
+            tokenizer = open_tokenizer(Path(data.tokenizer))
+        except TriplaneError as error:
+            yield f"data.tokenizer: {error}"
+        else:
+            yield from _vocabulary(config, tokenizer.vocab_size, data.tokenizer)
+    try:
+        find_files(tars, lambda rejection: None)
+    except TriplaneError as error:
+        yield from str(error).splitlines()
+
+
+def _vocabulary(config: RunConfig, vocab_size: int, where: str) -> Iterator[str]:
+    """A tokenizer that does not fit the model. Imported weights may have more embeddings than there are tokens."""
+    spare = config.model.vocab_size - vocab_size
+    if spare < 0 or (spare and config.checkpoint.initial is None):
+        yield (
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {where} has {vocab_size}; "
+            f"set model.vocab_size={vocab_size}"
+        )
+
+
+def _held_out(config: RunConfig, sources: Sources) -> Iterator[str]:
+    wanted = config.training.eval_sequences
+    read = [corpus for source, corpus in zip(config.data.sources, sources.validation) if source.weight]
+    held = sum(-(-corpus.tokens // config.data.seq_len) for corpus in read)
+    if wanted > held:
+        yield f"training.eval_sequences ({wanted}) is more than the {held} that are held out: all of them are read"
+
+
+def _odd_values(config: RunConfig) -> Iterator[str]:
+    for name, value, high, usual in (
+        ("optimizer.lr", config.optimizer.lr, _HIGH_LR, "1e-5 to 1e-2"),
+        ("model.init_std", config.model.init_std, _HIGH_INIT_STD, "0.02"),
+    ):
+        if value > high:
+            yield f"{name} ({value:g}) is over {high:g}; {usual} is usual"

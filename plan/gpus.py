@@ -1,0 +1,109 @@
+"""The GPUs that a plan knows, and a file that describes another."""
+
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from triplane.config.explain import explain
+from triplane.storage.errors import ConfigError
+
+RESERVED_GIB = 3.0
+"""Of each GPU: the CUDA context, NCCL's buffers, what the allocator cannot use."""
+
+
+class Gpu(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """A kind of GPU, and the machines that it comes in; rates are those of data sheets."""
+
+    memory_gib: PositiveFloat
+    bf16_tflops: PositiveFloat
+    """Dense products, 10^12 FLOP/s."""
+    fp8_tflops: PositiveFloat | None = None
+    """None: it has no fp8 products."""
+    memory_gb_per_s: PositiveFloat
+    """Of its own memory, 10^9 bytes/s."""
+    node_gb_per_s: PositiveFloat
+    """To the other GPUs of its machine, one way."""
+    network_gb_per_s: PositiveFloat
+    """Of the machine's network, one way, for each GPU."""
+    gpus_per_node: PositiveInt = 8
+    price_per_hour: NonNegativeFloat
+    """What to reckon with where no price is given; in any currency. Those below are guesses."""
+
+
+GPUS = {
+    "a100": Gpu(
+        memory_gib=79.2,
+        bf16_tflops=312,
+        memory_gb_per_s=2039,
+        node_gb_per_s=300,
+        network_gb_per_s=25,
+        price_per_hour=1.5,
+    ),
+    "h100": Gpu(
+        memory_gib=79.2,
+        bf16_tflops=989,
+        fp8_tflops=1979,
+        memory_gb_per_s=3350,
+        node_gb_per_s=450,
+        network_gb_per_s=50,
+        price_per_hour=2.5,
+    ),
+    "h200": Gpu(
+        memory_gib=139.8,
+        bf16_tflops=989,
+        fp8_tflops=1979,
+        memory_gb_per_s=4800,
+        node_gb_per_s=450,
+        network_gb_per_s=50,
+        price_per_hour=3.0,
+    ),
+    "b200": Gpu(
+        memory_gib=178.0,
+        bf16_tflops=2250,
+        fp8_tflops=4500,
+        memory_gb_per_s=7700,
+        node_gb_per_s=900,
+        network_gb_per_s=50,
+        price_per_hour=5.0,
+    ),
+    "l40s": Gpu(
+        memory_gib=44.4,
+        bf16_tflops=362,
+        fp8_tflops=733,
+        memory_gb_per_s=864,
+        node_gb_per_s=32,
+        network_gb_per_s=25,
+        price_per_hour=1.0,
+    ),
+    "mi300x": Gpu(
+        memory_gib=191.5,
+        bf16_tflops=1307,
+        fp8_tflops=2615,
+        memory_gb_per_s=5300,
+        node_gb_per_s=448,
+        network_gb_per_s=50,
+        price_per_hour=2.5,
+    ),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """A kind by its name, or as a TOML file describes it. Raises ConfigError with the kinds that there are."""
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise ConfigError(
+            f"--gpu {name}: not known; known are {', '.join(sorted(GPUS))}; for another give a TOML file with "
+            f"{', '.join(Gpu.model_fields)}"
+        )
+    try:
+        return Gpu.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"--gpu {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--gpu {path}: not TOML: {error}") from None
+    except ValidationError as error:
+        lines = [f"--gpu {path}: {'.'.join(key)}: {problem}" for key, problem in explain(error, Gpu).items()]
+        raise ConfigError("\n".join(lines)) from None

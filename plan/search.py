@@ -1,0 +1,121 @@
+"""Every layout of a run on a number of GPUs: which fit, how fast, and why the others do not."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from triplane.config.checks import check
+from triplane.plan.estimate import Estimate, beyond_layout, estimate
+from triplane.plan.gpus import RESERVED_GIB, Gpu
+from triplane.training.config import RunConfig
+
+_STAGES, _MOST_RANKS = (1, 2, 4, 8), 32
+_MICRO_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits."""
+
+    config: RunConfig
+    estimate: Estimate
+
+
+@dataclass
+class Refusal:
+    """Layouts that do not fit, for one reason."""
+
+    reason: str
+    """That of the first."""
+    layouts: int = 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search has found."""
+
+    found: list[Found]
+    """Fastest first."""
+    refused: list[Refusal] = field(default_factory=list)
+    """Most frequent first."""
+
+
+def search(config: RunConfig, gpus: int, gpu: Gpu) -> Search:
+    """Tries axes that divide the GPUs, ZeRO, recomputation and micro-batches; other keys stay as they are."""
+    found: list[Found] = []
+    refused: dict[str, Refusal] = defaultdict(lambda: Refusal(""))
+    unmendable = beyond_layout(config)
+    for candidate in _candidates(config, gpus, gpu):
+        answer = _try(candidate, gpus, gpu, unmendable)
+        if isinstance(answer, Estimate):
+            found.append(Found(candidate, answer))
+            continue
+        kind = re.sub(r"\d[\d,.]*", "N", answer)
+        first = f"{candidate.parallel.describe()}, micro-batches of {candidate.training.micro_batch_size}: {answer}"
+        refused[kind].reason = refused[kind].reason or first
+        refused[kind].layouts += 1
+    found.sort(key=lambda one: one.estimate.speed.step_s)
+    return Search(found, sorted(refused.values(), key=lambda one: -one.layouts))
+
+
+def changes(config: RunConfig, other: RunConfig) -> list[str]:
+    """The overrides that make `config` into `other`."""
+    lines = []
+    for table in ("parallel", "training"):
+        theirs = getattr(other, table).model_dump()
+        for key, value in getattr(config, table).model_dump().items():
+            if theirs[key] != value and value != "auto":
+                text = str(theirs[key]).lower() if isinstance(theirs[key], bool) else str(theirs[key])
+                lines.append(f"{table}.{key}={text}")
+    return lines
+
+
+def nearest(config: RunConfig, found: list[Found]) -> Found:
+    """The layout that fits and changes the fewest keys; of equal ones the fastest."""
+    return min(found, key=lambda one: (len(changes(config, one.config)), one.estimate.speed.step_s))
+
+
+def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
+    layers = config.model.n_layers
+    divisors = [size for size in range(1, _MOST_RANKS + 1) if gpus % size == 0]
+    axes: list[tuple[Any, ...]] = [
+        tuple(tp for tp in divisors if tp <= gpu.gpus_per_node),
+        tuple(pp for pp in divisors if pp <= layers),
+        tuple(cp for cp in divisors if cp <= gpu.gpus_per_node and (cp == 1 or config.data.seq_len // cp >= 4096)),
+        _STAGES,
+        (0, 1, 2, 3) if config.training.precision == "fp32" else (1, 2, 3),
+        ("none", "selective", "full"),
+        _MICRO_BATCHES,
+    ]
+    for tp, pp, cp, virtual, zero, recompute, micro in product(*axes):
+        if gpus % (tp * pp * cp) or (pp == 1 and virtual > 1) or pp * virtual > layers or (zero == 3 and pp > 1):
+            continue
+        keys = {
+            "tp": tp,
+            "sequence_parallel": tp > 1,
+            "pp": pp,
+            "cp": cp,
+            "dp": gpus // (tp * pp * cp),
+            "virtual_stages": virtual,
+            "zero": zero,
+            "recompute": recompute,
+        }
+        yield config.model_copy(
+            update={
+                "parallel": config.parallel.model_copy(update=keys),
+                "training": config.training.model_copy(update={"micro_batch_size": micro}),
+            }
+        )
+
+
+def _try(config: RunConfig, gpus: int, gpu: Gpu, unmendable: set[str]) -> Estimate | str:
+    """What it comes to, or why it does not fit."""
+    if problems := [problem for problem in check(config, gpus) if problem not in unmendable]:
+        return problems[0]
+    answer = estimate(config, gpus, gpu)
+    if not answer.fits(gpu):
+        return f"needs {answer.peak_gib:,.1f} GiB of {gpu.memory_gib - RESERVED_GIB:,.1f}"
+    return answer

@@ -1,0 +1,65 @@
+"""Seconds that messages between ranks take from a step, as far as nothing hides them."""
+
+from triplane.plan.rates import Rates
+from triplane.plan.shares import Work
+
+
+def tensor_s(work: Work, rates: Rates) -> float:
+    """Of a block and micro-batch: two all-reduces forward and two backward, each an all-gather and a reduce-scatter."""
+    # Computed again are both gathers and the first reduce-scatter, or the first all-reduce.
+    again = 0 if work.layout.recompute == "none" else 3 if work.layout.sequence_parallel else 2
+    whole = work.tokens * work.model.dim * work.element_bytes
+    return (8 + again) * rates.collective_s(whole, work.layout.tp, 1) * (1 - rates.program.tp_hidden)
+
+
+def context_s(work: Work, rates: Rates, attention_s: float) -> float:
+    """Of a block and micro-batch, beside attention that takes `attention_s`."""
+    layout, model, hop_s = work.layout, work.model, rates.program.hop_s
+    if layout.cp == 1:
+        return 0.0
+    heads, kv_heads = model.n_heads // layout.tp, work.kv_heads
+    bandwidth = rates.link_bytes_per_s(layout.cp, layout.tp)
+    head = work.tokens * model.head_dim * work.element_bytes
+    if layout.cp_method == "ulysses":
+        exchanged = (2 * heads + 2 * max(kv_heads, layout.cp)) * head * (layout.cp - 1) / layout.cp
+        return 2 * exchanged / bandwidth + 4 * hop_s * layout.cp
+    # Keys and values forward; these and their fp32 gradients backward.
+    hop = 2 * kv_heads * head / bandwidth
+    exposed = max(0.0, hop * (layout.cp - 1) * (2 + 4 / work.element_bytes) - attention_s)
+    return exposed + 2 * hop_s * layout.cp
+
+
+def sends_s(work: Work, rates: Rates) -> float:
+    """Of a micro-batch between plain stages, there and back; between virtual ones they hide."""
+    layout = work.layout
+    if layout.pp == 1 or layout.virtual_stages > 1:
+        return 0.0
+    sent = work.tokens // (layout.tp if layout.sequence_parallel else 1) * work.model.dim * work.element_bytes
+    return 2 * sent / rates.link_bytes_per_s(layout.pp, layout.tp * work.replicas)
+
+
+def data_s(work: Work, rates: Rates, parameters: int, micro_batch_s: float) -> float:
+    """Of a step over dp x cp: a rank's gradients and weights.
+
+    Backward is two thirds of a micro-batch's `micro_batch_s`, forward the rest.
+    """
+    layout, zero, program = work.layout, work.layout.zero, rates.program
+
+    def collective_s(width: float) -> float:
+        return rates.collective_s(width * parameters, work.replicas, layout.tp)
+
+    weights_s = collective_s(work.element_bytes)
+    if zero == 3:
+        # Each block's weights come twice and its gradients go once, in every micro-batch, beside its neighbours.
+        hops_s = 3 * program.hop_s * (work.replicas - 1) * work.model.n_layers / layout.pp
+        exposed = max(0.0, 2 * weights_s + collective_s(program.gradient_bytes) - micro_batch_s)
+        return work.micro_batches * (exposed + hops_s)
+    halves = 2 if zero == 0 or program.all_reduces else 1
+    gradients_s = halves * collective_s(program.gradient_bytes)
+    if zero and (layout.pp == 1 or program.pipeline_hides):
+        gradients_s = max(0.0, gradients_s - micro_batch_s * 2 / 3)
+    if zero == 2 and layout.pp == 1:
+        gradients_s *= work.micro_batches
+    if zero == 0:
+        return gradients_s
+    return gradients_s + (max(0.0, weights_s - micro_batch_s / 3) if program.gather_hidden else weights_s)

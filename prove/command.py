@@ -1,0 +1,122 @@
+"""`triplane prove`: trains a small model under many layouts and compares each with one process."""
+
+import json
+import queue
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from triplane.config.load import load_config
+from triplane.model.config import ModelConfig
+from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.prove.cases import Case, full_proof, own_case, quick_proof
+from triplane.prove.compare import TIMEOUT_S, Machine, tolerances, train_case, worst
+from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.prove.reference import (
+    Difference,
+    Trace,
+    proof_model,
+    train_plainly,
+)
+from triplane.storage.errors import LaunchError
+from triplane.storage.files import write_whole
+from triplane.training.exits import Exit
+
+_STEPS, _LARGE_STEPS = 10, 2
+_LINE = "{:<7} {:>5} {:>8} {:>8} {:>8} {:>9}  {}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table."""
+
+    case: Case
+    difference: Difference | None
+    """None if it failed to run."""
+    tolerance: Difference
+    tokens_per_s: float
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.difference is not None and self.difference.within(self.tolerance)
+
+
+def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path | None) -> int:
+    """Prints a line for each layout as it ends; returns the exit code."""
+    machine = Machine.here(ranks)
+    model, cases = proof_model(), []
+    if config is not None:
+        run = load_config(config)
+        model = _shrunken(run.model)
+        own = own_case(model, run.parallel, run.training.precision, machine.ranks, machine.runs)
+        if own is None:
+            print(
+                f"{config}: its own layout needs more than {machine.ranks} ranks, with two on each axis; it is left out"
+            )
+        cases = [] if own is None else [own]
+    cases += (quick_proof if quick else full_proof)(model, machine.ranks, machine.runs)
+    results = _results(model, cases, machine)
+    if json_path is not None:
+        write_whole(json_path, (json.dumps([_record(result) for result in results], indent=1) + "\n").encode())
+    passed = sum(result.passed for result in results)
+    print(f"{passed} of {len(results)} layouts train the model that one process trains")
+    return Exit.OK if passed == len(results) else Exit.FAILED
+
+
+def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Result]:
+    print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
+    references: dict[ModelConfig, Trace] = {}
+    try:
+        allowed = tolerances(cases, model, range(_STEPS), machine)
+    except (RanksFailedError, queue.Empty) as error:
+        raise LaunchError(f"one bf16 process, which layouts are compared with, failed: {str(error)[-200:]}") from error
+    results = []
+    for case in cases:
+        own = case.model(model)
+        if own not in references:
+            references[own] = train_plainly(own, _LARGE_STEPS if case.large else _STEPS)
+        results.append(_result(own, case, references[own], allowed[case], machine))
+        print(_line(results[-1]), flush=True)
+    return results
+
+
+def _result(model: ModelConfig, case: Case, one: Trace, allowed: Difference, machine: Machine) -> Result:
+    try:
+        answers = run_ranks(
+            case.layout, case.ranks, train_case, model, case, one, device=machine.device, timeout_s=TIMEOUT_S
+        )
+    except (RanksFailedError, queue.Empty) as error:
+        return Result(case, None, allowed, 0.0, str(error) or f"no answer in {TIMEOUT_S} s")
+    return Result(case, worst(found for found, _ in answers), allowed, min(rate for _, rate in answers))
+
+
+def _shrunken(model: ModelConfig) -> ModelConfig:
+    """A model with the features of `model` and the size of the proof's."""
+    small = proof_model()
+    kept = ("qkv_bias", "rope_base", "rope_scaling", "norm_eps", "tie_embeddings", "z_loss_weight")
+    groups = min(small.n_heads, model.n_heads // model.n_kv_heads)
+    n_kv_heads = small.n_heads // groups if small.n_heads % groups == 0 else small.n_kv_heads
+    return small.model_copy(update={name: getattr(model, name) for name in kept} | {"n_kv_heads": n_kv_heads})
+
+
+def _line(result: Result) -> str:
+    layout, ranks = result.case.describe(), str(result.case.ranks)
+    if result.difference is None:
+        return _LINE.format("FAILED", ranks, "", "", "", "", f"{layout}\n{result.error}")
+    found = [f"{value:.1e}" for value in (result.difference.loss, result.difference.norm, result.difference.weight)]
+    return _LINE.format("ok" if result.passed else "DIFFERS", ranks, *found, f"{result.tokens_per_s:,.0f}", layout)
+
+
+def _record(result: Result) -> dict[str, Any]:
+    return {
+        "layout": result.case.describe(),
+        "ranks": result.case.ranks,
+        "tied": result.case.tied,
+        "precision": result.case.precision,
+        "difference": None if result.difference is None else asdict(result.difference),
+        "tolerance": asdict(result.tolerance),
+        "tokens_per_s": result.tokens_per_s,
+        "passed": result.passed,
+        "error": result.error,
+    }

@@ -1,0 +1,89 @@
+"""What the tables of `triplane prove` share: what this machine can run, and how far from one process is the same."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+
+from triplane.model.compiled import has_compiler
+from triplane.model.config import ModelConfig
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.mesh import Mesh
+from triplane.prove.cases import Case
+from triplane.prove.forked import run_ranks
+from triplane.prove.reference import (
+    Difference,
+    Trace,
+    largest_difference,
+    proof_engine,
+    train_on_mesh,
+    typical_difference,
+)
+from triplane.prove.rounding import SEEDS, bound, differences_of_seeds
+from triplane.storage.errors import LaunchError
+from triplane.training.hardware import DTYPES
+
+TIMEOUT_S = 300.0
+_FP32 = Difference(loss=1e-5, norm=2e-6, weight=1e-5, moment=1e-5)
+"""The norm is about 1.5: it is exact to 1e-6, however large a tensor is."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the proofs run."""
+
+    device: str
+    ranks: int
+    """At most."""
+    compiler: bool
+
+    @classmethod
+    def here(cls, ranks: int | None) -> "Machine":
+        """This one; tells what it cannot prove."""
+        gpus = torch.cuda.device_count()
+        machine = cls("cuda" if gpus else "cpu", ranks or gpus or 8, bool(gpus) or has_compiler())
+        if gpus and machine.ranks > gpus:
+            raise LaunchError(f"--ranks {ranks}, but {gpus} GPUs are here")
+        if not machine.compiler:
+            print("no C++ compiler here: layouts with compile are left out")
+        if gpus:
+            print("no fp32 kernel for a ring on a GPU: rings are proven in bf16")
+        return machine
+
+    def runs(self, case: Case) -> bool:
+        """Whether it can run a case that fits the model."""
+        ring = case.layout.cp > 1 and case.layout.cp_method == "ring"
+        return (self.compiler or not case.layout.compile) and not (
+            self.device == "cuda" and ring and case.precision == "fp32"
+        )
+
+
+def tolerances(cases: Sequence[Case], model: ModelConfig, steps: range, machine: Machine) -> dict[Case, Difference]:
+    """How far each case may be from one fp32 process, compared over `steps`."""
+    allowed = dict.fromkeys(cases, _FP32)
+    rounded = [case for case in cases if case.precision == "bf16"]
+    for tied in {case.tied for case in rounded}:
+        head = model.model_copy(update={"tie_embeddings": tied})
+        alone, timeout_s = ParallelConfig(dp=1), TIMEOUT_S * len(SEEDS)
+        (found,) = run_ranks(alone, 1, differences_of_seeds, head, steps, device=machine.device, timeout_s=timeout_s)
+        allowed |= dict.fromkeys((case for case in rounded if case.tied == tied), bound(found, len(rounded)))
+    return allowed
+
+
+def measured(trace: Trace, one: Trace, precision: str, mesh: Mesh) -> Difference:
+    """How far this rank's trace is from that of one fp32 process, as `tolerances` means it. Collective."""
+    if precision == "bf16":
+        return typical_difference(trace, one, mesh.device)
+    return largest_difference(trace, one)
+
+
+def worst(found: Iterable[Difference]) -> Difference:
+    """The largest of each kind."""
+    return Difference(*(max(values) for values in zip(*map(astuple, found))))
+
+
+def train_case(mesh: Mesh, model: ModelConfig, case: Case, one: Trace) -> tuple[Difference, float]:
+    """This rank's part of the steps that `one` has taken: how far it is from that, and its tokens/s."""
+    engine = proof_engine(mesh, model, case.layout, DTYPES[case.precision])
+    trace = train_on_mesh(engine, range(len(one.losses)))
+    return measured(trace, one, case.precision, mesh), trace.tokens_per_s

@@ -1,0 +1,104 @@
+"""Runs a function on the ranks of a layout, each a process of this machine that starts from this one's imports."""
+
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.groups import connected
+
+
+class RanksFailedError(RuntimeError):
+    """What each failed rank said."""
+
+
+def run_ranks(
+    layout: ParallelConfig,
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    device: str = "cpu",
+    timeout_s: float = 60,
+) -> list[Any]:
+    """`function(mesh, *args)` on every rank of the layout; returns what each returned, by rank.
+
+    Forking costs a second where a fresh start costs ten, but CUDA forbids it: there `function` must be importable.
+    """
+    context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    with TemporaryDirectory() as folder:
+        queue = context.Queue()
+        ranks = [
+            context.Process(
+                target=_rank, args=(queue, layout, rank, world_size, device, Path(folder) / "store", function, args)
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            answers = [pickle.loads(_next(queue, ranks, timeout_s)) for _ in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+    errors = [f"rank {rank}:\n{error}" for rank, error, _ in answers if error]
+    if errors:
+        raise RanksFailedError("\n".join(errors))
+    return [value for _, _, value in sorted(answers, key=lambda answer: answer[0])]
+
+
+def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
+    """The next answer; RanksFailedError if a rank was killed, Empty if none comes in time."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        killed = [
+            f"rank {rank}: exit code {process.exitcode}" for rank, process in enumerate(ranks) if process.exitcode
+        ]
+        try:
+            answer: bytes = answers.get(timeout=0.1)
+        except Empty:
+            if killed:
+                raise RanksFailedError("\n".join(killed)) from None
+        else:
+            return answer
+    raise Empty
+
+
+def _rank(
+    queue: Any,
+    layout: ParallelConfig,
+    rank: int,
+    world_size: int,
+    device: str,
+    store: Path,
+    function: Callable[..., Any],
+    args: Any,
+) -> None:
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32, which is no fp32
+    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    try:
+        with connected(layout, where, rank, world_size, FileStore(str(store), world_size)) as mesh:
+            answer = (rank, "", function(mesh, *args))
+    except BaseException:  # whatever it was, the parent raises it
+        answer = (rank, traceback.format_exc(), None)
+    # Plain bytes: a tensor in a queue is a file descriptor that dies with its process.
+    queue.put(pickle.dumps(answer))
+    queue.close()
+    queue.join_thread()
+    sys.stdout.flush()
+    # gloo's threads abort now and then in an ordinary exit.
+    os._exit(0)

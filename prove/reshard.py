@@ -1,0 +1,112 @@
+"""`triplane prove --reshard`: saves under each layout, loads under each other, and compares with one process."""
+
+import json
+import queue
+from dataclasses import asdict
+from pathlib import Path
+from string import ascii_uppercase
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from triplane.checkpoint.folder import checkpoint_of
+from triplane.model.config import ModelConfig
+from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.parallel.mesh import Mesh
+from triplane.prove.cases import Case, resharding_proof
+from triplane.prove.compare import TIMEOUT_S, Machine, measured, tolerances, worst
+from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.prove.reference import Difference, Trace, proof_model, train_plainly
+from triplane.prove.resharding import train_between
+from triplane.storage.files import write_whole
+from triplane.storage.location import Location
+from triplane.training.exits import Exit
+from triplane.training.hardware import DTYPES
+
+_CUT, _STEPS = 3, 6
+"""Saved after `_CUT` steps, compared over the rest."""
+_WIDTH = 9
+
+
+def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
+    """Prints a table for an untied and one for a tied head; returns the exit code."""
+    machine = Machine.here(ranks)
+    rows = []
+    for tied in (False, True):
+        with TemporaryDirectory(prefix="triplane-reshard-") as folder:
+            rows += _prove(proof_model(tied), tied, machine, Path(folder))
+    if json_path is not None:
+        write_whole(json_path, (json.dumps(rows, indent=1) + "\n").encode())
+    passed = sum(row["passed"] for row in rows)
+    print(f"{passed} of {len(rows)} checkpoints train on, under another layout, as one process does")
+    return Exit.OK if passed == len(rows) else Exit.FAILED
+
+
+def _prove(model: ModelConfig, tied: bool, machine: Machine, folder: Path) -> list[dict[str, Any]]:
+    cases = dict(zip(ascii_uppercase, resharding_proof(model, machine.ranks, tied, machine.runs)))
+    one = train_plainly(model, _STEPS)
+    allowed = tolerances(list(cases.values()), model, range(_CUT, _STEPS), machine)
+    print(f"{'tied' if tied else 'untied'} head; saved under:")
+    for name, case in cases.items():
+        print(f"  {name} {case.describe()}", flush=True)
+        _run(machine, case, _save, model, case, folder / name)
+    columns = " ".join(f"{name:>{_WIDTH}}" for name in cases)
+    print(f"largest difference from one process, loaded under:\n   {columns}", flush=True)
+    rows = []
+    for name, case in cases.items():
+        others = [other for other in cases if other != name]
+        rounder = [cases[other] if cases[other].precision == "bf16" else case for other in others]
+        saved = [(checkpoint_of(folder / other, _CUT), kept.precision) for other, kept in zip(others, rounder)]
+        found, error = _load(model, case, one, saved, machine)
+        for other, differing, rounding in zip(others, found, rounder):
+            rows.append(_row(cases[other], case, differing, allowed[rounding], error))
+        shown = iter(rows[-len(others) :])
+        cells = [f"{'':>{_WIDTH}}" if other == name else _cell(next(shown)) for other in cases]
+        print(f"  {name} {' '.join(cells)}".rstrip(), *filter(None, [error]), sep="\n", flush=True)
+    return rows
+
+
+def _run(machine: Machine, case: Case, function: Any, *args: Any) -> list[Any]:
+    return run_ranks(case.layout, case.ranks, function, *args, device=machine.device, timeout_s=TIMEOUT_S)
+
+
+def _load(
+    model: ModelConfig, case: Case, one: Trace, saved: list[tuple[Location, str]], machine: Machine
+) -> tuple[list[Difference | None], str]:
+    """The differences of the worst rank for each checkpoint and precision of the comparison, or why there are none."""
+    try:
+        ranks = _run(machine, case, _train_on, model, case, one, saved)
+    except (RanksFailedError, queue.Empty) as error:
+        return [None] * len(saved), str(error) or f"no answer in {TIMEOUT_S} s"
+    return [worst(found) for found in zip(*ranks)], ""
+
+
+def _save(mesh: Mesh, model: ModelConfig, case: Case, folder: Path) -> None:
+    train_between(mesh, model, case.layout, DTYPES[case.precision], range(_CUT), save=folder)
+
+
+def _train_on(
+    mesh: Mesh, model: ModelConfig, case: Case, one: Trace, saved: list[tuple[Location, str]]
+) -> list[Difference]:
+    rest = one.after(_CUT)
+    steps, dtype = range(_CUT, _STEPS), DTYPES[case.precision]
+    return [
+        measured(train_between(mesh, model, case.layout, dtype, steps, load=path), rest, precision, mesh)
+        for path, precision in saved
+    ]
+
+
+def _row(saved: Case, loaded: Case, found: Difference | None, limit: Difference, error: str) -> dict[str, Any]:
+    return {
+        "saved_under": saved.describe(),
+        "loaded_under": loaded.describe(),
+        "difference": None if found is None else asdict(found),
+        "tolerance": asdict(limit),
+        "passed": found is not None and found.within(limit),
+        "error": error,
+    }
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["difference"] is None:
+        return f"{'FAILED':>{_WIDTH}}"
+    return f"{max(row['difference'].values()):>{_WIDTH - 1}.1e}{' ' if row['passed'] else '!'}"

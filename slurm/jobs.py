@@ -1,0 +1,41 @@
+"""The job of a run: the last one that was submitted for it."""
+
+from pathlib import Path
+
+from triplane.config.load import load_config
+from triplane.slurm import client as slurm
+from triplane.slurm.snapshot import JOB_ID, SCRIPT, last_submission
+from triplane.storage.errors import LaunchError
+from triplane.training.run_folder import CONFIG, RunFolder
+
+
+def job_of(run_dir: Path) -> slurm.Job | None:
+    """The last job of a run; None if it has none, or none that Slurm remembers."""
+    submission = last_submission(run_dir)
+    if submission is None or not slurm.is_here():
+        return None
+    return slurm.find_job((submission / JOB_ID).read_text().strip())
+
+
+def active_job(run_dir: Path) -> slurm.Job | None:
+    """The job of a run that is in the queue or runs."""
+    job = job_of(run_dir)
+    return job if job and job.state in slurm.ACTIVE else None
+
+
+def resume(run_dir: Path) -> None:
+    """Queues the last submission again."""
+    submission = last_submission(run_dir)
+    if submission is None:
+        raise LaunchError(f"{run_dir}: it was never submitted; `triplane submit CONFIG` queues it")
+    if not slurm.is_here():
+        raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted")
+    if RunFolder(run_dir).steps_done() >= load_config(submission / CONFIG).training.steps:
+        raise LaunchError(f"{run_dir}: the run is done; submit it with more training.steps to go on")
+    if job := active_job(run_dir):
+        raise LaunchError(f"{run_dir}: job {job.id} is {job.state} already")
+    for name in ("crashes", "bad_nodes"):  # that were mended since
+        (submission / name).unlink(missing_ok=True)
+    job_id = slurm.submit(submission / SCRIPT)
+    (submission / JOB_ID).write_text(f"{job_id}\n")
+    print(f"job {job_id}: {run_dir} goes on by {submission / SCRIPT}")

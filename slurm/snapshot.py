@@ -1,0 +1,68 @@
+"""What a submitted job runs and what it came from, copied into the run folder, whatever is edited while it waits."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from itertools import count
+from pathlib import Path
+
+import triplane
+from triplane.config.toml import to_toml
+from triplane.training.config import RunConfig
+from triplane.training.run_folder import CONFIG, RunFolder
+
+JOB_ID = "job_id"
+SCRIPT = "train.sbatch"
+
+
+def next_submission(run_dir: Path) -> Path:
+    """The folder that the next submission of a run gets."""
+    return next(path for number in count(1) if not (path := RunFolder(run_dir).jobs / str(number)).exists())
+
+
+def last_submission(run_dir: Path) -> Path | None:
+    """The newest one that Slurm has accepted."""
+    submitted = [path.parent for path in RunFolder(run_dir).jobs.glob(f"*/{JOB_ID}")]
+    return max(submitted, key=lambda path: int(path.name), default=None)
+
+
+def take_snapshot(folder: Path, config: RunConfig) -> None:
+    """Writes `code/`, `config.toml`, `environment.txt`, and `git.txt` if the code stands in a repository."""
+    code = Path(triplane.__file__).parent
+    # The rooms may be links into a checkout; what is copied stands by itself.
+    shutil.copytree(code, folder / "code" / code.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / CONFIG).write_text(to_toml(config))
+    (folder / "environment.txt").write_text(_environment())
+    status = _git("status", "--short", "--branch")
+    if status is not None:
+        parts = [_git("log", "-1", "--format=commit %H%n%s"), status, _git("diff", "HEAD")]
+        (folder / "git.txt").write_text("\n".join(part or "" for part in parts))
+
+
+def _environment() -> str:
+    """Names of variables only: their values may be secrets."""
+    packages = {f"{package.metadata['Name']}=={package.version}" for package in distributions()}
+    return "\n".join(
+        [
+            f"host {platform.node()}, {platform.platform()}",
+            f"python {platform.python_version()}, {sys.executable}",
+            "",
+            *sorted(packages, key=str.lower),
+            "",
+            "environment variables: " + " ".join(sorted(os.environ)),
+            "",
+        ]
+    )
+
+
+def _git(*arguments: str) -> str | None:
+    """None where there is no git or no repository."""
+    where = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,134 @@
+"""Checks across keys: every one is triggered, with its operands in the message."""
+
+import pytest
+
+from triplane.config.checks import check
+from triplane.training.config import RunConfig
+
+
+def config(**changes) -> RunConfig:
+    """A config that passes with 4 ranks, with keys changed in whichever table has them."""
+    shape = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 64}
+    tables = {
+        "model": {"vocab_size": 96, **shape},
+        "data": {"sources": [{"corpus": "c"}], "seq_len": 16},
+        "parallel": {"tp": 2},
+        "schedule": {"warmup_steps": 2},
+        "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
+    }
+    for key, value in changes.items():
+        (table,) = (name for name in tables if key in RunConfig.model_fields[name].annotation.model_fields)
+        tables[table][key] = value
+    return RunConfig.model_validate({"run_dir": "r", **tables})
+
+
+def test_a_good_config_passes_with_and_without_ranks():
+    assert check(config(), 4) == check(config(), None) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "problem"),
+    [
+        ({"dp": 3, "pp": 2, "global_batch_size": 12}, 8, "dp (3) x tp (2) x pp (2) = 12, but 8 ranks"),
+        ({"pp": 2}, 6, "tp (2) x pp (2) = 4 does not divide 6 ranks"),
+        ({"tp": 1, "cp": 4}, 2, "tp (1) x pp (1) x cp (4) = 4 does not divide 2 ranks"),
+        (
+            {"n_heads": 6, "tp": 4, "n_kv_heads": 3},
+            4,
+            "n_heads (6) is not a multiple of tp (4); the next multiple is 8\n"
+            "n_kv_heads (3) and tp (4): one must be a multiple of the other",
+        ),
+        ({"hidden_dim": 63}, 4, "hidden_dim (63) is not a multiple of tp (2); the next multiple is 64"),
+        (
+            {"sequence_parallel": True, "tp": 1},
+            2,
+            "sequence_parallel needs tp over 1: it splits tokens over the tp ranks",
+        ),
+        (
+            {"cp": 4},
+            8,
+            'cp_method "ulysses" gives each of cp (4) ranks a share of n_heads / tp (2) heads, which do not divide; '
+            'take "ring"',
+        ),
+        (
+            {"cp": 8, "cp_method": "ring", "seq_len": 20},
+            16,
+            "micro_batch_size (2) x seq_len (20) (40) is not a multiple of the ranks that tp with sequence_parallel "
+            "and cp (twice for a ring) make (16); the next multiple is 48",
+        ),
+        (
+            {"n_layers": 1, "pp": 4, "global_batch_size": 16},
+            8,
+            "pp (4) x virtual_stages (1) = 4 stages need 3 layers or more, but n_layers is 1",
+        ),
+        ({"virtual_stages": 2}, 2, "virtual_stages (2) needs pp over 1"),
+        (
+            {"pp": 2, "virtual_stages": 2, "global_batch_size": 2},
+            4,
+            "virtual_stages needs at least pp (2) micro-batches, but global_batch_size (2) / "
+            "(dp (1) x micro_batch_size (2) = 2) is 1",
+        ),
+        ({"pp": 2, "zero": 3}, 4, "zero = 3 hangs under a pipeline (pp is 2); take 1 or 2"),
+        (
+            {"zero": 0, "offload_optimizer": True},
+            2,
+            "offload_optimizer needs zero over 0: what is replicated stays on the GPU",
+        ),
+        (
+            {"recompute": "selective"},
+            2,
+            'recompute "selective" with tp needs sequence_parallel: the all-reduce of tp overwrites the products that '
+            "would be kept",
+        ),
+        (
+            {"recompute": "selective", "zero": 3, "tp": 1},
+            2,
+            'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept',
+        ),
+        (
+            {"compile": True, "zero": 3},
+            2,
+            "compile and zero = 3 do not go together: what gathers the weights breaks the graph at every layer",
+        ),
+        (
+            {"fp8": True, "precision": "fp32"},
+            2,
+            "fp8 and tp (2) do not go together: the layers of tp multiply in the weights' own precision\n"
+            "fp8 needs precision bf16: fp32 weights would gain nothing",
+        ),
+        ({"n_kv_heads": 3, "tp": 1}, 4, "n_heads (4) is not a multiple of n_kv_heads (3); the next multiple is 6"),
+        ({"head_dim": 7}, 4, "head_dim (7) is odd, but RoPE turns pairs; take 8"),
+        (
+            {"global_batch_size": 10},
+            4,
+            "global_batch_size (10) is not a multiple of dp (2) x micro_batch_size (2) = 4; the next multiple is 12",
+        ),
+        (
+            {"global_batch_size": 9},
+            None,
+            "global_batch_size (9) is not a multiple of micro_batch_size (2); the next multiple is 10",
+        ),
+        ({"warmup_steps": None}, 4, "schedule: give one of warmup_steps and warmup_tokens, neither is given"),
+        ({"warmup_tokens": 9}, 4, "schedule: give one of warmup_steps and warmup_tokens, both are given"),
+        ({"warmup_steps": 11}, 4, "warm-up (11 steps) is longer than the run (10 steps)"),
+        # 8 sequences x 16 tokens a step.
+        (
+            {"warmup_steps": None, "warmup_tokens": 1281},
+            4,
+            "warm-up (11 steps) is longer than the run (10 steps)",
+        ),
+        (
+            {"kind": "wsd", "warmup_steps": 6, "decay_fraction": 0.5},
+            4,
+            "warm-up (6 steps) + wsd decay (5 steps) = 11, but 10 steps",
+        ),
+        ({"precision": "bf16", "zero": 0}, 4, "precision bf16 needs zero over 0: ZeRO keeps the fp32 master weights"),
+        ({"stop_at_step": 11}, 4, "stop_at_step (11) is after the last of 10 steps"),
+    ],
+)
+def test_each_check_names_its_operands(changes, ranks, problem):
+    assert check(config(**changes), ranks) == problem.splitlines()
+
+
+def test_all_problems_come_together():
+    assert len(check(config(head_dim=7, stop_at_step=99, hidden_dim=63, pp=2, zero=3), 3)) == 5

@@ -1,0 +1,154 @@
+"""Loading a run config: what is accepted, and that each mistake is reported in one line that says where."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from triplane.config.load import load_config
+from triplane.storage.errors import ConfigError
+from triplane.training.config import RunConfig
+
+GOOD = """\
+run_dir = "runs/a"
+[model]
+vocab_size = 100
+dim = 32
+n_layers = 4
+n_heads = 4
+n_kv_heads = 2
+head_dim = 8
+hidden_dim = 64
+[data]
+sources = [{ corpus = "corpora/a" }]
+seq_len = 16
+[training]
+steps = 10
+global_batch_size = 8
+micro_batch_size = 2
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> Path:
+        Path("a.toml").write_text(text)
+        return Path("a.toml")
+
+    return write
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_tables_with_defaults_may_be_left_out(write):
+    config = load_config(write(GOOD))
+    assert config.seed == 0 and config.parallel.dp == "auto" and config.checkpoint.keep_last == 2
+
+
+def test_an_integer_serves_as_a_float(write):
+    assert load_config(write(GOOD), ["model.rope_base=500000"]).model.rope_base == 500_000.0
+
+
+def test_overrides_are_toml_values_or_bare_strings(write):
+    overrides = [
+        "run_dir = runs/b",
+        'data.sources=[{corpus="c=d"}]',
+        "model.tie_embeddings=true",
+        "optimizer.lr=1e-2",
+        "parallel.dp=3",
+        "seed=1",
+        "seed=2",
+        'model.rope_scaling={kind="linear", factor=2.0}',
+        "model.rope_scaling.factor=4.0",
+    ]
+    config = load_config(write(GOOD), overrides)
+    assert (config.run_dir, config.data.sources[0].corpus, config.model.tie_embeddings) == ("runs/b", "c=d", True)
+    assert (config.optimizer.lr, config.parallel.dp, config.seed) == (0.01, 3, 2)
+    assert config.model.rope_scaling is not None and config.model.rope_scaling.factor == 4.0
+
+
+def test_every_problem_is_named_at_once(write):
+    text = GOOD.replace("dim = 32\n", 'dim = "32"\n').replace("n_layers = 4", "n_layers = true")
+    text = text.replace('corpus = "corpora/a"', "") + "n_headz = 3\nlr = 1\n[parallel]\ndp = 0\nzero = 4\n[rope]\n"
+    assert problems(write(text), "model.n_headz=2", "model.vocab_size=many", "nonsense", "run_dir.x=1", "a..b=1") == [
+        "override 'nonsense': give it as key.path=value, for example optimizer.lr=1e-3",
+        "override 'a..b=1': give it as key.path=value, for example optimizer.lr=1e-3",
+        "override: run_dir.x: run_dir is a value, not a table; set run_dir itself",
+        'override: model.vocab_size: "many" given; should be a valid integer',
+        'a.toml: model.dim: "32" given; should be a valid integer',
+        "a.toml: model.n_layers: true given; should be a valid integer",
+        "override: model.n_headz: unknown key; did you mean n_heads?",
+        "a.toml: data.sources[0].corpus: missing. Folder that `triplane prepare` wrote, or its fsspec URL "
+        "(`https://...`, `s3://...`, `gs://...`)",
+        "a.toml: parallel.dp: 0 given; should be greater than 0 or 'auto'",
+        "a.toml: parallel.zero: 4 given; should be 0, 1, 2 or 3",
+        "a.toml: training.n_headz: unknown key; known here: steps, global_batch_size, micro_batch_size, precision, "
+        "log_every_steps, eval_every_steps, eval_sequences, sample_every_steps, prometheus_port, stop_at_step",
+        "a.toml: training.lr: unknown key; did you mean optimizer.lr?",
+        "a.toml: rope: unknown key; known here: run_dir, seed, model, data, parallel, optimizer, schedule, training, "
+        "checkpoint, faults, profile",
+    ]
+
+
+def test_a_missing_or_wrong_table_says_what_it_needs(write):
+    text = GOOD[: GOOD.index("[training]")] + "[model.rope_scaling]\nkind = 'yarn'\n"
+    assert problems(write(text), "data=3") == [
+        "a.toml: model.rope_scaling.kind: \"yarn\" given; should be 'linear' or 'llama3'",
+        "a.toml: model.rope_scaling.factor: missing. How many times longer the context becomes",
+        "override: data: 3 given; should be a table, [data]",
+        "a.toml: training: missing table; it needs steps, global_batch_size, micro_batch_size",
+    ]
+
+
+def test_bad_toml_is_placed_and_told_with_bad_overrides(write):
+    syntax, override = problems(write('run_dir = "a\n'), "x")
+    assert syntax.startswith("a.toml: not TOML: ") and "line 1" in syntax
+    assert override.startswith("override 'x'")
+
+
+def test_an_absent_file_brings_near_names(write):
+    write(GOOD)
+    assert problems(Path("b.toml")) == ["b.toml: no such file; did you mean a.toml?"]
+    assert problems(Path("configs/b.toml")) == ["configs/b.toml: no such file; no .toml file is near"]
+
+
+def test_unreadable_files_are_user_errors(write, tmp_path: Path):
+    assert problems(tmp_path) == [f"{tmp_path}: Is a directory; give a TOML file"]
+    path = write(GOOD)
+    path.write_bytes(b"\xff")
+    assert problems(path) == ["a.toml: not UTF-8 text: invalid start byte at byte 0"]
+
+
+def test_loading_imports_nothing_heavy(write):
+    path = write(GOOD)
+    code = (
+        "import sys; from pathlib import Path; from triplane.config.checks import check;"
+        "from triplane.config.load import load_config;"
+        f"check(load_config(Path({str(path)!r})), 1);"
+        "print({'torch', 'numpy', 'megatron', 'deepspeed', 'webdataset', 'sentencepiece'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_what_checks_a_run_imports_no_torch():
+    imports = "sys, triplane.launcher.train, triplane.slurm.submit, triplane.plan.command"
+    code = f"import {imports}; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_every_key_is_documented():
+    def undocumented(table, prefix=""):
+        for name, field in table.model_fields.items():
+            if not field.description:
+                yield prefix + name
+            if hasattr(field.annotation, "model_fields"):
+                yield from undocumented(field.annotation, f"{prefix}{name}.")
+
+    assert list(undocumented(RunConfig)) == []

@@ -1,0 +1,52 @@
+"""What is saved with a run loads again to the same config."""
+
+import tomllib
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triplane.config.load import load_config
+from triplane.config.toml import format_value, to_toml
+from triplane.training.config import RunConfig
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+scalars = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text()
+
+
+@given(scalars)
+def test_every_scalar_is_read_back(value):
+    read = tomllib.loads(f"value = {format_value(value)}")["value"]
+    assert read == value and type(read) is type(value)
+
+
+def test_every_config_is_read_back(tmp_path: Path):
+    assert CONFIGS
+    for path in CONFIGS:
+        config = load_config(path, ["model.rope_scaling={kind='llama3', factor=8}", "schedule.final_lr_fraction=1e-7"])
+        (tmp_path / "a.toml").write_text(to_toml(config))
+        assert load_config(tmp_path / "a.toml") == config
+
+
+def test_it_reads_like_a_config_by_hand():
+    config = RunConfig.model_validate(
+        {
+            "run_dir": "runs/a",
+            "model": {
+                "vocab_size": 9,
+                "dim": 8,
+                "n_layers": 1,
+                "n_heads": 1,
+                "n_kv_heads": 1,
+                "head_dim": 8,
+                "hidden_dim": 8,
+            }
+            | {"rope_scaling": {"kind": "linear", "factor": 2}},
+            "data": {"sources": [{"corpus": "c"}], "seq_len": 4},
+            "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+        }
+    )
+    lines = to_toml(config).splitlines()
+    assert lines[:5] == ['run_dir = "runs/a"', "seed = 0", "", "[model]", "vocab_size = 9"]
+    scaling = lines.index("[model.rope_scaling]")
+    assert lines[scaling - 1 : scaling + 3] == ["", "[model.rope_scaling]", 'kind = "linear"', "factor = 2.0"]

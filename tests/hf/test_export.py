@@ -1,0 +1,304 @@
+"""Exports as transformers reads them, and planted errors that must not be published."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+from json_tokenizers import QWEN2, byte_level
+from small_models import packed, random_documents, random_weights, small_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from triplane.checkpoint.parent import Parent
+from triplane.data.open_tokenizer import open_tokenizer
+from triplane.hf import export as export_module
+from triplane.hf import folder as hf_folder
+from triplane.hf import verify
+from triplane.hf import weights as hf_weights
+from triplane.hf.export import export
+from triplane.model.build import load_model
+from triplane.model.config import RopeScaling
+from triplane.model.generate import generate, next_logits
+from triplane.storage.errors import CheckpointError, ModelError
+
+VOCAB = 400
+LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
+PROVENANCE = {"run": "first", "step": "1000", "corpus": "sha256:0123", "layout": "tp 2, pp 2, dp 2"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([Path(hf_weights.__file__).read_text()]),
+            model_writer=file,
+            vocab_size=VOCAB,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.fixture
+def publish(tokenizer_model, tmp_path):
+    """Exports a small model to `tmp_path / "model"`; returns its config, weights, report and folder."""
+
+    def run(dtype=torch.float32, weights=None, **changes):
+        config = small_config(vocab_size=VOCAB, **changes)
+        weights = random_weights(config) if weights is None else weights
+        report = export(weights, config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", dtype, PROVENANCE)
+        return config, weights, report, tmp_path / "model"
+
+    return run
+
+
+VARIANTS = {
+    "plain": {},
+    "biases": {"qkv_bias": True},
+    "tied": {"tie_embeddings": True},
+    "llama3": {"rope_scaling": LLAMA3},
+    "linear, wide heads": {"rope_scaling": RopeScaling(kind="linear", factor=3), "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_computes_our_logits(publish, changes, dtype):
+    config, weights, report, folder = publish(dtype, **changes)
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
+    sequences = random_documents(config, [60, 60], seed=1)
+    ours = load_model(config, weights, dtype)
+    with torch.no_grad():
+        for computed_in, tolerance in {dtype: 0.2, torch.float32: 1e-5}.items():
+            ours_TV = ours.to(computed_in).logits(packed(sequences))
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in)
+            theirs_TV = theirs(torch.stack(sequences)).logits.flatten(0, 1)
+            torch.testing.assert_close(ours_TV, theirs_TV, atol=tolerance, rtol=0)
+    assert report.difference == 0
+    assert report.transformers_difference < 1e-5 < report.largest_logit
+
+
+def test_transformers_generates_the_same_text(publish, tokenizer_model):
+    config, weights, _, folder = publish()
+    prompt = AutoTokenizer.from_pretrained(folder).encode("The tokens")
+    assert prompt == [1, *sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model)).encode("The tokens")]
+    theirs = AutoModelForCausalLM.from_pretrained(folder).generate(
+        torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    ours = generate(next_logits(load_model(config, weights, torch.float32)), prompt, 16, 0, None, 0, None)
+    assert theirs[0, len(prompt) :].tolist() == ours
+
+
+def test_the_folder_is_whole_and_says_where_it_came_from(publish, tmp_path):
+    *_, report, folder = publish(torch.bfloat16)
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    }
+    card = (folder / "README.md").read_text()
+    assert all(f"| {key} | {value} |" in card for key, value in PROVENANCE.items())
+    assert str(report) in card
+    assert json.loads((folder / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_large_models_are_sharded(publish, monkeypatch):
+    monkeypatch.setattr(hf_weights, "_SHARD_BYTES", 80_000)
+    _, weights, report, folder = publish()
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(weight.numel() for weight in weights.values())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert all(file.stat().st_size < 85_000 for file in files)
+    assert report.transformers_difference < 1e-5
+
+
+def permuted_rows(tensors, path, metadata):
+    """The old rotary layout: pairs (2i, 2i + 1) of each query head."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    q = tensors[name].view(6, 2, 4, 48).transpose(1, 2).reshape(48, 48)
+    hf_weights_save(tensors | {name: q.contiguous()}, path, metadata=metadata)
+
+
+hf_weights_save = hf_weights.save_file
+
+
+def altered_config(**changes):
+    """The right config.json but for `changes`."""
+    right = export_module.hf_config
+
+    def wrong(*args):
+        return right(*args) | changes
+
+    return wrong
+
+
+WRONG_BASE = {"rope_type": "default", "rope_theta": 2e4}
+X_FOR_Y = {"type": "Replace", "pattern": {"String": "x"}, "content": "y"}
+PLANTED = {
+    "permuted query rows": (hf_weights, "save_file", permuted_rows),
+    "rope base": (export_module, "hf_config", altered_config(rope_parameters=WRONG_BASE)),
+    "norm eps": (export_module, "hf_config", altered_config(rms_norm_eps=1e-2)),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED.keys())
+def test_a_wrong_export_is_not_published(publish, monkeypatch, tmp_path, planted):
+    monkeypatch.setattr(*planted)
+    with pytest.raises(CheckpointError, match=r"Read by triplane, .* nothing was published"):
+        publish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_transformers_reads_otherwise_is_not_published(publish, monkeypatch, tmp_path):
+    """Gate and up swapped both ways: our reader swaps them back."""
+    swap = {"mlp.gate_proj": "mlp.up_proj", "mlp.up_proj": "mlp.gate_proj"}
+
+    def swapped(name):
+        return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
+
+    to_hf = hf_weights.to_hf_name
+    for module in (hf_weights, hf_folder):
+        monkeypatch.setattr(module, "to_hf_name", lambda name: swapped(to_hf(name)))
+    with pytest.raises(CheckpointError, match=r"Read by transformers 5.* nothing was published"):
+        publish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def planted(**changes):
+    """Writes the right tokenizer but for `changes` of its files' keys."""
+    right = export_module.write_hf_tokenizer
+
+    def write(tokenizer, folder, context):
+        right(tokenizer, folder, context)
+        for name, keys in changes.items():
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"tokenizer": {"normalizer": X_FOR_Y}},
+            "tokenizers reads other tokens",
+        ),
+        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}}, "transformers reads other tokens"),
+        (
+            {"tokenizer": {"post_processor": None}, "tokenizer_config": {"bos_token": "<|eos|>"}},
+            "begin a text with bos",
+        ),
+    ],
+    ids=["text", "class", "bos"],
+)
+def test_another_tokenization_is_not_published(publish, monkeypatch, tmp_path, changes, expected):
+    monkeypatch.setattr(export_module, "write_hf_tokenizer", planted(**changes))
+    with pytest.raises(CheckpointError, match=expected):
+        publish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_names_the_parent_and_the_rules_of_the_tokenizer(publish, tokenizer_model, tmp_path):
+    *_, folder = publish()
+    card = (folder / "README.md").read_text()
+    assert "trained from scratch" in card and "license:" not in card
+    assert "Every text of the training began with `<|bos|>`, which the tokenizer puts there." in card
+    assert "`LlamaTokenizer` reads the same files by rules of its own" in card
+    config = small_config(vocab_size=VOCAB)
+    tokenizer = open_tokenizer(tokenizer_model)
+    parent = Parent(name="someone/theirs", licence="apache-2.0")
+    export(random_weights(config), config, 64, tokenizer, tmp_path / "b", torch.float32, {}, parent)
+    card = (tmp_path / "b/README.md").read_text()
+    assert "from scratch" not in card and "from the weights of someone/theirs, whose licence is apache-2.0" in card
+    assert 'base_model: "someone/theirs"\nlicense: apache-2.0\n---\n' in card
+
+
+def test_a_tokenizer_json_goes_out_as_it_came(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = byte_level(tmp_path / "in" / "tokenizer.json", QWEN2)
+    tokenizer = open_tokenizer(path)
+    config = small_config(vocab_size=tokenizer.vocab_size + 5)  # embeddings to spare, as many models have
+    export(random_weights(config), config, 64, tokenizer, tmp_path / "out", torch.float32, {})
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == path.read_bytes()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.encode("some text", add_special_tokens=False) == tokenizer.encode("some text")
+    assert theirs.model_max_length == 64
+    assert "put it before yours" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_card_of_a_tokenizer_without_letters_is_told(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "1": 1}, []))
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert "put it before yours" in export_module._begins_with_bos(open_tokenizer(tmp_path), tmp_path)
+
+
+def test_an_export_that_turns_into_nan_is_not_published(publish, monkeypatch):
+    def damaged(tensors, path, metadata):
+        hf_weights_save({name: tensor / 0 for name, tensor in tensors.items()}, path, metadata=metadata)
+
+    monkeypatch.setattr(hf_weights, "save_file", damaged)
+    with pytest.raises(CheckpointError, match=r"Read by triplane, .* are not finite"):
+        publish()
+
+
+def test_weights_that_are_not_finite_are_not_published(publish, tmp_path):
+    weights = random_weights(small_config(vocab_size=VOCAB))
+    weights["blocks.0.attention.wo.weight"][0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="As float32, the logits are not finite"):
+        publish(weights=weights)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_transformers_the_report_says_so(publish, monkeypatch):
+    find_spec = verify.importlib.util.find_spec
+    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: name != "transformers" and find_spec(name))
+    *_, report, folder = publish()
+    assert report.transformers_difference is None
+    assert "transformers is not installed" in (folder / "README.md").read_text()
+
+
+def test_where_memory_is_too_small_for_transformers_the_report_says_so(publish, monkeypatch):
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    *_, report, folder = publish()
+    assert report.transformers_difference is None
+    assert "transformers needs 0 GiB, 0 are free, so it has not read" in (folder / "README.md").read_text()
+
+
+def test_a_full_disk_is_a_line_and_leaves_nothing(tokenizer_model, small_disk):
+    config = small_config(vocab_size=VOCAB, hidden_dim=1000)
+    tokenizer = open_tokenizer(tokenizer_model)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left on device.*; make room"):
+        export(random_weights(config), config, 64, tokenizer, small_disk / "out", torch.float32, {})
+    assert list(small_disk.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused(publish, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="model exists; remove it"):
+        publish()
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_another_models_tokenizer_or_weights_are_refused(publish, tokenizer_model, tmp_path):
+    config = small_config(vocab_size=VOCAB - 1)
+    with pytest.raises(CheckpointError, match="has 400 tokens, the model 399"):
+        export(
+            random_weights(config), config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", torch.float32, {}
+        )
+    with pytest.raises(ModelError, match="missing from the weights"):
+        publish(weights={})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,165 @@
+"""Names and config in Hugging Face's terms, there and back, and as transformers reads them."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from small_models import small_config
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from triplane.hf.config import from_hf_config, parse_hf_config
+from triplane.hf.families import FAMILIES
+from triplane.hf.names import hf_config, to_hf_name
+from triplane.model.config import RopeScaling
+from triplane.model.transformer import Transformer
+from triplane.storage.errors import ModelError
+
+LINEAR = RopeScaling(kind="linear", factor=3)
+LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=32)
+SCALINGS = pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3], ids=["plain", "linear", "llama3"])
+
+
+def test_names_are_llamas():
+    with torch.device("meta"):
+        ours = [name for name, _ in Transformer(small_config()).named_parameters()]
+        theirs = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2)).state_dict().keys()
+    assert {to_hf_name(name) for name in ours} == set(theirs)
+
+
+@SCALINGS
+@pytest.mark.parametrize("tie", [False, True])
+def test_config_comes_back(scaling, tie):
+    config = small_config(
+        rope_scaling=scaling, rope_base=5e5, tie_embeddings=tie, norm_eps=1e-6, init_std=0.01, head_dim=16
+    )
+    written = json.loads(json.dumps(hf_config(config, 128, 1, 2, torch.bfloat16)))
+    assert from_hf_config(written) == config
+    older = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
+    assert from_hf_config(older) == config
+    newer = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    assert from_hf_config(newer) == config
+
+
+@SCALINGS
+@pytest.mark.parametrize("dropped", [(), ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")])
+def test_transformers_reads_each_form_alike(scaling, dropped, tmp_path):
+    config = small_config(rope_scaling=scaling, rope_base=5e5)
+    written = hf_config(config, 128, 1, None, torch.bfloat16)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in dropped}))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(read, LlamaConfig)
+    assert (read.bos_token_id, read.eos_token_id) == (1, None)
+    assert (read.dtype, read.max_position_embeddings) == (torch.bfloat16, 128)
+    assert read.rope_parameters == written["rope_parameters"]
+    assert from_hf_config(read.to_dict()) == config
+
+
+SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 80, "vocab_size": 96}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_are_left_out_have_the_value_that_transformers_takes(family, tmp_path):
+    """Written with the sizes alone, and in full by transformers."""
+    window = {"sliding_window": None} if family == "mistral" else {}
+    sizes = SIZES | {"model_type": family, "num_attention_heads": 64, "hidden_size": 128} | window
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    full = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert full["num_key_value_heads"] > 0
+    assert from_hf_config(sizes) == from_hf_config(full)
+    assert parse_hf_config(sizes, "").max_position_embeddings == full["max_position_embeddings"]
+
+
+REFUSED = {
+    "no table": ([], "holds no table"),
+    "nothing": (None, "holds no table"),
+    "no type": ({"model_type": ...}, "no model_type; this model reads llama"),
+    "gemma": ({"model_type": "gemma"}, "'gemma', which has GELU"),
+    "unheard of": ({"model_type": "kraken"}, "model_type is 'kraken'; this"),
+    "type a list": ({"model_type": []}, r"model_type is '\[\]'"),
+    "vision": ({"model_type": "pixels", "text_config": {}}, "'pixels', which has a vision"),
+    "no width": ({"hidden_size": ...}, "no hidden_size"),
+    "window": ({"model_type": "mistral", "sliding_window": 64}, "sliding_window is 64 of 128 positions"),
+    "window by default": ({"model_type": "mistral", "max_position_embeddings": 8192}, "window is 4096 of 8192"),
+    "heeds Qwen2's switch": (
+        {"model_type": "mistral", "sliding_window": 64, "use_sliding_window": False},
+        "sliding_window is 64",
+    ),
+    "window of upper layers": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+        "sliding_window is 64",
+    ),
+    "window of a listed layer": (
+        {"model_type": "qwen2", "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+        "sliding_window is 64",
+    ),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    "biases": ({"mlp_bias": True}, "mlp_bias is True"),
+    "text for a number": ({"vocab_size": "96"}, "vocab_size is '96'"),
+    "part of a number": ({"hidden_size": 48.5}, "hidden_size is 48.5"),
+    "truth for a number": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    "a list for a number": ({"head_dim": [8]}, r"head_dim is \[8\]"),
+    "null": ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+    "zero": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    "zero epsilon": ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+    "nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    "infinite base": ({"rope_parameters": None, "rope_theta": float("inf")}, "rope_theta is inf"),
+    "too large for bytes": ({"hidden_size": 2**62}, "hidden_size is 4611686018427387904"),
+    "heads that are not shared alike": ({"num_key_value_heads": 4}, r"\(6\) is not a multiple .* \(4\)"),
+    "odd heads": ({"head_dim": 7}, "heads are 7 wide"),
+    "rope of text": ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
+    "YaRN": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    "YaRN beside default": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    "rope by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "of its own for 'full_attention'"),
+    "clipped": ({"model_type": "iquestcoder", "clip_qkv": 8.0}, "clip_qkv is 8.0"),
+    "no factor": ({"rope_parameters": {"rope_type": "linear"}}, "'linear', but there is no factor"),
+    "shrinking": ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope_parameters.factor is 0.5"),
+    "no low frequency": ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "no low_freq_factor"),
+    "no blend": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}},
+        r"low_freq_factor \(4.0\) is not below",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_the_model_cannot_compute_is_refused(changes, expected):
+    content = changes
+    if isinstance(changes, dict):
+        content = hf_config(small_config(), 128, 1, 2, torch.float32) | changes
+        content = {key: value for key, value in content.items() if value is not ...}
+    with pytest.raises(ModelError, match=f"^x/config.json: .*{expected}") as caught:
+        from_hf_config(content, "x/config.json")
+    assert "\n" not in str(caught.value)
+
+
+ACCEPTED = {
+    "factor 1": {"rope_scaling": {"rope_type": "linear", "factor": 1.0}},
+    "base beside": {"rope_parameters": {"rope_type": "default"}},
+    "ties of null": {"tie_word_embeddings": None},
+    "a window that Llama does not heed": {"sliding_window": 16},
+    "a window as long as the context": {"model_type": "mistral", "sliding_window": 128},
+    "a mistral without": {"model_type": "mistral", "sliding_window": None},
+    "no epsilon": {"rms_norm_eps": ..., "_": 1},
+    "swish": {"hidden_act": "swish"},
+}
+
+
+@pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_what_makes_no_difference_is_accepted(changes):
+    config = small_config(norm_eps=1e-6)
+    content = hf_config(config, 128, 1, 2, torch.float32) | changes
+    assert from_hf_config({key: value for key, value in content.items() if value is not ...}) == config
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "max_window_layers": 2}], ids=str)
+def test_a_qwen2_whose_layers_have_no_window_is_accepted(changes):
+    content = hf_config(small_config(), 128, 1, 2, torch.float32) | {"model_type": "qwen2", "sliding_window": 64}
+    assert from_hf_config(content | changes) == small_config(qkv_bias=True)
+
+
+def test_a_width_that_transformers_refuses_is_refused():
+    with pytest.raises(ModelError, match=r"model.dim \(50\) must be a multiple of model.n_heads \(6\)"):
+        hf_config(small_config(dim=50), 128, 1, 2, torch.float32)
+    with pytest.raises(StrictDataclassError, match="multiple of the number of attention heads"):
+        LlamaConfig(hidden_size=50, num_attention_heads=6, head_dim=8)

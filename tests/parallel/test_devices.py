@@ -1,0 +1,141 @@
+"""Which GPU a rank takes, and what is refused before any rank starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import small_run
+from small_corpora import Prepared
+
+from triplane.config.checks import check
+from triplane.launcher.cores import cores_of_ranks
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.devices import gpu_number, problems_of_devices
+from triplane.parallel.ranks import Rank
+from triplane.parallel.rules import Devices, device_problems
+from triplane.training.hardware import data_sheet_flops_per_s, room_for_weights
+
+H100, A100, CPU = (9, 0), (8, 0), Devices(0, None)
+TORCHRUN, SLURM = Rank(5, 8, 1, 4), Rank(5, 8, 1, 4, shown_apart=True)
+
+
+@pytest.mark.parametrize(
+    ("rank", "visible", "expected"),
+    [
+        (TORCHRUN, 4, 1),
+        (TORCHRUN, 8, 1),
+        (TORCHRUN, 2, None),  # the other ranks of this machine find none
+        (TORCHRUN, 1, None),
+        (SLURM, 4, 1),
+        (SLURM, 1, 0),  # --gpus-per-task=1
+        (SLURM, 2, None),
+        (Rank(0, 1, 0), 1, 0),
+    ],
+)
+def test_a_rank_takes_a_gpu_of_its_own(rank: Rank, visible: int, expected: int | None) -> None:
+    assert gpu_number(rank, visible) == expected
+
+
+def test_more_ranks_than_gpus_are_refused(prepared: Prepared, tmp_path: Path) -> None:
+    config = small_run(prepared, tmp_path, parallel={"dp": 2})
+    (problem,) = problems_of_devices(config, None, 2, Devices(1, H100))
+    assert problem.startswith("2 ranks on this machine, but one GPU is visible; start fewer (parallel.dp=1 ")
+    assert problem.endswith("or train on the CPU by --device cpu")
+    (problem,) = problems_of_devices(config, TORCHRUN, 8, Devices(2, H100))
+    assert problem.startswith("4 ranks on this machine, this one number 1, but 2 GPUs are visible")
+    for rank, ranks, devices in ((None, 2, Devices(2, H100)), (SLURM, 8, Devices(1, H100)), (None, 2, CPU)):
+        assert list(problems_of_devices(config, rank, ranks, devices)) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "devices", "problem"),
+    [
+        ({"cp": 2, "cp_method": "ring"}, "fp32", Devices(8, H100), 'take precision bf16, or "ulysses"'),
+        ({"cp": 2, "cp_method": "ring", "zero": 0}, "auto", Devices(8, H100), 'take precision bf16, or "ulysses"'),
+        ({"cp": 2, "cp_method": "ring"}, "auto", Devices(8, H100), None),
+        ({"cp": 2, "cp_method": "ring"}, "fp32", CPU, None),
+        ({"cp": 2}, "fp32", Devices(8, H100), None),
+        ({"fp8": True}, "bf16", Devices(8, H100), None),
+        ({"fp8": True}, "bf16", Devices(8, (8, 9)), None),
+        ({"fp8": True}, "bf16", Devices(8, A100), "compute capability 8.9 or more, not 8.0; set parallel.fp8=false"),
+        ({"fp8": True}, "bf16", CPU, "compute capability 8.9 or more, not a CPU; set parallel.fp8=false"),
+    ],
+)
+def test_what_devices_cannot_do_is_known_before(
+    layout: dict[str, Any], precision: str, devices: Devices, problem: str | None
+) -> None:
+    found = list(device_problems(ParallelConfig(**layout), precision, devices))
+    assert len(found) == (problem is not None)
+    assert all(str(problem) in line for line in found)
+
+
+def test_widths_and_tokens_that_fp8_kernels_do_not_take_are_known_before(prepared: Prepared, tmp_path: Path) -> None:
+    model = {"hidden_dim": 72, "dim": 48, "n_heads": 6, "n_kv_heads": 2, "head_dim": 12}
+    changes: dict[str, Any] = {"model": model, "parallel": {"fp8": True}, "training": {"precision": "bf16"}}
+    config = small_run(prepared, tmp_path, **changes)
+    assert [line.split(";")[0] for line in check(config, 1) if "fp8" in line] == [
+        "fp8: hidden_dim (72) is not a multiple of what its kernels take (16)",
+        "fp8: n_heads x head_dim (72) is not a multiple of what its kernels take (16)",
+        "fp8: n_kv_heads x head_dim (24) is not a multiple of what its kernels take (16)",
+    ]
+    odd = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": 24})})
+    odd = odd.model_copy(update={"training": odd.training.model_copy(update={"micro_batch_size": 1})})
+    assert any("x seq_len (24) (24) is not a multiple of 16 x cp (1), for fp8" in x for x in check(odd, 1))
+
+
+def test_a_cpu_can_be_asked_for() -> None:
+    """Before torch has looked for GPUs, so that no part of the program finds one."""
+    program = (
+        "import sys; from triplane.launcher import devices; assert 'torch' not in sys.modules; devices.use_cpu(); "
+        "print(devices.visible_devices())"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == "Devices(gpus=0, capability=None)\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA L40S", 362),
+        ("AMD Instinct MI300X", 1307),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(name: str, tflops: int | None) -> None:
+    found = data_sheet_flops_per_s(name)
+    assert (None if found is None else found / 1e12) == tflops
+
+
+def test_ranks_are_not_bound_where_the_topology_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("triplane.launcher.cores._TOPOLOGY", tmp_path)
+    assert cores_of_ranks(2) == [set(), set()]
+    assert "ranks are not bound to cores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("billions", "free_gib", "expected"),
+    [
+        (1, None, ("cpu", "fp32", None)),
+        (1, 10, ("cuda", "fp32", None)),
+        (8, 24, ("cuda", "bf16", "in bf16: its fp32 weights take 29.8 GiB, of which the GPU has 24.0 free")),
+        (70, 79, ("cpu", "fp32", "on the CPU: its fp32 weights take 260.8 GiB, of which the GPU has 79.0 free")),
+    ],
+)
+def test_a_whole_model_is_read_where_it_fits(billions: int, free_gib: int | None, expected: tuple[Any, ...]) -> None:
+    assert room_for_weights(billions * 10**9, None if free_gib is None else free_gib * 2**30) == expected

@@ -1,0 +1,58 @@
+"""The plan's memory is what real ranks take, and its parameters are those that they hold."""
+
+from dataclasses import replace
+
+import pytest
+from benchmark_scripts import benchmark
+from small_models import small_config
+
+from triplane.model.count import count_parameters
+from triplane.parallel.config import ParallelConfig
+from triplane.plan.shares import Work, in_flight, parameters, pipeline
+
+memory = benchmark("memory")
+
+
+def work(micro_batches: int = 4, **layout) -> Work:
+    return Work(small_config(n_layers=9), ParallelConfig(dp=1, **layout), 1, True, 2, micro_batches, 32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batches", "bf16"),
+    [
+        ({"zero": 0, "recompute": "full"}, 2, False),
+        ({"recompute": "selective"}, 1, True),
+        ({"dp": 2, "zero": 2}, 2, True),
+        ({"dp": 2, "zero": 3}, 2, True),
+        ({"tp": 2, "sequence_parallel": True, "recompute": "selective"}, 2, True),
+        ({"cp": 2}, 2, False),
+        ({"pp": 2, "virtual_stages": 2}, 4, True),
+        ({"pp": 2, "dp": 2}, 4, True),
+    ],
+)
+def test_the_peak_of_real_ranks_is_as_predicted(layout, micro_batches, bf16):
+    for name, measured, predicted in memory.compare(layout, micro_batches, bf16):
+        # That of ZeRO 3 varies by a tenth from run to run, with how many reductions are under way at once.
+        assert predicted.peak == pytest.approx(measured.peak, rel=0.2 if layout.get("zero") == 3 else 0.1), name
+        if layout.get("zero") == 3:  # makes buffers before the step, and gathers weights while blocks run
+            continue
+        assert predicted.state == pytest.approx(measured.state, rel=0.05), name
+        # Of a pipeline several micro-batches are in flight; what gloo's threads free in tp is not seen.
+        if not layout.keys() & {"pp", "tp"}:
+            assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
+def test_the_ranks_of_a_pipeline_hold_the_model(layout):
+    one = work(**layout)
+    for model in (one.model, one.model.model_copy(update={"qkv_bias": True})):
+        ranks = [parameters(replace(one, model=model), rank) for rank in pipeline(one)]
+        assert sum(ranks) == count_parameters(model)
+
+
+def test_micro_batches_in_flight_are_those_of_the_schedules():
+    assert [in_flight(work(8, pp=4), rank) for rank in pipeline(work(8, pp=4))] == [[4], [3], [2], [1]]
+    assert [in_flight(work(2, pp=4), rank) for rank in pipeline(work(2, pp=4))] == [[2], [2], [2], [1]]
+    # Warm-up of rank 0 of 2: two forwards before the last rank starts, two of the first stage, and one more.
+    interleaved = work(4, pp=2, virtual_stages=2)
+    assert [in_flight(interleaved, rank) for rank in pipeline(interleaved)] == [[3, 2], [2, 1]]

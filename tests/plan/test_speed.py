@@ -1,0 +1,78 @@
+"""The plan's speed: near what others measured, and moved by each thing that should move it."""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from benchmark_scripts import benchmark
+
+from triplane.config.load import load_config
+from triplane.plan.estimate import work_of
+from triplane.plan.gpus import GPUS
+from triplane.plan.rates import OURS
+from triplane.plan.shares import Work
+from triplane.plan.speed import speed
+
+published = benchmark("plan")
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_in_the_docs_are_what_the_script_prints():
+    assert published.tables() in (ROOT / "docs" / "plan.md").read_text()
+
+
+def test_what_was_not_fitted_is_predicted():
+    errors = [
+        abs(row.predicted_mfu(published.PROGRAMS[row.program]) / row.mfu - 1)
+        for row in published.rows()
+        if not row.fitted
+    ]
+    assert statistics.median(errors) < 0.1
+    assert sum(error > 0.25 for error in errors) <= 3
+
+
+def work(*overrides: str, gpus: int = 256) -> Work:
+    return work_of(load_config(ROOT / "configs" / "70b.toml", overrides), gpus)
+
+
+def step_s(*overrides: str, gpus: int = 256) -> float:
+    return speed(work(*overrides, gpus=gpus), GPUS["h100"]).step_s
+
+
+def test_a_step_is_never_faster_than_its_flops():
+    found = speed(work(), GPUS["h100"], replace(OURS, products=1, attention=1, memory=1, node=1, network=1))
+    assert 0 < found.mfu < 1
+    assert found.tokens_per_s * found.step_s == pytest.approx(1024 * 4096)
+
+
+@pytest.mark.parametrize(
+    ("slower", "faster"),
+    [
+        ((), ("parallel.recompute=none",)),
+        (("parallel.recompute=full",), ()),
+        (("parallel.virtual_stages=1",), ()),
+        (("parallel.pp=8", "parallel.virtual_stages=1"), ("parallel.virtual_stages=1",)),
+        ((), ("parallel.compile=true",)),
+        (("parallel.offload_optimizer=true",), ()),
+        (("training.precision=fp32",), ()),
+    ],
+)
+def test_what_makes_a_step_slower(slower, faster):
+    assert step_s(*slower) > step_s(*faster)
+
+
+def test_twice_the_gpus_take_a_little_more_than_half_of_the_time():
+    assert 0.5 < step_s(gpus=512) / step_s(gpus=256) < 0.6
+
+
+def test_a_slow_network_shows_in_the_traffic_over_dp_alone():
+    slow = GPUS["h100"].model_copy(update={"network_gb_per_s": 5})
+    fast, held_up = speed(work(), GPUS["h100"]), speed(work(), slow)
+    assert held_up.data_s > 5 * fast.data_s
+    assert held_up.tensor_s == fast.tensor_s
+
+
+def test_tensor_parallel_traffic_leaves_the_machine_where_tp_does():
+    small = GPUS["h100"].model_copy(update={"gpus_per_node": 4})
+    assert speed(work(), small).tensor_s > 1.5 * speed(work(), GPUS["h100"]).tensor_s

@@ -1,0 +1,245 @@
+"""The proof holds for layouts in which every pair of features occurs, and fails where an axis is broken."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triplane.model.batch import Batch
+from triplane.parallel import engine, megatron, placement, replicated, ring, stages, tensor, ulysses
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.engine import Engine
+from triplane.parallel.zero import ZeroOptimizer
+from triplane.prove import command as prove_module
+from triplane.prove.cases import Case
+from triplane.prove.command import Result, prove
+from triplane.prove.compare import Machine, tolerances
+from triplane.prove.reference import proof_model, train_plainly
+from triplane.training.optimizer import adamw
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_steps() -> Iterator[None]:
+    """Batches repeat their kinds after three steps, and every bug below shows within four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prove_module, "_STEPS", 4)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@torch._dynamo.config.patch(disable=False)  # the other tests compile nothing
+def test_every_pair_of_features_trains_the_same_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs are captured and differentiated as in a run, and not turned into C++, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    code = prove(None, ranks=8, quick=True, json_path=tmp_path / "proof.json")
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    rows = json.loads((tmp_path / "proof.json").read_text())
+    assert len(rows) >= 15
+    assert all(row["passed"] for row in rows)
+    assert f"{len(rows)} of {len(rows)} layouts" in printed
+
+
+MACHINE = Machine("cpu", 8, compiler=False)
+
+
+@pytest.fixture(scope="module")
+def proven() -> Callable[..., Result]:
+    """Proves one case; references and bounds are made once, before a bug is planted."""
+    reference = cache(lambda model: train_plainly(model, prove_module._STEPS))
+    exact, rounding, tied, large = (
+        Case(ParallelConfig(dp=1), tied, precision, large)
+        for tied, precision, large in (
+            (False, "fp32", False),
+            (False, "bf16", False),
+            (True, "fp32", False),
+            (False, "fp32", True),
+        )
+    )
+    allowed = tolerances([exact, rounding], proof_model(), range(prove_module._STEPS), MACHINE)
+    bounds = {case.precision: bound for case, bound in allowed.items()}
+    for case in (exact, tied, large):
+        reference(case.model(proof_model()))
+
+    def prove_case(tied: bool = False, precision: str = "fp32", large: bool = False, **layout: Any) -> Result:
+        case = Case(ParallelConfig(**({"dp": 1, "timeout_s": 20.0} | layout)), tied, precision, large)
+        model = case.model(proof_model())
+        return prove_module._result(model, case, reference(model), bounds[precision], MACHINE)
+
+    return prove_case
+
+
+def _unsummed(x: torch.Tensor, mesh: Any) -> torch.Tensor:
+    return x
+
+
+def _without_sum_over_tp_of_gradients(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tensor.megatron, "copy_to_tp", _unsummed)
+
+
+def _with_scores_for_padding(patch: pytest.MonkeyPatch) -> None:
+    swapped = tensor.VocabParallelHead.__init__
+
+    def unmasked(self: Any, *args: Any) -> None:
+        swapped(self, *args)
+        self.used = len(self.weight)
+
+    patch.setattr(tensor.VocabParallelHead, "__init__", unmasked)
+
+
+def _with_layers_of_the_wrong_stage(patch: pytest.MonkeyPatch) -> None:
+    right = stages.stage_layers
+    patch.setattr("triplane.parallel.apply.stage_layers", lambda *args: [*right(*args)[1::-1], *right(*args)[2:]])
+
+
+def _with_batched_sends(patch: pytest.MonkeyPatch) -> None:
+    built = megatron.Pipeline.__init__
+
+    def batched(self: Any, *args: Any) -> None:
+        built(self, *args)
+        self.config.overlap_p2p_comm, self.config.batch_p2p_comm = False, True
+
+    patch.setattr(megatron.Pipeline, "__init__", batched)
+
+
+def _without_the_tied_gradient(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Engine, "_sum_tied_gradient", lambda self: None)
+
+
+def _with_the_tied_copy_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    wrapped = ZeroOptimizer.__init__
+
+    def counted(self: Any, local: Any, *args: Any) -> None:
+        for number, placed in enumerate(local.placements):
+            local.placements[number] = placement.replace(placed, tied_copy=False)
+        wrapped(self, local, *args)
+
+    patch.setattr(ZeroOptimizer, "__init__", counted)
+
+
+def _with_the_mean_over_own_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Engine,
+        "_count_targets",
+        lambda self, batches: sum((b.targets_T != engine.IGNORED_TARGET).sum() for b in batches) * self.mesh.dp.size,
+    )
+
+
+def _with_swapped_shares(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        ZeroOptimizer,
+        "loaded",
+        lambda self, step: [share.data.copy_(share.data.flip(0)) for share in self._shares] and None,
+    )
+
+
+def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
+    right = ZeroOptimizer.backward
+    patch.setattr(ZeroOptimizer, "backward", lambda self, loss, last: right(self, loss, True))
+
+
+def _with_decay_by_the_shape_that_is_left(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        "triplane.prove.reference.adamw", lambda config, placed: adamw(config, ((p, p.shape) for p, _ in placed))
+    )
+
+
+def _without_the_last_keys_of_the_ring(patch: pytest.MonkeyPatch) -> None:
+    right = ring.pairs
+    patch.setattr(
+        ring, "pairs", lambda batch, cp, tokens: {k: v for k, v in right(batch, cp, tokens).items() if k == cp.rank}
+    )
+
+
+def _without_the_exchange_of_heads(patch: pytest.MonkeyPatch) -> None:
+    def alone(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        own = Batch.build(batch.tokens_T, batch.targets_T, [0, len(batch.tokens_T)])
+        attended: torch.Tensor = self.core(q, k, v, own)
+        return attended
+
+    patch.setattr(ulysses.UlyssesAttention, "forward", alone)
+
+
+def _with_overwritten_products(patch: pytest.MonkeyPatch) -> None:
+    """Nothing to plant: what `layout_problems` refuses is wrong, without a word of torch's."""
+
+
+def _with_a_norm_in_fp32(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        replicated, "squared_norm", lambda tensors, device: torch.nn.utils.get_total_norm(list(tensors)).square()
+    )
+
+
+def _without_fp32_weights(patch: pytest.MonkeyPatch) -> None:
+    right = ZeroOptimizer.step
+
+    def step(self: Any) -> torch.Tensor:
+        norm = right(self)
+        for share in self._shares:
+            share.data.copy_(share.data.bfloat16())
+        return norm
+
+    patch.setattr(ZeroOptimizer, "step", step)
+
+
+BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
+    (_without_sum_over_tp_of_gradients, {"tp": 2}),
+    (_without_sum_over_tp_of_gradients, {"tp": 2, "sequence_parallel": True}),
+    (_with_scores_for_padding, {"tp": 2}),
+    (_with_layers_of_the_wrong_stage, {"pp": 2}),
+    (_without_the_tied_gradient, {"pp": 2, "tied": True}),
+    (_with_the_tied_copy_counted_twice, {"pp": 2, "tied": True}),
+    (_with_batched_sends, {"pp": 2, "virtual_stages": 2}),
+    (_with_the_mean_over_own_tokens, {"dp": 2, "zero": 0}),
+    (_with_swapped_shares, {"dp": 2, "zero": 1}),
+    (_with_every_micro_batch_as_the_last, {"dp": 2, "zero": 2}),
+    (_with_decay_by_the_shape_that_is_left, {"dp": 2, "zero": 3}),
+    (_without_the_last_keys_of_the_ring, {"cp": 2, "cp_method": "ring"}),
+    (_without_the_exchange_of_heads, {"cp": 2}),
+    (_with_overwritten_products, {"tp": 2, "recompute": "selective"}),
+    (_with_a_norm_in_fp32, {"zero": 0, "large": True}),
+    (_without_fp32_weights, {"precision": "bf16"}),
+    (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),
+    (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
+    (_with_decay_by_the_shape_that_is_left, {"dp": 2, "zero": 3, "precision": "bf16"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("bug", "layout"), BUGS, ids=[f"{bug.__name__[1:]}-{list(layout)[-1]}" for bug, layout in BUGS]
+)
+def test_a_planted_bug_is_caught(
+    bug: Callable[[pytest.MonkeyPatch], None],
+    layout: dict[str, Any],
+    proven: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bug(monkeypatch)
+    result = proven(**layout)
+    assert not result.passed
+    assert result.difference is None or result.difference.largest > 5e-6
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_rounding_alone_is_no_difference_on_cpus_without_bf16_products(isa: str) -> None:
+    """oneDNN's cap is read when it is first used, so another process proves; the machine's own set is proven above."""
+    program = (
+        "from triplane.prove import command as p; from triplane.prove.cases import full_proof;"
+        "p._STEPS = 4;"
+        "p.full_proof = lambda *a: [c for c in full_proof(*a) if c.precision == 'bf16' and c.ranks == 8];"
+        "raise SystemExit(p.prove(None, 8, False, None))"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tp 2 x pp 2 x dp 2, zero 1, offload, tied, bf16" in done.stdout
