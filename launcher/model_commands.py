@@ -27,9 +27,9 @@ from triplane.model.generate import next_logits
 from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
 from triplane.storage.errors import CheckpointError, ConfigError, TriplaneError
-from triplane.training.batches import Feed
 from triplane.training.config import RunConfig
 from triplane.training.evaluation import evaluate_model, held_out, validation_losses
+from triplane.training.feed import Feed
 from triplane.training.hardware import DTYPES, room_for_weights
 
 

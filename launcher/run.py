@@ -24,8 +24,7 @@ from triplane.config.preflight import (
     run_record,
 )
 from triplane.config.toml import to_toml
-from triplane.data.loader import SequenceDataset
-from triplane.data.opening import Sources, open_sources, training_plan
+from triplane.data.opening import open_sources
 from triplane.launcher.monitor.report import report_problem
 from triplane.parallel.devices import gpu_number, threads
 from triplane.parallel.engine import Engine
@@ -36,12 +35,12 @@ from triplane.parallel.ranks import Rank
 from triplane.storage.errors import CheckpointError
 from triplane.storage.files import write_whole
 from triplane.storage.location import Location
-from triplane.training.batches import Feed
 from triplane.training.config import RunConfig
-from triplane.training.evaluation import held_out
+from triplane.training.corpora import Corpora
 from triplane.training.failure import Story, failure_of, lost_peers
+from triplane.training.feed import Feed
 from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
-from triplane.training.loop import Corpora, Settings, Trainer
+from triplane.training.loop import Trainer
 from triplane.training.optimizer import adamw
 from triplane.training.report import Report
 from triplane.training.run_log import record_event
@@ -114,7 +113,7 @@ def _prepare(
     sources = open_sources(config.data, config.folder.corpora)
     own = {"id": on_rank_0(lambda: own_id(config)), "parent": _parent(config, resumed)}
     record = run_record(config, sources) | own
-    corpora = _corpora(config, sources)
+    corpora = Corpora.of(config, sources)
     if resumed is not None:
         on_rank_0(lambda: _record_change(config, resumed, record))
     report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank, config.training.prometheus_port)
@@ -128,24 +127,16 @@ def _prepare(
         report.message(line)
     _announce(report, state.step, config, resumed, mesh)
     trainer = Trainer(
-        engine,
-        corpora,
-        Feed(config.training.micro_batch_size, config.data.num_workers, local_ranks, mesh.dp, mesh.device),
-        Settings(
-            Path(config.run_dir),
-            config.training,
-            config.optimizer,
-            config.schedule,
-            config.faults,
-            config.profile,
-            config.checkpoint.every_steps,
-            peak,
-        ),
-        CheckpointStore(folder, config.checkpoint, sources.tokenizer),
-        lambda: _restore(engine, config, folder, allow_fresh_start)[0],
-        record,
-        report,
-        watchdog,
+        config=config,
+        engine=engine,
+        corpora=corpora,
+        feed=Feed(config.training.micro_batch_size, config.data.num_workers, local_ranks, mesh.dp, mesh.device),
+        store=CheckpointStore(folder, config.checkpoint, sources.tokenizer),
+        restore=lambda: _restore(engine, config, folder, allow_fresh_start)[0],
+        run_record=record,
+        report=report,
+        watchdog=watchdog,
+        peak_flops_per_s=peak,
     )
     return trainer, state
 
@@ -237,22 +228,6 @@ def _record_damages(config: RunConfig, damages: list[Damage]) -> None:
     for damage in damages:
         details = {"path": str(damage.path), "reason": damage.reason}
         record_event(Path(config.run_dir), "checkpoint set aside", damage.step, **details)
-
-
-def _corpora(config: RunConfig, sources: Sources) -> Corpora:
-    data = config.data
-
-    def write_plans() -> None:
-        training_plan(data, sources.train, config.seed, config.folder.packing)
-
-    on_rank_0(write_plans)  # before the others read them
-    plan = training_plan(data, sources.train, config.seed, config.folder.packing)
-    return Corpora(
-        SequenceDataset(sources.train, plan, data.document_mask),
-        held_out(data, sources.validation),
-        sources.tokenizer,
-        data.seq_len_at,
-    )
 
 
 def _record_change(config: RunConfig, resumed: Resumed, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from triplane.data.opening import validation_plan
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.transformer import Transformer
 from triplane.parallel.engine import StepLoss
-from triplane.training.batches import Feed
+from triplane.training.feed import Feed
 
 Evaluate = Callable[[list[Batch]], StepLoss]
 """The loss over the given micro-batches and those of the other dp ranks."""

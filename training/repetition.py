@@ -3,25 +3,24 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch.utils import deterministic
 
 from triplane.parallel.engine import Engine
+from triplane.storage.errors import TrainingError
 from triplane.training.replicas import checksum, ranks_where
-
-T = TypeVar("T")
 
 # cuBLAS reads it once, when CUDA starts. Products are the same twice only with it, and torch refuses others.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def twice(engine: Engine, step: int, update: Callable[[], T]) -> tuple[T, list[int]]:
-    """Does `update`, which is optimizer step `step`, twice from the same state; collective.
+@contextmanager
+def repeated(engine: Engine, step: int, update: Callable[[], object]) -> Iterator[None]:
+    """Makes `update`, which is optimizer step `step`, and undoes it; the block then makes the same update. Collective.
 
-    Returns what the second returned, and the ranks whose state then differed in a bit: all that took up an error.
-    Holds the rank's share of the state once more.
+    Raises TrainingError, which names the ranks, if the state then differs in a bit. Holds a copy of the rank's share of
+    the state.
     """
     fragments = list(engine.optimizer.fragments())
     before = [fragment.data.clone() for fragment in fragments]
@@ -31,9 +30,13 @@ def twice(engine: Engine, step: int, update: Callable[[], T]) -> tuple[T, list[i
         for fragment, data in zip(fragments, before):
             fragment.data.copy_(data)
         engine.optimizer.loaded(step - 1)
-        result = update()
+        yield
     second = checksum([fragment.data for fragment in fragments], engine.mesh.device)
-    return result, ranks_where(engine.mesh, bool(first != second))
+    if ranks := ranks_where(engine.mesh, bool(first != second)):
+        raise TrainingError(
+            f"step {step}: done twice, it gave two states on ranks {ranks}; exclude the faulty machine, then start "
+            f"again from the last checkpoint"
+        )
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class Agreement:
         self._pending.append((step, position, values, copied))
 
     def take(self, everything: bool) -> list[Verdict]:
-        """The verdicts not yet taken, oldest first; that of the last step only if `everything` is asked for."""
+        """The verdicts not yet taken, oldest first; that of the last step only if `everything` is asked for, or if an
+        earlier one has a request to leave."""
         verdicts = []
         while len(self._pending) > (0 if everything else 1):
             step, position, values, copied = self._pending.popleft()
@@ -51,4 +52,5 @@ class Agreement:
                 copied.synchronize()
             stop, loss, norm = values.tolist()
             verdicts.append(Verdict(step, position, int(stop), loss, norm))
+            everything |= stop > 0
         return verdicts

@@ -367,9 +367,9 @@ _READER = """
 import sys
 from triplane.data.corpus import Corpus
 from triplane.data.cuts import Even
-from triplane.data.cuts import Even
 from triplane.data.loader import SequenceDataset, batches
 from triplane.data.plan import StoredPlan
+from triplane.storage.errors import DataError
 corpus = Corpus(sys.argv[1])
 plan = StoredPlan([Even(corpus.tokens, 512, 512)], 512)
 dataset = SequenceDataset([corpus], plan, True)

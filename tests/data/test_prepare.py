@@ -128,7 +128,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(prepared: Prepared, tmp_path
     mount[-1] = mount[-1].replace("$0", f"mkdir {tmp_path}/out; cd {tmp_path}; {script}; find .")
     done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("triplane.storage.errors.DataError: ")
+    assert error.startswith("triplane.storage.errors.StorageError: ")
     assert "the disk is full: " in error and " needed, " in error and "bytes free" in error
     assert done.stdout.splitlines()[-2:] == [".", "./out"]
 
@@ -212,7 +212,9 @@ def test_a_full_disk_under_a_long_document_is_told(prepared: Prepared, tmp_path:
     script += f"{tmp_path}/long.txt {tmp_path}/out '{prepared.folder}/tokenizer.model'"
     mount[-1] = mount[-1].replace("$0", script)
     done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
-    assert "DataError: " in (error := done.stderr.strip().splitlines()[-1]) and "a temporary file: the disk is" in error
+    assert (
+        "StorageError: " in (error := done.stderr.strip().splitlines()[-1]) and "a temporary file: the disk is" in error
+    )
 
 
 def test_a_folder_that_cannot_be_replaced_is_found_first(

@@ -23,7 +23,7 @@ from triplane.data.corpus import Corpus
 from triplane.data.manifest import Manifest, StoredFile
 from triplane.data.prefetch import Prefetcher
 from triplane.data.shards import write_shard
-from triplane.storage.errors import DataError
+from triplane.storage.errors import DataError, StorageError
 from triplane.storage.remote import Retry
 
 _FORK = multiprocessing.get_context("fork")
@@ -260,7 +260,7 @@ def test_what_the_thread_meets_reaches_the_reader(server: FaultyServer, tmp_path
     try:
         with Prefetcher(corpus, _endless(), _budget(corpus, 6)) as prefetcher:
             prefetcher.next_step()
-            with pytest.raises(DataError, match=r"shard-000002\.tar: cannot be fetched: try 1: .*try 4: "):
+            with pytest.raises(StorageError, match=r"shard-000002\.tar: cannot be fetched: try 1: .*try 4: "):
                 prefetcher.next_step()
     finally:
         (server.folder / "hidden").rename(server.folder / "shard-000002.tar")

@@ -41,13 +41,13 @@ def test_a_rank_takes_a_gpu_of_its_own(rank: Rank, visible: int, expected: int |
 
 def test_more_ranks_than_gpus_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(prepared, tmp_path, parallel={"dp": 2})
-    (problem,) = problems_of_devices(config, None, 2, Devices(1, H100))
+    (problem,) = problems_of_devices(config.parallel, "auto", None, 2, Devices(1, H100))
     assert problem.startswith("2 ranks on this machine, but one GPU is visible; start fewer (parallel.dp=1 ")
     assert problem.endswith("or train on the CPU by --device cpu")
-    (problem,) = problems_of_devices(config, TORCHRUN, 8, Devices(2, H100))
+    (problem,) = problems_of_devices(config.parallel, "auto", TORCHRUN, 8, Devices(2, H100))
     assert problem.startswith("4 ranks on this machine, this one number 1, but 2 GPUs are visible")
     for rank, ranks, devices in ((None, 2, Devices(2, H100)), (SLURM, 8, Devices(1, H100)), (None, 2, CPU)):
-        assert list(problems_of_devices(config, rank, ranks, devices)) == []
+        assert list(problems_of_devices(config.parallel, "auto", rank, ranks, devices)) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_widths_and_tokens_that_fp8_kernels_do_not_take_are_known_before(prepare
 def test_a_cpu_can_be_asked_for() -> None:
     """Before torch has looked for GPUs, so that no part of the program finds one."""
     program = (
-        "import sys; from triplane.launcher import devices; assert 'torch' not in sys.modules; devices.use_cpu(); "
+        "import sys; from triplane.parallel import devices; assert 'torch' not in sys.modules; devices.use_cpu(); "
         "print(devices.visible_devices())"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}

@@ -12,7 +12,7 @@ from small_corpora import Prepared
 from triplane.data.cache import Cache
 from triplane.data.corpus import Corpus
 from triplane.data.folder import join
-from triplane.storage.errors import DataError
+from triplane.storage.errors import DataError, StorageError
 from triplane.storage.remote import Retry, read_url
 
 _RETRY = Retry(retries=3, timeout_s=0.5, first_wait_s=0.01)
@@ -73,12 +73,12 @@ def test_s3(prepared: Prepared, cache: Cache, monkeypatch: pytest.MonkeyPatch) -
         _put(prepared, "s3://bucket/corpus")
         url = "s3://bucket/corpus/train"
         _assert_reads_alike(Corpus(url, cache), prepared.train)
-        with pytest.raises(DataError, match=r"^s3://bucket/none/manifest\.json: cannot be fetched: try 1: "):
+        with pytest.raises(StorageError, match=r"^s3://bucket/none/manifest\.json: cannot be fetched: try 1: "):
             Corpus("s3://bucket/none", cache)
         shard = f"{url}/{_SHARD}"
         fsspec.filesystem("s3").pipe(shard, b"other".ljust(prepared.train.manifest.shards[1].data.bytes))
         empty = Cache(cache.folder / "empty", 1 << 30, _RETRY)
-        with pytest.raises(DataError, match=f"^{shard}: .*found .*damaged: restore it"):
+        with pytest.raises(StorageError, match=f"^{shard}: .*found .*damaged: restore it"):
             Corpus(url, empty).read(0, prepared.train.tokens)
 
 
@@ -113,7 +113,7 @@ def test_after_the_last_try_the_error_says_what_happened(
 ) -> None:
     server.faults = {_SHARD: deque([damage] * 8)}
     corpus = Corpus(f"{server.url}/train", cache)
-    with pytest.raises(DataError, match=rf"^{server.url}/train/{_SHARD}: cannot be fetched: try 1: .*{happened}"):
+    with pytest.raises(StorageError, match=rf"^{server.url}/train/{_SHARD}: cannot be fetched: try 1: .*{happened}"):
         corpus.read(0, corpus.tokens)
     if damage != "drop":  # which aiohttp itself tries twice
         assert server.requests[f"train/{_SHARD}"] == 4
@@ -125,9 +125,9 @@ def test_after_the_last_try_the_error_says_what_happened(
 def test_a_server_that_is_gone(prepared: Prepared, cache: Cache) -> None:
     with http_server(prepared.folder) as server:
         corpus = Corpus(f"{server.url}/train", cache)
-    with pytest.raises(DataError, match=r"try 4: ClientConnectorError.*: check the address"):
+    with pytest.raises(StorageError, match=r"try 4: ClientConnectorError.*: check the address"):
         corpus.read(0, 10)
-    with pytest.raises(DataError, match=r"/train/manifest\.json: .*try 4: ClientConnectorError"):
+    with pytest.raises(StorageError, match=r"/train/manifest\.json: .*try 4: ClientConnectorError"):
         Corpus(f"{server.url}/train", cache)
 
 
@@ -155,7 +155,7 @@ def test_damage_on_the_cache_s_disk_is_found(prepared: Prepared, server: FaultyS
     [("nonsense://host/x", "nonsense:// cannot be read here"), ("s3x://host/x", "install fsspec's package")],
 )
 def test_a_protocol_that_is_not_installed(url: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(StorageError, match=message):
         read_url(url, _RETRY, 100)
 
 

@@ -12,8 +12,8 @@ from triplane.data.config import DataConfig
 from triplane.data.corpus import Corpus
 from triplane.data.prepare import prepare
 from triplane.parallel.mesh import Axis
-from triplane.training.batches import Feed
 from triplane.training.evaluation import evaluate_model, held_out, validation_losses
+from triplane.training.feed import Feed
 
 
 def test_a_source_of_weight_0_does_not_move_the_loss(prepared: Prepared, tmp_path: Path) -> None:

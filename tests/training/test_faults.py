@@ -25,12 +25,13 @@ from triplane.parallel.engine import Engine, StepLoss
 from triplane.parallel.mesh import Mesh
 from triplane.prove.forked import RanksFailedError, run_ranks
 from triplane.prove.reference import SEQUENCES, proof_batch, proof_engine, proof_model
-from triplane.training.batches import Feed
+from triplane.storage.errors import TrainingError
+from triplane.training.anomaly import anomaly_in
 from triplane.training.config import FaultsConfig, RunConfig
-from triplane.training.guard import problem
+from triplane.training.feed import Feed
 from triplane.training.hardware import DTYPES
 from triplane.training.loop import Trainer
-from triplane.training.repetition import twice
+from triplane.training.repetition import repeated
 from triplane.training.replicas import differing_ranks
 from triplane.training.state import State
 from triplane.training.verdicts import Verdict
@@ -252,14 +253,14 @@ def test_a_run_stops_before_it_saves_weights_that_differ(
     monkeypatch.setattr(Engine, "step", err)
     faults = {"compare_replicas_every_steps": 3}
     config = small_run(prepared, tmp_path / "run", faults=faults, parallel={"dp": 2, "zero": 0})
-    with pytest.raises(RanksFailedError, match=r"step 3: the weights of ranks \[0, 1\] are not"):
+    with pytest.raises(RanksFailedError, match=r"step 3: the weights of ranks \[0, 1\] differ"):
         start(config)
     assert latest(Path(config.run_dir) / "checkpoints") is None
 
 
-def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[list[int], bool]:
-    """The ranks that differ; whether the state then is that of one step."""
-    states, ranks = [], []
+def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[str, bool]:
+    """What is raised; whether the state then is that of one step."""
+    states, told = [], ""
     for repeat in (False, True):
         engine = proof_engine(mesh, proof_model(), layout, torch.float32)
         share = SEQUENCES // mesh.dp.size
@@ -279,17 +280,21 @@ def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[list[i
         else:
             if mesh.rank == erring:
                 engine.local.placements[-1].parameter.register_hook(err)
-            _, ranks = twice(engine, 1, update)
+            try:
+                with repeated(engine, 1, update):
+                    update()
+            except TrainingError as error:
+                told = str(error)
         states.append([fragment.data.clone() for fragment in engine.optimizer.fragments()])
-    return ranks, all(map(torch.equal, *states))
+    return told, all(map(torch.equal, *states))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_done_twice_is_one_step(layout: str) -> None:
     config = ParallelConfig(**LAYOUTS[layout])
     assert isinstance(config.dp, int)
-    for ranks, same in run_ranks(config, config.dp * config.ranks_of_one, _step_twice, config, -1):
-        assert ranks == [] and same
+    for told, same in run_ranks(config, config.dp * config.ranks_of_one, _step_twice, config, -1):
+        assert told == "" and same
 
 
 def _kernels_allowed(mesh: Mesh) -> tuple[list[tuple[bool, bool, bool]], tuple[bool, bool, bool]]:
@@ -306,7 +311,8 @@ def _kernels_allowed(mesh: Mesh) -> tuple[list[tuple[bool, bool, bool]], tuple[b
         engine.forward_backward([proof_batch(engine.config, 0, [0])])
         engine.step(1e-3)
 
-    twice(engine, 1, update)
+    with repeated(engine, 1, update):
+        update()
     return seen, look()
 
 
@@ -320,8 +326,8 @@ def test_a_step_is_repeated_with_kernels_that_give_the_same_bits() -> None:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_arithmetic_that_errs_in_the_repeated_step_is_seen(stage: int) -> None:
     config = ParallelConfig(dp=2, zero=stage)
-    for ranks, same in run_ranks(config, 2, _step_twice, config, 1):
-        assert ranks and not same
+    for told, same in run_ranks(config, 2, _step_twice, config, 1):
+        assert "gave two states on ranks [" in told and not same
 
 
 def test_a_run_with_repeated_steps_is_the_same_run(prepared: Prepared, tmp_path: Path) -> None:
@@ -373,15 +379,15 @@ def verdict(loss: float, norm: float) -> Verdict:
 def test_what_is_bad() -> None:
     config = FaultsConfig(spike_z=6, spike_window=8)
     recent = [(3 + 0.1 * (i % 3), 1 + 0.3 * (i % 4)) for i in range(8)]
-    assert problem(verdict(3.1, 1.2), recent, config) is None
-    assert problem(verdict(0.1, 0.01), recent, config) is None
-    assert "loss 5 is" in str(problem(verdict(5, 1.2), recent, config))
-    assert "gradient norm 9 is" in str(problem(verdict(3.1, 9), recent, config))
-    assert problem(verdict(5, 9), recent[1:], config) is None  # too few to know
-    assert problem(verdict(5, 9), recent, FaultsConfig()) is None
-    assert problem(verdict(float("inf"), 1), [], FaultsConfig()) == "loss is not finite"
+    assert anomaly_in(verdict(3.1, 1.2), recent, config) is None
+    assert anomaly_in(verdict(0.1, 0.01), recent, config) is None
+    assert "loss 5 is" in str(anomaly_in(verdict(5, 1.2), recent, config))
+    assert "gradient norm 9 is" in str(anomaly_in(verdict(3.1, 9), recent, config))
+    assert anomaly_in(verdict(5, 9), recent[1:], config) is None  # too few to know
+    assert anomaly_in(verdict(5, 9), recent, FaultsConfig()) is None
+    assert anomaly_in(verdict(float("inf"), 1), [], FaultsConfig()) == "loss is not finite"
     flat = [(3.0, 1.0)] * 8
-    assert problem(verdict(3.0001, 1.0), flat, config) is None
+    assert anomaly_in(verdict(3.0001, 1.0), flat, config) is None
 
 
 def test_positions_that_are_skipped_are_jumped_over() -> None:

@@ -1,4 +1,4 @@
-"""From the loader's micro-batches to what the model reads, on the device."""
+"""What a run reads, as batches on the device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,10 +1,12 @@
-"""Which losses and gradient norms are bad."""
+"""Losses and gradient norms that must not reach the weights."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from triplane.training.config import FaultsConfig
+from triplane.training.state import State
 from triplane.training.verdicts import Verdict
 
 _NORMAL = 1.4826
@@ -13,8 +15,28 @@ _LEAST = 0.01
 """The least deviation, as a share of the median: rounding makes no spike."""
 
 
-def problem(verdict: Verdict, recent: Sequence[tuple[float, float]], config: FaultsConfig) -> str | None:
-    """What is wrong with a step's loss or gradient norm, given those of the steps before it."""
+@dataclass(frozen=True)
+class Anomaly:
+    """A step with a bad loss or gradient norm."""
+
+    step: int
+    position: int
+    """The first sequence of its batch."""
+    what: str
+
+
+def judge(state: State, verdicts: Sequence[Verdict], config: FaultsConfig) -> tuple[State, Anomaly | None]:
+    """Returns the state that remembers the steps before the first bad one, and that one if there is any."""
+    for verdict in verdicts:
+        if what := anomaly_in(verdict, state.recent, config):
+            return state, Anomaly(verdict.step, verdict.position, what)
+        if config.spike_z is not None:
+            state = state.remembering(verdict.loss, verdict.gradient_norm, config.spike_window)
+    return state, None
+
+
+def anomaly_in(verdict: Verdict, recent: Sequence[tuple[float, float]], config: FaultsConfig) -> str | None:
+    """Says what is wrong with a step's loss or gradient norm, given those of the steps before it."""
     values = {"loss": verdict.loss, "gradient norm": verdict.gradient_norm}
     for name, value in values.items():
         if not math.isfinite(value):

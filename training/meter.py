@@ -1,0 +1,55 @@
+"""How fast the steps since the last log were, and how full."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from triplane.model.count import flops_per_token
+from triplane.parallel.engine import Engine
+from triplane.training.hardware import peak_memory_gib
+from triplane.training.stopwatch import Stopwatch
+
+
+class Meter:
+    """Counts tokens and steps from one `restart` to the next."""
+
+    def __init__(self, engine: Engine, seq_len_at: Callable[[int], int], peak_flops_per_s: float, stopwatch: Stopwatch):
+        self._config = engine.config
+        self._mesh = engine.mesh
+        self._seq_len_at = seq_len_at
+        self._peak_flops_per_s = peak_flops_per_s
+        self._stopwatch = stopwatch
+        self.restart(position=0)
+
+    def restart(self, *, position: int) -> None:
+        """Forgets what was counted; the next step begins at sequence `position`."""
+        self._steps = self._tokens = self._positions = 0
+        self._seq_len = self._seq_len_at(position)
+        self._stopwatch.take()
+
+    def count(self, positions: int, tokens: int) -> None:
+        """Adds a step of so many `positions`, of which `tokens` are no padding; over all ranks."""
+        self._steps += 1
+        self._positions += positions
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """The metrics since the last restart; collective."""
+        seconds = self._stopwatch.take()
+        device = self._mesh.device
+        mine = [*(total / self._steps for total in seconds.values()), peak_memory_gib(device)]
+        # A step is as slow as its slowest rank.
+        slowest = torch.tensor(mine, dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        values = dict(zip([*seconds, "memory_gib"], slowest.tolist()))
+        step_time_s = sum(values[name] for name in seconds)
+        tokens_per_s_per_rank = self._tokens / self._steps / step_time_s / self._mesh.world_size
+        return {
+            "padding": 1 - self._tokens / self._positions,
+            "tokens_per_s": tokens_per_s_per_rank * self._mesh.world_size,
+            "tokens_per_s_per_rank": tokens_per_s_per_rank,
+            "mfu": tokens_per_s_per_rank * flops_per_token(self._config, self._seq_len) / self._peak_flops_per_s,
+            "step_time_s": step_time_s,
+            **values,
+        }
