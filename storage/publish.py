@@ -27,16 +27,16 @@ def refuse_existing(out: Path) -> None:
 def publishing(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, which gets the name `out` when the block has ended, and is removed if it fails.
 
-    What a killed command has left beside `out` is removed first; that of a living one is locked. Raises
-    CheckpointError if `out` exists, or if it cannot be written.
+    So are the folders above it that were made for it. What a killed command has left beside `out` is removed first;
+    that of a living one is locked. Raises CheckpointError if `out` exists, or if it cannot be written.
     """
     refuse_existing(out)
     hidden = out.parent / f".{out.name[:100]}-{uuid4().hex[:8]}{_SUFFIX}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in out.parent.glob(f".*{_SUFFIX}"):
-            _remove_unless_held(leftover)
         with ExitStack() as held:
+            held.enter_context(_made(out.parent))
+            for leftover in out.parent.glob(f".*{_SUFFIX}"):
+                _remove_unless_held(leftover)
             try:
                 with suppress(NoLocksError):  # where nothing can be locked, no command removes another's
                     held.enter_context(locked_folder(hidden, wait=False))
@@ -52,6 +52,20 @@ def publishing(out: Path) -> Iterator[Path]:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise CheckpointError(f"{out}: cannot be written: {reason}; make room, or give another folder") from error
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes `folder` and those above it; if the block fails they go again, but for any that hold something."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in absent:
+                path.rmdir()
+        raise
 
 
 def _remove_unless_held(leftover: Path) -> None:

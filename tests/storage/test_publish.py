@@ -49,6 +49,17 @@ def test_a_leftover_that_cannot_be_removed_is_told(tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.triplane-partial", "out"]
 
 
+def test_folders_that_were_made_for_a_failure_go_and_those_in_use_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for out in ("mine/a/b/out", "new/out", "mine/out"):
+        with pytest.raises(ZeroDivisionError), publishing(tmp_path / out):
+            assert 1 / 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with pytest.raises(ZeroDivisionError), publishing(tmp_path / "new/below/out"):
+        assert (tmp_path / "new/theirs").write_text("") / 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["theirs"]
+
+
 def test_a_place_where_nothing_can_be_written_is_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
