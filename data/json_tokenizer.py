@@ -31,7 +31,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, files: Mapping[str, bytes], where: str):
         """`files` are JSON_NAME and, if they exist, CONFIG_NAME and MAP_NAME. Raises DataError, which names `where`,
-        if the library cannot read them or nothing tells which token ends a text."""
+        if the library cannot read them, or nothing that it holds is told to end a text."""
         try:
             self._library = tokenizers.Tokenizer.from_buffer(files[JSON_NAME])
         except ValueError as error:
@@ -47,12 +47,16 @@ class JsonTokenizer(Tokenizer):
         config, map_ = (_object(files.get(name, b"{}"), f"{where}: {name}") for name in (CONFIG_NAME, MAP_NAME))
         special = {token["content"] for token in content["added_tokens"] if token["special"]}
         begin, end = _template_ends(content["post_processor"])
-        eos = _first(vocabulary, _named(config, "eos_token"), _named(map_, "eos_token"), end, *_KNOWN_EOS)
+        named: dict[str, Any] = {key: _named(config, key) or _named(map_, key) for key in ("bos_token", "eos_token")}
+        for key, name in named.items():
+            if name is not None and not (isinstance(name, str) and name in vocabulary):
+                raise DataError(f"{where}: {key} is named {name!r}, which is no token of it; name one that is")
+        eos = _first(vocabulary, named["eos_token"], end, *_KNOWN_EOS)
         if eos is None:
             raise DataError(
                 f'{where}: no token ends a text: name one as "eos_token" in a {CONFIG_NAME} beside tokenizer.json'
             )
-        bos = _first(vocabulary, _named(config, "bos_token"), _named(map_, "bos_token"), begin) or eos
+        bos = _first(vocabulary, named["bos_token"], begin) or eos
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
         for token in (bos, eos):
             if token not in special or vocabulary[token] in self.encode_whole(token):
@@ -60,8 +64,8 @@ class JsonTokenizer(Tokenizer):
                     f"{where}: {token}, which begins or ends a text, can be read from text that spells it out: mark it "
                     f'as "special" among the "added_tokens" of tokenizer.json'
                 )
-        named = json.dumps({**config, "bos_token": bos, "eos_token": eos}, indent=1) + "\n"
-        self.files = {JSON_NAME: files[JSON_NAME], CONFIG_NAME: named.encode()}
+        told = json.dumps({**config, "bos_token": bos, "eos_token": eos}, indent=1) + "\n"
+        self.files = {JSON_NAME: files[JSON_NAME], CONFIG_NAME: told.encode()}
         self.digest = hashlib.sha256(files[JSON_NAME] + f"{bos}\n{eos}".encode()).hexdigest()
         # Without words, tokens are joined over the whole text: a cut must be where no token could be.
         self._pairs = None if content["pre_tokenizer"] else SafePairs(vocabulary)
@@ -104,12 +108,12 @@ def _object(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _named(config: Mapping[str, Any], key: str) -> str | None:
-    """The token's text, which may stand in an object of its own."""
+def _named(config: Mapping[str, Any], key: str) -> object:
+    """The token's text, which may stand in an object of its own; None if there is none."""
     token = config.get(key)
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    return token
 
 
 def _template_ends(post_processor: Any) -> tuple[str | None, str | None]:

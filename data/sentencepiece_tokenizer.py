@@ -19,6 +19,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, where: str):
         """Raises DataError if `model` is no sentencepiece model with bos and eos; `where` names it."""
+        if not model:  # the library takes it for no argument, and has no model then
+            raise DataError(f"{where}: is empty; give a sentencepiece model or a Hugging Face tokenizer.json")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:

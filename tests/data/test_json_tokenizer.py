@@ -69,6 +69,7 @@ def test_a_corpus_of_it_is_read_as_documents(tmp_path: Path, pattern: str) -> No
 def test_what_is_no_tokenizer_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     for content, message in (
+        ("", "is empty; give a sentencepiece model"),
         ("[]", "neither a sentencepiece model nor a Hugging Face tokenizer.json"),
         ("{}", "not a readable tokenizer.json"),
         ("{" * 100_000, "not a readable tokenizer.json"),
@@ -112,6 +113,16 @@ def test_no_special_token_is_taken_for_the_end_by_guess(tmp_path: Path) -> None:
         open_tokenizer(path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|fim|>"}))
     assert open_tokenizer(path).eos_id == 0
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("name", ["<|fim|>", 3, {"content": "<|fim|>"}], ids=str)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_name_that_is_no_token_is_not_passed_over(tmp_path: Path, file: str, name: object, key: str) -> None:
+    byte_level(tmp_path / "tokenizer.json", None)
+    (tmp_path / file).write_text(json.dumps({key: name}))
+    with pytest.raises(DataError, match=rf"{key} is named .*, which is no token of it"):
+        open_tokenizer(tmp_path)
 
 
 def test_keys_that_the_library_does_not_need_may_be_absent(tmp_path: Path) -> None:
