@@ -52,7 +52,8 @@ class FolderWeights(Mapping[str, Tensor]):
         self._stored = {name: stored for name, stored in _stored(folder).items() if not _NO_WEIGHT.fullmatch(name)}
         if (layers := _layers(self._stored)) != config.n_layers:
             raise CheckpointError(
-                f"{folder}: config.json has num_hidden_layers {config.n_layers}, but the weights are of {layers} layers"
+                f"{folder}: config.json has num_hidden_layers {config.n_layers}, but {layers} have weights, as "
+                f"model.layers.NUMBER.NAME"
             )
         with torch.device("meta"):
             shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}

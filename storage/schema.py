@@ -13,7 +13,9 @@ def first_problem(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"the key {key} is unknown"
     reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "dict_type"):
+        reason = "no table of keys"
     if not key:
-        return "no table of keys" if first["type"] == "model_type" else reason
+        return reason
     found = repr(first["input"])
     return f"{key} is {found if len(found) <= 60 else found[:57] + '...'}: {reason[0].lower()}{reason[1:]}"
