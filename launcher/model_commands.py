@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import tomli_w
 import torch
 from rich.console import Console
 
@@ -12,7 +13,6 @@ from triplane.checkpoint.parent import Parent
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.config.preflight import beside_config, config_of, find_checkpoint, model_of
-from triplane.config.toml import to_toml
 from triplane.data.baseline import unigram_loss
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.opening import find_tokenizer, open_sources
@@ -175,7 +175,7 @@ def import_folder(folder: Path, out: Path) -> None:
     if imported.no_tokenizer:
         _print(f"without a tokenizer: {imported.no_tokenizer}")
     _print(f'To train on from it:\n\n[checkpoint]\ninitial = "{out}"\n')
-    _print(f"[model]\n{to_toml(imported.model, 'model.')}")
+    _print(tomli_w.dumps({"model": imported.model.model_dump(exclude_none=True)}))
 
 
 def show_checkpoint(console: Console, path: str, verify: bool) -> None:
