@@ -1,6 +1,7 @@
 """Writes a tokenizer as the files that Hugging Face's libraries read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +112,37 @@ def _tokenizer(model: ModelProto) -> dict[str, Any]:
             if p.type in added
         ],
         "normalizer": {"type": "Prepend", "prepend": " "} if prefix else None,
-        "pre_tokenizer": None if trainer.model_type == trainer.BPE else _APART_FROM_BYTES,
+        "pre_tokenizer": None if trainer.model_type == trainer.BPE else _apart(model, names),
         "post_processor": _after_bos(names[trainer.bos_id], trainer.bos_id),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(model, names) if trainer.model_type == trainer.BPE else _unigram(model, names),
     }
 
 
-_APART_FROM_BYTES = {
-    "type": "Split",
-    "pattern": {"Regex": "(?<=<)0x[0-9A-F]{2}>"},
-    "behavior": "MergedWithNext",
-    "invert": False,
-}
-"""Else a unigram model reads a text that spells out `<0x41>` as the token of that byte."""
+def _apart(model: ModelProto, names: list[str]) -> dict[str, Any]:
+    """Cuts text that spells out a special token or a byte's `<0x41>`, which a unigram model would read as that token.
+
+    The cut is where no piece joins the two characters, so that the tokens of all other text stay the same.
+    """
+    pairs = _pairs(model)
+    suffixes: dict[str, list[str]] = {}
+    for name in (names[i] for i, p in enumerate(model.pieces) if p.type in (Piece.CONTROL, Piece.UNKNOWN, Piece.BYTE)):
+        cut = _cut(name, pairs)
+        if cut is None:
+            raise DataError(f"The tokenizer has pieces within {name}, which its text could spell out; train it anew.")
+        suffixes.setdefault(re.escape(name[:cut]), []).append(re.escape(name[cut:]))
+    pattern = "|".join(f"(?<={prefix})(?:{'|'.join(ends)})" for prefix, ends in suffixes.items())
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "MergedWithNext", "invert": False}
+
+
+def _pairs(model: ModelProto) -> set[str]:
+    """The characters that stand side by side in a piece of text."""
+    pieces = (p.piece.replace(_SPACE, " ") for p in model.pieces if p.type == Piece.NORMAL)
+    return {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+
+
+def _cut(name: str, pairs: set[str]) -> int | None:
+    return next((i for i in range(1, len(name)) if name[i - 1 : i + 1] not in pairs), None)
 
 
 def _after_bos(bos: str, bos_id: int) -> dict[str, Any]:

@@ -167,6 +167,15 @@ def test_special_tokens_survive_tuning_and_the_sentencepiece_names_are_text(toke
     assert theirs.decode(framed, skip_special_tokens=True) == ours.decode(framed) == "text"
 
 
+def test_an_exported_tokenizer_can_prepare_a_corpus(tokenizers):
+    ours, theirs = tokenizers
+    again = open_tokenizer(Path(theirs.name_or_path) / "tokenizer.json")
+    for text in ("<|bos|> in <|eos|> text <|unk|><|end|>", "a <0x41> b <0x0A>", *ODD_TEXTS):
+        if ours.decode(encode(ours, text)) == text:
+            assert sorted(again.encode(text)) == sorted(encode(ours, text)), text
+            assert again.decode(again.encode(text)) == text
+
+
 def test_texts_are_padded_and_cut_to_the_context(tokenizers):
     _, theirs = tokenizers
     padded = theirs(["a", "a b c d e f"], padding=True)
