@@ -16,9 +16,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from triplane.storage.errors import CheckpointError, DamagedError
-from triplane.storage.foreign import FileName, Name
+from triplane.storage.foreign import FileName, Name, first_problem
 from triplane.storage.location import Location, entries, read, writing
-from triplane.storage.schema import first_problem
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -13,9 +13,8 @@ from torch import Tensor
 from triplane.checkpoint.manifest import Box
 from triplane.parallel.placement import Fragment
 from triplane.storage.errors import CheckpointError, DamagedError, OutOfReachError
-from triplane.storage.foreign import regular_file
+from triplane.storage.foreign import first_problem, regular_file
 from triplane.storage.location import Location, fill, writing
-from triplane.storage.schema import first_problem
 
 _LENGTH_BYTES = 8
 """Before the header: its length, little-endian."""

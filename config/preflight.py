@@ -18,8 +18,8 @@ from triplane.data.opening import Sources
 from triplane.model.config import ModelConfig
 from triplane.storage.errors import CheckpointError
 from triplane.storage.files import write_whole
+from triplane.storage.foreign import first_problem
 from triplane.storage.location import Location, entries, location, read
-from triplane.storage.schema import first_problem
 from triplane.training.config import RunConfig
 from triplane.training.run_folder import CHECKPOINTS, CONFIG, RunFolder
 

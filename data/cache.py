@@ -53,7 +53,7 @@ class Cache:
                 if not path.exists():
                     with replacing(path, file.bytes) as out:
                         self._reserve(out, file.bytes)
-                        download(url, out, self.retry, file.sha256, file.bytes)
+                        download(url, out, self.retry, sha256=file.sha256, size_bytes=file.bytes)
 
     def add(self, content: bytes) -> Path:
         """Keeps a small file that was fetched already; returns where it is."""

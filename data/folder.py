@@ -59,7 +59,7 @@ class RemoteFolder:
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
         """The content of a small file, which is not kept; one without this checksum is fetched again."""
-        return read_url(f"{self.url}/{name}", self.cache.retry, _MOST_BYTES, sha256)
+        return read_url(f"{self.url}/{name}", self.cache.retry, most_bytes=_MOST_BYTES, sha256=sha256)
 
     def check_size(self, file: StoredFile) -> None:
         """Nothing: to ask for each of many files would take long, and each is verified when it is fetched."""

@@ -26,7 +26,8 @@ from triplane.data.shards import SplitWriter
 from triplane.data.sources import SourceFile, find_files
 from triplane.data.tokenizer import Tokenizer
 from triplane.storage.errors import DataError
-from triplane.storage.files import locked_folder, replacing, sync, write_whole
+from triplane.storage.files import replacing, sync, write_whole
+from triplane.storage.locks import locked_folder
 
 _REPORT_NAME = "report.json"
 
@@ -87,7 +88,7 @@ def prepare(
     )
     partial = out.with_name(f"{out.name}.partial")
     if not _is_taken(out) or partial.exists():
-        with locked_folder(partial, wait):
+        with locked_folder(partial, wait=wait):
             try:
                 if not _is_taken(out):
                     build = _Build(partial, recipe, model, skipped)

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, Positive
 from triplane.hf.families import FAMILIES, family_problem
 from triplane.model.config import ModelConfig, RopeScaling
 from triplane.storage.errors import ModelError
-from triplane.storage.schema import first_problem
+from triplane.storage.foreign import first_problem
 
 Size = Annotated[int, Field(gt=0, le=2**20)]
 """Of a dim. The bound keeps the bytes of any weight within 64 bits."""

@@ -15,8 +15,7 @@ from triplane.hf.weights import INDEX, SINGLE
 from triplane.model.config import ModelConfig
 from triplane.model.transformer import Transformer
 from triplane.storage.errors import CheckpointError
-from triplane.storage.foreign import FileName, Name, read_json, regular_file
-from triplane.storage.schema import first_problem
+from triplane.storage.foreign import FileName, Name, first_problem, read_json, regular_file
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _NO_WEIGHT = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")

@@ -15,7 +15,7 @@ from triplane.parallel.devices import problems_of_devices, use_cpu, visible_devi
 from triplane.parallel.ranks import Rank, current_rank, rendezvous
 from triplane.plan.gate import examine, memory_problem
 from triplane.storage.errors import ConfigError, NoLocksError
-from triplane.storage.files import locked_folder
+from triplane.storage.locks import locked_folder
 from triplane.training.config import RunConfig
 from triplane.training.exits import Exit, leave
 from triplane.training.failure import forget_failures

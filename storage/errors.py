@@ -1,8 +1,8 @@
-"""Everything that a user can put right. Programmers' mistakes are assertions."""
+"""Errors that a user can fix. Programmers' mistakes are assertions."""
 
 
 class TriplaneError(ValueError):
-    """One line for each problem: what is wrong, where, and what to do."""
+    """One line per problem: what is wrong, where, and what to do."""
 
 
 class ConfigError(TriplaneError):
@@ -10,7 +10,7 @@ class ConfigError(TriplaneError):
 
 
 class LaunchError(TriplaneError):
-    """Ranks or jobs that cannot be started, or runs that cannot be found."""
+    """Ranks or jobs that cannot be started, or a run that cannot be found."""
 
 
 class LayoutError(TriplaneError):
@@ -34,11 +34,11 @@ class CheckpointError(TriplaneError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that differs from what was written; an older one may be intact."""
+    """A corrupt checkpoint; an older one may be intact."""
 
 
 class OutOfReachError(CheckpointError, OSError):
-    """Storage that does not answer or denies access; the checkpoints in it may be intact."""
+    """Storage that does not respond or denies access; its checkpoints may be intact."""
 
 
 class StorageError(TriplaneError):
@@ -46,13 +46,13 @@ class StorageError(TriplaneError):
 
 
 class BusyError(StorageError):
-    """Another process holds a folder, which may be free later."""
+    """A folder that another process holds for now."""
 
 
 class NoLocksError(StorageError):
-    """A file system without locks cannot keep two processes apart."""
+    """A file system without locks, which cannot keep two processes apart."""
 
 
 def printable(text: str) -> str:
-    """Returns text from elsewhere as part of one line, without characters that would move a terminal's cursor."""
+    """Escapes the unprintable characters of foreign text: line breaks and terminal control sequences."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

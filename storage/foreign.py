@@ -1,4 +1,4 @@
-"""Files that came from elsewhere, and the names in them: whatever is wrong with one is a line."""
+"""Reads files written elsewhere: any problem with one, or with a name in it, is a one-line error."""
 
 import json
 import os
@@ -6,17 +6,17 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationError
 
-from triplane.storage.errors import CheckpointError
+from triplane.storage.errors import CheckpointError, printable
 
 _MOST_BYTES = 64 * 2**20
-"""Of a JSON file that is read whole."""
+"""Largest JSON file to read."""
 
 
 def _printable(name: str) -> str:
-    if not name.isprintable():  # it could pretend to be another line of a message
-        raise ValueError("holds characters that cannot be printed")
+    if not name.isprintable():  # it could fake another line of a message
+        raise ValueError("contains unprintable characters")
     return name
 
 
@@ -27,20 +27,20 @@ def _plain(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_printable)]
-"""Of a tensor."""
+"""Name of a tensor."""
 FileName = Annotated[Name, AfterValidator(_plain)]
-"""Of a file beside the one that names it, and of nothing elsewhere."""
+"""Name of a file in the same folder as the file that mentions it."""
 
 
 def refuse_unprintable(path: Path) -> None:
-    """Raises CheckpointError for a path that is not text: safetensors cannot open it, nor can JSON name it."""
+    """Raises CheckpointError for a path that is not UTF-8: safetensors cannot open it, and JSON cannot hold it."""
     shown = os.fsencode(path).decode(errors="backslashreplace")
     if shown != str(path):
         raise CheckpointError(f"{shown}: not UTF-8; rename it")
 
 
 def regular_file(path: Path) -> int:
-    """The bytes of a regular file, or of one that a link leads to; a pipe or device would be read for ever."""
+    """Returns the size of a regular file; refuses pipes and devices, which could block forever."""
     try:
         found = path.stat()
     except OSError as error:
@@ -51,7 +51,7 @@ def regular_file(path: Path) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises CheckpointError, which names it."""
+    """Returns the content of a JSON file; raises CheckpointError with its path."""
     if (size := regular_file(path)) > _MOST_BYTES:
         raise CheckpointError(f"{path}: {size:,} bytes, more than {_MOST_BYTES:,}")
     try:
@@ -59,14 +59,31 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: no JSON: {error}") from error
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Raises ValueError, one line, for all that is no JSON, for too deep nesting and for too little memory too."""
+    """Parses JSON; raises a one-line ValueError for invalid or too deeply nested input, or if memory runs out."""
     try:
         return json.loads(content)
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("nested too deeply") from None
     except MemoryError:
         raise ValueError("too large for this machine's memory") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Describes the first key that a schema refuses: its name in the file, its value and the reason."""
+    first = error.errors(include_url=False)[0]
+    key = printable(".".join(map(str, first["loc"])))  # the file's own keys are among them
+    if first["type"] == "missing":
+        return f"no {key}"
+    if first["type"] == "extra_forbidden":
+        return f"the key {key} is unknown"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "dict_type"):
+        reason = "no table of keys"
+    if not key:
+        return reason
+    found = repr(first["input"])
+    return f"{key} is {found if len(found) <= 60 else found[:57] + '...'}: {reason[0].lower()}{reason[1:]}"

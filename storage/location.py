@@ -1,4 +1,4 @@
-"""Where checkpoints lie: in a file system of this machine, or at an fsspec URL; what is done to files in either."""
+"""File operations on local paths and fsspec URLs alike, for checkpoints."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ from triplane.storage.remote import in_short, is_url
 Location: TypeAlias = Path | UPath
 
 _CHUNK_BYTES = 2**20
-"""Small enough to be in the cache still when its checksum is computed."""
+"""Small enough to still be in the CPU cache when its checksum is computed."""
 _REQUEST_BYTES = 64 * 2**20
-"""Of one transfer to or from a URL."""
+"""Size of one transfer to or from a URL."""
 
 
 def location(text: str) -> Location:
-    """What a path or URL names. Raises CheckpointError if the package that reaches such a URL is missing."""
+    """Parses a path or URL. Raises CheckpointError if the package for the URL's protocol is missing."""
     if not is_url(text):
         return Path(text)
     try:
@@ -38,7 +38,7 @@ def location(text: str) -> Location:
 
 @contextmanager
 def reaching(path: Location) -> Iterator[None]:
-    """Each protocol's package raises its own kinds: from within, FileNotFoundError or OutOfReachError."""
+    """Turns what a protocol's package raises, other than FileNotFoundError, into OutOfReachError."""
     try:
         yield
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def reaching(path: Location) -> Iterator[None]:
 
 
 def entries(folder: Location) -> dict[str, int]:
-    """The names in a folder, with the bytes of files, -1 of a link to nowhere; none if there is no such folder."""
+    """Maps the names in a folder to file sizes, -1 for a dangling link; empty if the folder is missing."""
     try:
         if isinstance(folder, Path):
             return {entry.name: _size(entry) for entry in os.scandir(folder)}
@@ -73,9 +73,9 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def fill(path: Location, begin: int, target: memoryview) -> Iterator[memoryview]:
-    """Reads into `target` from byte `begin` of a file on; yields each part when it is there, until the file ends."""
+    """Reads a file into `target`, starting at byte `begin`; yields each part as it arrives, until the file ends."""
     if isinstance(path, Path):
-        # No memory map, under which a failing disk would be a signal and not an error.
+        # Under a memory map, a failing disk would raise a signal instead of an error.
         with open(path, "rb", buffering=0) as file:
             file.seek(begin)
             while count := file.readinto(target[:_CHUNK_BYTES]):
@@ -91,7 +91,7 @@ def fill(path: Location, begin: int, target: memoryview) -> Iterator[memoryview]
 
 
 def read(path: Location) -> bytes:
-    """A whole small file; raises CheckpointError if this user may not, or if it is a pipe or a link to nowhere."""
+    """Reads a small file; raises CheckpointError if it is unreadable, a pipe or a dangling link."""
     if isinstance(path, Path):
         regular_file(path)
     try:
@@ -103,7 +103,7 @@ def read(path: Location) -> bytes:
 
 @contextmanager
 def writing(path: Location) -> Iterator[BinaryIO]:
-    """A file to write, which outlives a power cut once the block has ended."""
+    """Yields a file to write, which survives a power failure once the block has ended."""
     if isinstance(path, Path):
         with open(path, "wb") as file:
             yield file
@@ -116,7 +116,7 @@ def writing(path: Location) -> Iterator[BinaryIO]:
 
 
 def rename(folder: Location, name: str) -> Location:
-    """Gives a folder of files another name; at a URL they are copied, then deleted."""
+    """Renames a folder of files; at a URL, copies and then deletes them."""
     if isinstance(folder, Path):
         renamed = folder.rename(folder.with_name(name))
         sync(folder.parent)
@@ -130,7 +130,7 @@ def rename(folder: Location, name: str) -> Location:
 
 
 def remove(folder: Location) -> None:
-    """Deletes a folder with all that is in it."""
+    """Deletes a folder and its content."""
     if isinstance(folder, Path):
         shutil.rmtree(folder)
         return

@@ -1,4 +1,4 @@
-"""Publishes a folder whole or not at all, and removes what killed commands have left of theirs."""
+"""Publishes folders atomically, and removes the leftovers of killed commands."""
 
 import os
 import shutil
@@ -10,14 +10,15 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from triplane.storage.errors import BusyError, CheckpointError, NoLocksError, TriplaneError
-from triplane.storage.files import locked_folder, sync
+from triplane.storage.files import sync
 from triplane.storage.foreign import refuse_unprintable
+from triplane.storage.locks import locked_folder
 
 _SUFFIX = ".triplane-partial"
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises CheckpointError if something has the name `out`, or if it is no text."""
+    """Raises CheckpointError if `out` exists or is not UTF-8."""
     refuse_unprintable(out)
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; remove it or give another folder.")
@@ -25,10 +26,10 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def publishing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, which gets the name `out` when the block has ended, and is removed if it fails.
+    """Yields a hidden folder, renamed to `out` when the block ends; if it fails, removes it and the parents it created.
 
-    So are the folders above it that were made for it. What a killed command has left beside `out` is removed first;
-    that of a living one is locked. Raises CheckpointError if `out` exists, or if it cannot be written.
+    First removes what killed commands left beside `out`; a running command holds a lock on its folder. Raises
+    CheckpointError if `out` exists or cannot be written.
     """
     refuse_existing(out)
     hidden = out.parent / f".{out.name[:100]}-{uuid4().hex[:8]}{_SUFFIX}"
@@ -38,14 +39,14 @@ def publishing(out: Path) -> Iterator[Path]:
             for leftover in out.parent.glob(f".*{_SUFFIX}"):
                 _remove_unless_held(leftover)
             try:
-                with suppress(NoLocksError):  # where nothing can be locked, no command removes another's
+                with suppress(NoLocksError):  # without locks, no command removes another's folder
                     held.enter_context(locked_folder(hidden, wait=False))
                 folder = hidden / out.name
                 folder.mkdir(parents=True)
                 yield folder
                 os.rename(folder, out)
                 sync(out.parent)
-            finally:  # while it is locked, so that no other command takes it for a leftover
+            finally:  # under the lock, so that no other command takes it for a leftover
                 shutil.rmtree(hidden, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
@@ -56,7 +57,7 @@ def publishing(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Makes `folder` and those above it; if the block fails they go again, but for any that hold something."""
+    """Creates `folder` and its parents; if the block fails, removes those it created, unless they are in use."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

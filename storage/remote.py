@@ -1,4 +1,4 @@
-"""Whole files from any fsspec URL: verified as they arrive, tried again when a transfer fails."""
+"""Downloads files from fsspec URLs, verifying them on arrival and retrying failed transfers."""
 
 import hashlib
 import io
@@ -17,14 +17,14 @@ _LONGEST_WAIT_S = 30
 
 
 class Retry(NamedTuple):
-    """How failed transfers are tried again."""
+    """Retry policy for failed transfers."""
 
     retries: int
-    """Further tries after the first."""
+    """Tries after the first."""
     timeout_s: float
-    """Without a connection or a further byte for this long, a try has failed."""
+    """A try fails after this long without a connection or another byte."""
     first_wait_s: float = 0.5
-    """Before the second try; doubled before each further one, and shortened at random by up to a half."""
+    """Wait before the second try; doubles with each further try, and is shortened at random by up to half."""
 
 
 class TransferError(Exception):
@@ -32,7 +32,7 @@ class TransferError(Exception):
 
 
 class _WrongContentError(TransferError):
-    """A whole file came, and it was another one."""
+    """The transfer completed with the wrong content."""
 
 
 def is_url(location: object) -> bool:
@@ -40,10 +40,10 @@ def is_url(location: object) -> bool:
     return "://" in str(location)
 
 
-def read_url(url: str, retry: Retry, most_bytes: int, sha256: str | None = None) -> bytes:
-    """The content of a file of at most `most_bytes`; StorageError names `url` and what happened on each try."""
+def read_url(url: str, retry: Retry, *, most_bytes: int, sha256: str | None = None) -> bytes:
+    """Returns the content of a file of at most `most_bytes`; raises StorageError as `download`."""
     buffer = io.BytesIO()
-    download(url, buffer, retry, sha256, most_bytes=most_bytes)
+    download(url, buffer, retry, sha256=sha256, most_bytes=most_bytes)
     return buffer.getvalue()
 
 
@@ -51,13 +51,14 @@ def download(
     url: str,
     out: BinaryIO,
     retry: Retry,
+    *,
     sha256: str | None = None,
     size_bytes: int | None = None,
     most_bytes: int | None = None,
 ) -> None:
-    """Fills `out` with the content of `url`, which must have this checksum and size if they are given.
+    """Writes the content of `url` to `out`, and checks it against the checksum and sizes that are given.
 
-    A failed try starts from the first byte. After the last one StorageError names `url` and what happened on each.
+    Each try starts at the first byte. After the last, raises StorageError with the reason for each failure.
     """
     failures: list[TransferError] = []
     for attempt in range(retry.retries + 1):
@@ -65,7 +66,14 @@ def download(
             longest = min(_LONGEST_WAIT_S, retry.first_wait_s * 2 ** (attempt - 1))
             time.sleep(random.uniform(longest / 2, longest))
         try:
-            _try(url, out, retry.timeout_s, sha256, size_bytes, most_bytes or size_bytes)
+            _try(
+                url,
+                out,
+                timeout_s=retry.timeout_s,
+                sha256=sha256,
+                size_bytes=size_bytes,
+                most_bytes=most_bytes or size_bytes,
+            )
             return
         except TransferError as error:
             failures.append(error)
@@ -77,7 +85,7 @@ def download(
 
 
 def _try(
-    url: str, out: BinaryIO, timeout_s: float, sha256: str | None, size_bytes: int | None, most_bytes: int | None
+    url: str, out: BinaryIO, *, timeout_s: float, sha256: str | None, size_bytes: int | None, most_bytes: int | None
 ) -> None:
     out.seek(0)
     hasher, received = hashlib.sha256(), 0
@@ -97,24 +105,24 @@ def _try(
 def _chunks(url: str, timeout_s: float, size_bytes: int | None) -> Iterator[bytes]:
     protocol = url.partition("://")[0]
     try:
-        # Asked for each time: a file system must not outlive a fork, and fsspec keeps one for each process.
+        # Not stored: a file system must not survive a fork, and fsspec caches one per process.
         files, path = fsspec.core.url_to_fs(url, **_options(protocol, timeout_s))
     except (ImportError, ValueError) as error:
         install = "pip install 'triplane[s3]'" if protocol == "s3" else "install fsspec's package for it"
         raise StorageError(f"{url}: {protocol}:// cannot be read here: {error}: {install}") from error
-    # Block size 0 is one request for the whole body; others read in ranges. fsspec ignores the size then, but without
-    # one it would send a HEAD first, whose every failure it calls FileNotFoundError.
+    # Block size 0 requests the whole body at once instead of in ranges. fsspec then ignores the size, but without one
+    # it would send a HEAD first, and report any failure of that as FileNotFoundError.
     options = {"block_size": 0, "size": size_bytes or 1} if protocol.startswith("http") else {"cache_type": "none"}
     try:
         with files.open(path, "rb", **options) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
-    except Exception as error:  # each protocol's package raises its own kinds
+    except Exception as error:  # each protocol's package raises its own exceptions
         raise TransferError(in_short(error)) from error
 
 
 def _options(protocol: str, timeout_s: float) -> dict[str, Any]:
-    """What makes a transfer end after `timeout_s` without progress; the user's fsspec config stands beside it."""
+    """Returns options that end a transfer after `timeout_s` without progress, merged into the user's fsspec config."""
     configured = conf.get(protocol, {})
     match protocol:
         case "http" | "https":
@@ -131,7 +139,7 @@ def _options(protocol: str, timeout_s: float) -> dict[str, Any]:
 
 
 def in_short(error: Exception) -> str:
-    """One line on what a protocol's package raised."""
+    """Describes an exception in one line."""
     if isinstance(error, TimeoutError):
         return "timed out"
     text = " ".join(str(error).split())[:200]

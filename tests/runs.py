@@ -7,7 +7,7 @@ from pathlib import Path
 
 from small_corpora import Prepared
 
-from triplane.storage.files import locked_folder
+from triplane.storage.locks import locked_folder
 from triplane.training.config import RunConfig
 
 

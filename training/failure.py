@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
-from triplane.storage.files import locked_by_another
+from triplane.storage.locks import locked_by_another
 from triplane.training.run_folder import RunFolder
 from triplane.training.run_log import record_event
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from triplane.storage.files import LOCK, is_held
+from triplane.storage.locks import LOCK, is_held
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"

@@ -118,7 +118,7 @@ def _in_the_start(scene: Scene) -> None:
 
 def _second_start(scene: Scene) -> None:
     scene.victim.struck()
-    _expect("another process is at work", scene.victim.refused(scene.layout, os.EX_TEMPFAIL), scene)
+    _expect("in use by another process", scene.victim.refused(scene.layout, os.EX_TEMPFAIL), scene)
 
 
 def _full_disk(scene: Scene) -> None:

@@ -99,8 +99,11 @@ HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "endless size": (_change(file_bytes={"rank_0.safetensors": 10**30}), "file_bytes.rank_0.safetensors is"),
     "file elsewhere": (_change(file_bytes={"../rank_0.safetensors": 9}), "not a plain file name"),
     "box elsewhere": (_change_box(file="/etc/passwd"), "boxes.0.file is '/etc/passwd': not a plain"),
-    "a file of two lines": (_change(file_bytes={"a\nb": 1}), "'a.nb'.*: holds characters"),
-    "a key of two lines": (_change_box(key="weight/a\nb"), "boxes.0.key is 'weight/a.nb': holds characters"),
+    "a file of two lines": (_change(file_bytes={"a\nb": 1}), "'a.nb'.*: contains unprintable characters"),
+    "a key of two lines": (
+        _change_box(key="weight/a\nb"),
+        "boxes.0.key is 'weight/a.nb': contains unprintable characters",
+    ),
     "box in no file": (_change_box(file="rank_9.safetensors"), "rank_9.safetensors: has no bytes"),
     "negative": (_change_box(offsets=[-1, 0]), "boxes.0.offsets.0 is -1"),
     "endless shape": (_change_box(shape=[10**18, 16]), "its 2 boxes leave a gap or overlap"),

@@ -140,8 +140,8 @@ def _loop(hf: Path) -> None:
 NORM, UP = "model__layers__1__input_layernorm__weight", "model__layers__0__mlp__up_proj__weight"
 ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "not there": (shutil.rmtree, r"hf/config.json: No such file.*; give a Hugging Face folder"),
-    "no JSON": (lambda hf: (hf / "config.json").write_text("{"), r"config.json: no JSON"),
-    "too deep": (_deep, r"config.json: no JSON: nested too deep"),
+    "no JSON": (lambda hf: (hf / "config.json").write_text("{"), r"config.json: not JSON"),
+    "too deep": (_deep, r"config.json: not JSON: nested too deeply"),
     "a pipe for config": (lambda hf: (hf / "config.json").unlink() or os.mkfifo(hf / "config.json"), "not a regular"),
     "a pipe for weights": (_fifo, r"model.safetensors: not a regular file"),
     "a link to itself": (_loop, r"model.safetensors: Too many levels"),
@@ -162,7 +162,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "endless layers": (lambda hf: _edit(hf, num_hidden_layers=10**6), "num_hidden_layers 1000000, but"),
     "missing": (lambda hf: _store(hf, **{NORM: None}), r"1 weight is missing; the first is model.layers.1.input_l"),
     "no rest": (lambda hf: _store(hf, model__layers__5=torch.ones(1)), "first is model.layers.5$"),
-    "a name of two lines": (lambda hf: _store(hf, **{"a\nb": torch.ones(1)}), "is 'a.nb': holds characters"),
+    "a name of two lines": (lambda hf: _store(hf, **{"a\nb": torch.ones(1)}), "is 'a.nb': contains unprintable characters"),
     "unknown": (lambda hf: _store(hf, lm_head__bias=torch.ones(1)), "1 weight is in excess .* is lm_head.bias"),
     "shape": (
         lambda hf: _edit(hf, intermediate_size=96),

@@ -15,7 +15,7 @@ from runs import small_run
 from small_corpora import Prepared
 
 from triplane.config.toml import to_toml
-from triplane.storage.files import locked_folder
+from triplane.storage.locks import locked_folder
 
 
 def triplane(
@@ -111,7 +111,7 @@ def test_a_run_folder_in_use_may_be_free_later(folder: Path) -> None:
     with locked_folder(folder / "run", wait=False):
         result = triplane("train", "small.toml", cwd=folder)
     assert result.returncode == 75
-    assert result.stderr == "triplane: run: another process is at work in there: wait for it to end\n"
+    assert result.stderr == "triplane: run: in use by another process: wait for it to end\n"
 
 
 def test_raw_tars_are_tokenized_once_and_trained_on(folder: Path, prepared: Prepared) -> None:

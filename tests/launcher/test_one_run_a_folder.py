@@ -10,12 +10,12 @@ import pytest
 
 from triplane.launcher.train import alone_in
 from triplane.storage.errors import BusyError
-from triplane.storage.files import locked_folder
+from triplane.storage.locks import locked_folder
 
 
 def _refused(folder: Path) -> None:
     with (
-        pytest.raises(BusyError, match=r"run: another process is at work in there: wait for it to end"),
+        pytest.raises(BusyError, match=r"run: in use by another process: wait for it to end"),
         alone_in(folder),
     ):
         pass

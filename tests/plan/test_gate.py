@@ -47,7 +47,7 @@ def test_a_folder_of_checkpoints_is_held(prepared: Prepared, tmp_path: Path) -> 
         refused = started(config, tmp_path)
     assert refused.returncode == 75
     assert refused.stderr.splitlines() == [
-        f"triplane: {tmp_path}/shared: another process is at work in there: wait for it to end"
+        f"triplane: {tmp_path}/shared: in use by another process: wait for it to end"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a killed command leaves beside its target goes with the next one; what a living one writes stays."""
+"""What a killed command leaves beside its target goes with the next one; what a running one writes stays."""
 
 import subprocess
 import sys
@@ -28,20 +28,20 @@ def _writer(out: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_next_command_removes_what_a_killed_one_left_and_nothing_of_a_living_one(tmp_path: Path) -> None:
-    killed, living = _writer(tmp_path / "killed"), _writer(tmp_path / "living")
+def test_the_next_command_removes_what_a_killed_one_left_and_nothing_of_a_running_one(tmp_path: Path) -> None:
+    killed, running = _writer(tmp_path / "killed"), _writer(tmp_path / "running")
     killed.kill()
     killed.wait()
     assert len(list(tmp_path.iterdir())) == 2
     with publishing(tmp_path / "third") as folder:
         assert len(list(tmp_path.iterdir())) == 2
         (folder / "weights").write_bytes(b"")
-    living.communicate("end\n")
-    assert living.returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "third"]
+    running.communicate("end\n")
+    assert running.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["running", "third"]
 
 
-def test_a_leftover_that_cannot_be_removed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_leftover_that_cannot_be_removed_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".other.triplane-partial").write_text("no folder, so it cannot be locked")
     with publishing(tmp_path / "out") as folder:
         (folder / "weights").write_bytes(b"")

@@ -156,7 +156,7 @@ def test_damage_on_the_cache_s_disk_is_found(prepared: Prepared, server: FaultyS
 )
 def test_a_protocol_that_is_not_installed(url: str, message: str) -> None:
     with pytest.raises(StorageError, match=message):
-        read_url(url, _RETRY, 100)
+        read_url(url, _RETRY, most_bytes=100)
 
 
 def test_join() -> None:
