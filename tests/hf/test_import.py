@@ -162,7 +162,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "endless layers": (lambda hf: _edit(hf, num_hidden_layers=10**6), "num_hidden_layers 1000000, but"),
     "missing": (lambda hf: _store(hf, **{NORM: None}), r"1 weight is missing; the first is model.layers.1.input_l"),
     "no rest": (lambda hf: _store(hf, model__layers__5=torch.ones(1)), "first is model.layers.5$"),
-    "a name of two lines": (lambda hf: _store(hf, **{"a\nb": torch.ones(1)}), "is 'a.nb': contains unprintable characters"),
+    "a name of two lines": (lambda hf: _store(hf, **{"a\nb": torch.ones(1)}), "is 'a.nb': contains unprintable"),
     "unknown": (lambda hf: _store(hf, lm_head__bias=torch.ones(1)), "1 weight is in excess .* is lm_head.bias"),
     "shape": (
         lambda hf: _edit(hf, intermediate_size=96),
