@@ -5,6 +5,7 @@ A library that only one kind of file needs is imported when there is one.
 
 import io
 import itertools
+import json
 import os
 import shutil
 import tarfile
@@ -12,11 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import PurePosixPath
 from stat import S_ISREG
-from typing import IO, Any, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 import fsspec
 
-from triplane.data.content import DEFAULT_LIMITS, Limits, read_content, read_line, read_row, too_long, unnamed_file
+from triplane.data.content import (
+    DEFAULT_LIMITS,
+    LONG_BYTES,
+    Limits,
+    read_content,
+    read_line,
+    read_row,
+    too_long,
+    unnamed_file,
+)
 from triplane.data.decompression import decompressed
 from triplane.data.records import Content, Position, Record, Unread
 from triplane.data.sources import SourceFile
@@ -73,11 +83,31 @@ _Reader = Callable[[IO[bytes], str, Limits], Iterator[_Row]]
 
 
 def _reader(file: SourceFile) -> _Reader:
-    return _READERS.get(file.format, _text)
+    return _READERS.get(file.format, _unknown)
 
 
 def _text(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     yield "", "text", read_content(stream, limits)
+
+
+def _unknown(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
+    content = read_content(stream, limits)
+    if not isinstance(content, Unread) and _begins_with_json(content):
+        raise DataError("JSON lines, though its name does not say so: call it .jsonl, or .txt if it is one text")
+    yield "", "text", content
+
+
+def _begins_with_json(content: bytes | BinaryIO) -> bool:
+    """Whether the first line is a JSON object."""
+    if isinstance(content, bytes):
+        line = content.partition(b"\n")[0]
+    else:
+        line = content.readline(LONG_BYTES)
+        content.seek(0)
+    try:
+        return isinstance(json.loads(line.removeprefix(b"\xef\xbb\xbf")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _python(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
@@ -266,6 +296,7 @@ _READERS: dict[str, _Reader] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".tar": _tar,
+    **dict.fromkeys((".md", ".rst", ".tex", ".txt"), _text),
     "topics": _topics,
 }
-"""By SourceFile.format; any other file is one document of text."""
+"""By SourceFile.format; any other file is one document of text, unless it holds JSON lines."""

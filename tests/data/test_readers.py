@@ -302,3 +302,19 @@ def test_a_tar_cannot_take_more_memory_than_it_has_bytes(tmp_path: Path) -> None
     subprocess.run(["tar", "--sparse", "-cf", path, "-C", tmp_path, "hole.txt"], check=True)
     texts, rejected = _read(path)
     assert texts == [] and [item.reason for item in rejected] == ["a sparse file, whose size its bytes do not bound"]
+
+
+@pytest.mark.parametrize("name", ["rows.jl", "rows.json.1", "rows", "rows.jsonl.bak.gz"])
+def test_json_lines_under_another_name_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for start in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(gzip.compress(start + LINES) if path.suffix == ".gz" else start + LINES)
+        with pytest.raises(DataError, match="JSON lines, though its name"):
+            _read(path)
+
+
+def test_a_text_under_any_name_is_read(tmp_path: Path) -> None:
+    for content in ("a novel\n", "{a brace}\n", "[1]\n", '{"in": "a text"}\n'):
+        path = tmp_path / ("page.txt" if content.startswith('{"') else "page.log")
+        path.write_text(content)
+        assert _read(path) == ([content], [])
