@@ -7,6 +7,8 @@ from triplane.storage.locks import LOCK, is_held
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
+_DIGITS = 18
+"""The longest number of steps."""
 
 
 @dataclass(frozen=True)
@@ -120,4 +122,4 @@ class RunFolder:
     def steps_done(self) -> int:
         """The steps of a completed run; 0 if the run has not completed."""
         text = self.done.read_text(errors="replace").strip() if self.done.exists() else ""
-        return int(text) if text.isdecimal() else 0
+        return int(text) if text.isdecimal() and len(text) <= _DIGITS else 0

@@ -72,7 +72,14 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Raises LaunchError if the folder has no config, or one that cannot be read."""
+    """Raises LaunchError if the folder has no config, or something in it cannot be read."""
+    try:
+        return _read_status(run_dir)
+    except OSError as error:
+        raise LaunchError(f"{error.filename or run_dir}: cannot be read: {error.strerror}") from None
+
+
+def _read_status(run_dir: Path) -> RunStatus:
     lines = read_log(RunFolder(run_dir).metrics, METRICS_RECORDS, _TAIL_BYTES)
     events = read_log(RunFolder(run_dir).history, EVENTS)
     saves = [event for event in events if event["event"] == "save"]
@@ -107,8 +114,6 @@ def _config(run_dir: Path) -> ShownConfig:
 def _read_config(path: Path) -> ShownConfig:
     try:
         return ShownConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise LaunchError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key, problem = ".".join(map(str, first["loc"])), first["msg"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,24 @@ def test_what_cannot_be_read_is_told_beside_the_other_runs(run_dir: Path, capsys
         "other/config.toml",
         "refused",
     ]
+
+
+@pytest.mark.parametrize("name", ["DONE", "history.jsonl", "metrics.jsonl", "config.toml"])
+def test_a_file_that_cannot_be_read_hides_its_own_run_only(
+    name: str, run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bad = run_dir.parent / "bad"
+    shutil.copytree(run_dir, bad)
+    (bad / name).unlink(missing_ok=True)
+    (bad / name).mkdir()
+    status(run_dir.parent)
+    shown = capsys.readouterr().out
+    assert f"{bad / name}: cannot be read: Is a directory" in shown and f"\n{run_dir} " in shown
+
+
+def test_a_count_of_steps_that_is_none_is_passed_over(run_dir: Path) -> None:
+    (run_dir / "DONE").write_text("9" * 5000)
+    assert RunFolder(run_dir).steps_done() == 0
 
 
 def test_a_loop_of_links_shows_each_run_once(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
