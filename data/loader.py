@@ -32,6 +32,18 @@ IGNORED_TARGET = -100
 
 _CANNOT_SEND = 74
 """Exit status of a data worker, EX_IOERR."""
+_MORE_SHM = "give shared memory (/dev/shm) more room, as by docker's --shm-size, or set data.num_workers=0"
+_LACKS = {
+    errno.EMFILE: "raise the limit (`ulimit -n`), or use fewer data.num_workers",
+    errno.ENFILE: "raise the machine's limit (fs.file-max), or use fewer data.num_workers",
+    errno.EAGAIN: "raise the limit of processes (`ulimit -u`), or use fewer data.num_workers",
+    errno.ENOMEM: "they take more memory than there is: use fewer data.num_workers",
+    errno.ENOSPC: _MORE_SHM,
+    **dict.fromkeys(
+        (errno.EACCES, errno.ENOENT, errno.EROFS), "let /dev/shm be writable shared memory, or set data.num_workers=0"
+    ),
+}
+"""What the queues, processes and shared memory of workers may find missing, and what to do."""
 _AHEAD_TOKENS = 1 << 18
 """Read at once by the thread that reads ahead: a millisecond's work, beside which handing it over is little."""
 
@@ -218,18 +230,15 @@ def _worker_errors() -> Iterator[None]:
     except RuntimeError as error:
         if f"exit code {_CANNOT_SEND}" not in f"{error} {error.__cause__}":
             raise
-        raise DataError(
-            "a data worker could not hand over its batch, as its last line says: give shared memory (/dev/shm) more "
-            "room, as by docker's --shm-size, or set data.num_workers=0"
-        ) from error
+        raise DataError(f"a data worker could not hand over its batch, as its last line says: {_MORE_SHM}") from error
     except (EOFError, ConnectionError):
         # If a worker was killed while it sent: SIGCHLD is on its way, for which DataLoader raises what names it.
         time.sleep(1.0)
         raise
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+        if error.errno not in _LACKS:
             raise
-        raise DataError(f"{error.strerror}: raise the limit (`ulimit -n`), or use fewer data.num_workers") from error
+        raise DataError(f"data workers: {error.strerror}: {_LACKS[error.errno]}") from error
 
 
 def _begin_worker(worker: int) -> None:
@@ -241,7 +250,9 @@ def _begin_worker(worker: int) -> None:
 
 
 def _end_worker(error: Exception, batch: object) -> None:
-    print(f"data worker {os.getpid()}: cannot send a batch: {error}", file=sys.stderr, flush=True)
+    # In one piece: other workers write too.
+    sys.stderr.write(f"data worker {os.getpid()}: cannot send a batch: {error}\n")
+    sys.stderr.flush()
     os._exit(_CANNOT_SEND)
 
 

@@ -381,13 +381,23 @@ except DataError as error:
 """
 
 
-def test_a_worker_without_shared_memory_is_an_error(prepared: Prepared) -> None:
-    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs -o size=64k none /dev/shm && exec $0"]
+def _read_with_shared_memory(prepared: Prepared, options: str) -> "subprocess.CompletedProcess[str]":
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o {options} x /dev/shm && exec $0"]
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets no user mount a file system")
     mount[-1] = mount[-1].replace("$0", f"'{sys.executable}' -c '{_READER}' '{prepared.folder}/train'")
-    done = subprocess.run(mount, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(mount, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_worker_without_shared_memory_is_an_error(prepared: Prepared) -> None:
+    done = _read_with_shared_memory(prepared, "size=64k")
     assert "set data.num_workers=0" in done.stdout and "cannot send a batch" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("options", ["ro", "size=4k,nr_inodes=1"])
+def test_workers_that_cannot_start_are_an_error(options: str, prepared: Prepared) -> None:
+    done = _read_with_shared_memory(prepared, options)
+    assert "data workers: " in done.stdout and "/dev/shm" in done.stdout, done.stderr
 
 
 def test_padding_is_no_token(prepared: Prepared) -> None:
