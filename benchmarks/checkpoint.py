@@ -41,7 +41,17 @@ def _fragments(mesh: Mesh, mib: int) -> list[Fragment]:
     columns = mib * 2**20 // 4 // _TENSORS // _ROWS // mesh.world_size
     whole, offsets = torch.Size((_ROWS, columns * mesh.world_size)), (0, columns * mesh.rank)
     names = (f"{number}" for number in range(_TENSORS))
-    return [Fragment("weight", name, whole, offsets, torch.rand(_ROWS, columns), primary=True) for name in names]
+    return [
+        Fragment(
+            kind="weight",
+            name=name,
+            shape=whole,
+            offsets=offsets,
+            data=torch.rand(_ROWS, columns),
+            primary=True,
+        )
+        for name in names
+    ]
 
 
 def _write(path: Path, fragments: list[Fragment]) -> None:

@@ -75,7 +75,13 @@ def batch(model: ModelConfig, sequences: int, packed: bool) -> Batch:
 def engine(mesh: Mesh, model: ModelConfig, layout: ParallelConfig) -> Engine:
     """With random weights that the GPU draws: the run's own come from one core, in ten seconds."""
     built = Engine(
-        model, layout, mesh, torch.bfloat16, SEQ_LEN, 1.0, lambda parameters: adamw(OptimizerConfig(), parameters)
+        model,
+        layout,
+        mesh,
+        dtype=torch.bfloat16,
+        seq_len=SEQ_LEN,
+        grad_clip=1.0,
+        make_optimizer=lambda parameters: adamw(OptimizerConfig(), parameters),
     )
     for fragment in built.optimizer.fragments():
         if fragment.kind == "weight" and len(fragment.shape) > 1:

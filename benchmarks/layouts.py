@@ -77,10 +77,10 @@ def _tokens_per_s(mesh: Mesh, row: Row, config: RunConfig, steps: int) -> float:
         config.model,
         row.layout,
         mesh,
-        torch.float32,
-        config.data.seq_len,
-        config.optimizer.grad_clip,
-        partial(adamw, config.optimizer),
+        dtype=torch.float32,
+        seq_len=config.data.seq_len,
+        grad_clip=config.optimizer.grad_clip,
+        make_optimizer=partial(adamw, config.optimizer),
     )
     engine.initialize(config.seed)
     for step in range(_WARMUP_STEPS + steps):

@@ -70,7 +70,15 @@ def measured(mesh: Mesh, layout: ParallelConfig, micro_batches: int, dtype: torc
     """The fields of Measured, of this rank's first step."""
     options = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
     with profile(**options) as record:
-        engine = Engine(MODEL, layout, mesh, dtype, SEQ_LEN, 1.0, lambda each: adamw(OptimizerConfig(), each))
+        engine = Engine(
+            MODEL,
+            layout,
+            mesh,
+            dtype=dtype,
+            seq_len=SEQ_LEN,
+            grad_clip=1.0,
+            make_optimizer=lambda each: adamw(OptimizerConfig(), each),
+        )
         engine.initialize(seed=0)
         for stage in engine.local.stages:
             stage.hidden = _marked(stage.hidden)  # type: ignore[method-assign]

@@ -57,8 +57,16 @@ def triplane(seconds: float, zero: int, precision: str, compiled: bool) -> list[
     )
     optimizer = OptimizerConfig(grad_clip=GRAD_CLIP)
     layout = ParallelConfig(zero=zero, compile=compiled)
-    with connected(layout, torch.device("cpu"), 0, 1) as mesh:
-        engine = Engine(config, layout, mesh, DTYPES[precision], SEQ_LEN, GRAD_CLIP, partial(adamw, optimizer))
+    with connected(layout, torch.device("cpu"), rank=0, world_size=1) as mesh:
+        engine = Engine(
+            config,
+            layout,
+            mesh,
+            dtype=DTYPES[precision],
+            seq_len=SEQ_LEN,
+            grad_clip=GRAD_CLIP,
+            make_optimizer=partial(adamw, optimizer),
+        )
         engine.initialize(seed=0)
         bounds = range(0, SEQUENCES * SEQ_LEN + 1, SEQ_LEN)
         data = random_steps()

@@ -56,7 +56,10 @@ class Checkpoint:
         self._check_tiling(key)
         whole = torch.empty(shape)
         kind, _, name = key.partition("/")
-        self.fill([Fragment(kind, name, whole.shape, (0,) * whole.dim(), whole, primary=False)])
+        fragment = Fragment(
+            kind=kind, name=name, shape=whole.shape, offsets=(0,) * whole.dim(), data=whole, primary=False
+        )
+        self.fill([fragment])
         return whole
 
     def verify(self) -> None:

@@ -56,7 +56,9 @@ def import_hf(folder: Path, out: Path) -> Import:
         for name, weight in weights.items():
             data = weight.float().contiguous()
             file = temporary / f"{name}.safetensors"
-            fragment = Fragment("weight", name, data.shape, (0,) * data.dim(), data, primary=True)
+            fragment = Fragment(
+                kind="weight", name=name, shape=data.shape, offsets=(0,) * data.dim(), data=data, primary=True
+            )
             written, sizes[file.name] = write_tensors(file, [fragment])
             boxes += written
         run = {

@@ -57,15 +57,15 @@ def _step(config: RunConfig, work: Work, kind: RankKind, rank: int, ranks: int) 
     # After two rounds of a pipeline the schedule repeats itself.
     micro_batches = min(work.micro_batches, 2 * layout.pp)
     # Never left: the process ends, and fake groups warn when they are destroyed.
-    mesh = connected(layout, _META, rank, ranks, FakeStore()).__enter__()
+    mesh = connected(layout, _META, rank=rank, world_size=ranks, store=FakeStore()).__enter__()
     engine = Engine(
         config.model,
         layout,
         mesh,
-        dtype,
-        config.data.seq_len,
-        config.optimizer.grad_clip,
-        lambda placed: torch.optim.SGD([parameter for parameter, _ in placed]),
+        dtype=dtype,
+        seq_len=config.data.seq_len,
+        grad_clip=config.optimizer.grad_clip,
+        make_optimizer=lambda placed: torch.optim.SGD([parameter for parameter, _ in placed]),
     )
     engine.forward_backward([_batch(work)] * micro_batches)
     parameters = sum(parameter.numel() for parameter in engine.local.module.parameters())

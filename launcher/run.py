@@ -59,7 +59,7 @@ def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
     story = Story(run_dir, rank.rank, rank.world_size, LAUNCHER in os.environ, lambda: newest_step(folder))
     try:
         device = _take_device(rank)
-        with connected(config.parallel, device, rank.rank, rank.world_size) as mesh:
+        with connected(config.parallel, device, rank=rank.rank, world_size=rank.world_size) as mesh:
             hosts = [""] * rank.world_size
             dist.all_gather_object(hosts, socket.gethostname())
             story.hosts = hosts
@@ -104,10 +104,10 @@ def _prepare(
         config.model,
         config.parallel,
         mesh,
-        dtype,
-        config.data.seq_len,
-        config.optimizer.grad_clip,
-        partial(adamw, config.optimizer),
+        dtype=dtype,
+        seq_len=config.data.seq_len,
+        grad_clip=config.optimizer.grad_clip,
+        make_optimizer=partial(adamw, config.optimizer),
     )
     state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start)
     sources = open_sources(config.data, config.folder.corpora)

@@ -99,7 +99,7 @@ def _pass_gate(
 def _machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Iterator[str]:
     """Why this machine cannot run its ranks: this one, or all if `rank` is None and this process starts them."""
     devices = visible_devices()
-    yield from problems_of_devices(config.parallel, config.training.precision, rank, ranks, devices)
+    yield from problems_of_devices(config.parallel, config.training.precision, devices, rank=rank, ranks=ranks)
     if rank is not None:
         return
     if not devices.gpus and not check(config, ranks) and (problem := memory_problem(config, ranks)):

@@ -1,4 +1,4 @@
-"""The one place that fixes the order in which parallelism is applied to a model."""
+"""Applies every kind of parallelism to a model, in a fixed order."""
 
 import torch
 from torch import nn
@@ -14,18 +14,18 @@ from triplane.parallel.stages import stage_layers
 
 
 def build_local_model(
-    config: ModelConfig, layout: ParallelConfig, mesh: Mesh, dtype: torch.dtype, seq_len: int
+    config: ModelConfig, layout: ParallelConfig, mesh: Mesh, *, dtype: torch.dtype, seq_len: int
 ) -> LocalModel:
     """Builds the whole model on meta and narrows it to this rank's share, in this order:
 
-    1. pipeline: drop the layers of other stages, so that nothing is swapped in vain;
+    1. pipeline: drop the layers of other stages, so that no later step works on them;
     2. tensor: swap in modules that hold a share of each weight;
-    3. context: swap the attention that sees a share of the tokens;
-    4. fp8: swap the linear layers that are left;
+    3. context: swap in attention over a share of the tokens;
+    4. fp8: swap the remaining linear layers;
     5. recompute and compile: wrap each block;
-    6. materialise that share, and tie the head to the embedding where both are here.
+    6. materialise the share, and tie the head to the embedding if this rank has both.
 
-    The optimizer (zero.py or replicated.py) comes last, around the parameters that are left.
+    The optimizer (zero.py or replicated.py) comes last, around the remaining parameters.
     """
     count = mesh.pp.size * layout.virtual_stages
     layers = stage_layers(config, count, seq_len)
@@ -58,7 +58,7 @@ def build_local_model(
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         _materialise(model, layout, mesh)
         tied_copy = config.tie_embeddings and model.embedding is None
-        placements += place(model, shapes, local, TIED_HEAD if tied_copy else {}, mesh)
+        placements += place(model, mesh, shapes=shapes, local=local, tied=TIED_HEAD if tied_copy else {})
         stages.append(model)
     return LocalModel(stages, placements, dtype)
 
@@ -73,4 +73,4 @@ def _materialise(model: Transformer, layout: ParallelConfig, mesh: Mesh) -> None
     if model.config.tie_embeddings and model.embedding is not None and model.head is not None:
         model.head.weight = model.embedding.weight
     for parameter in model.parameters():
-        nn.init.zeros_(parameter)  # padding stays zero; the rest is set by `Engine.initialize` or a checkpoint
+        nn.init.zeros_(parameter)  # padding stays zero; `Engine.initialize` or a checkpoint sets the rest

@@ -1,7 +1,7 @@
-"""Context parallelism: one micro-batch's stream of tokens split over the ranks of cp.
+"""Context parallelism: splits the tokens of a micro-batch over the cp ranks.
 
-Only attention looks beyond its own token, so a rank runs the model on its share of the tokens and
-`SegmentAttention` gives way to `UlyssesAttention` or `RingAttention`, which see the whole stream.
+Only attention looks beyond its own token, so a rank runs the model on its share of the tokens, and
+`UlyssesAttention` or `RingAttention`, which see the whole stream, replaces `SegmentAttention`.
 """
 
 from dataclasses import replace
@@ -20,10 +20,10 @@ Method = Literal["ulysses", "ring"]
 
 
 def cut_for_context(batch: Batch, cp: Axis, method: Method) -> Batch:
-    """This rank's tokens, targets and positions of `batch`; its bounds stay those of the whole stream.
+    """Returns this rank's tokens, targets and positions of `batch`; the bounds stay those of the whole stream.
 
-    Rank r takes chunk r of cp for Ulysses. For the ring it takes chunks r and 2 cp - 1 - r of 2 cp, an early and
-    a late one, since causal work grows along the stream.
+    For Ulysses, rank r takes chunk r of cp. For the ring it takes chunks r and 2 cp - 1 - r of 2 cp, one early and
+    one late, since causal work grows along the stream.
     """
     chunks, mine = cp.size, [cp.rank]
     if method == "ring":

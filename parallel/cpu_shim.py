@@ -1,4 +1,4 @@
-"""Lets modules that name the device "cuda" literally run without one: they see a torch in which it is another."""
+"""Runs modules that hard-code the device "cuda" on another device, by giving them a torch that maps it."""
 
 import types
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ _FACTORIES = ("empty", "empty_like", "full", "ones", "tensor", "zeros")
 
 
 def serve(device: torch.device, modules: Iterable[types.ModuleType]) -> None:
-    """Replaces the name `torch` in each of `modules`; torch itself is not touched."""
+    """Replaces the name `torch` in each of `modules`; torch itself stays untouched."""
     for module in modules:
         module.torch = _TorchOn(device)  # type: ignore[attr-defined]
 
@@ -34,7 +34,6 @@ class _TorchOn(types.ModuleType):
 
         def on_device(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
             named_cuda = device is not None and torch.device(device).type == "cuda"
-            made: Tensor = value(*args, device=self.device_served if named_cuda else device, **kwargs)
-            return made
+            return value(*args, device=self.device_served if named_cuda else device, **kwargs)
 
         return on_device

@@ -1,4 +1,4 @@
-"""Which device each rank of this machine takes, and what a layout asks of it."""
+"""Assigns a device to each rank of this machine, and checks that the layout can run on it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,12 @@ from triplane.parallel.rules import Devices, device_problems
 
 
 def use_cpu() -> None:
-    """Hides the GPUs from this process and those that it starts; before torch looks for them."""
+    """Hides the GPUs from this process and its children; call it before torch looks for them."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def visible_devices() -> Devices:
-    """The GPUs that this process sees, or a CPU."""
+    """Returns the GPUs that this process sees, or a CPU."""
     from torch import cuda  # 2 s to import
 
     count = cuda.device_count() if cuda.is_available() else 0
@@ -23,27 +23,27 @@ def visible_devices() -> Devices:
 
 
 def problems_of_devices(
-    layout: ParallelConfig, precision: str, rank: Rank | None, ranks: int, devices: Devices
+    layout: ParallelConfig, precision: str, devices: Devices, *, rank: Rank | None, ranks: int
 ) -> Iterator[str]:
-    """What cannot run on this machine's `devices`: one of its ranks, or the layout.
+    """Yields why this machine's `devices` cannot run one of its ranks, or the layout.
 
-    `rank` is None in the launcher of `ranks` local ones.
+    `rank` is None in the launcher of `ranks` local ranks.
     """
     here = ranks if rank is None else rank.local_size
-    if devices.gpus and gpu_number(rank or Rank(0, ranks, 0, ranks), devices.gpus) is None:
+    first = Rank(rank=0, world_size=ranks, local_rank=0, local_size=ranks)
+    if devices.gpus and gpu_number(rank or first, devices.gpus) is None:
         seen = "one GPU is" if devices.gpus == 1 else f"{devices.gpus} GPUs are"
         yield (
             f"{here} ranks on this machine{'' if rank is None else f', this one number {rank.local_rank}'}, but {seen} "
-            f"visible; start fewer (parallel.dp=1 leaves one copy of the "
-            f"model), or train on the CPU by --device cpu"
+            f"visible; start fewer (parallel.dp=1 leaves one copy of the model), or train on the CPU with --device cpu"
         )
     yield from device_problems(layout, precision, devices)
 
 
 def gpu_number(rank: Rank, visible: int) -> int | None:
-    """The GPU that a rank takes of those that it sees; None if there is none for it.
+    """Returns the number of the rank's GPU among the visible ones; None if there is none for it.
 
-    Where Slurm shows each task a GPU of its own, all are number 0.
+    Where Slurm shows each task only its own GPU, that is number 0.
     """
     if rank.shown_apart and visible == 1:
         return 0
@@ -51,7 +51,7 @@ def gpu_number(rank: Rank, visible: int) -> int | None:
 
 
 def threads(environment: Mapping[str, str]) -> int | None:
-    """OMP_NUM_THREADS, which may list a number for each level of nesting; the first counts here."""
+    """Returns OMP_NUM_THREADS; of a list, one number per level of nesting, the first."""
     given = environment.get("OMP_NUM_THREADS")
     if not given:
         return None

@@ -1,4 +1,4 @@
-"""One training step of a spread model: forward and backward of the micro-batches, then the update."""
+"""Runs training steps of a distributed model: forward and backward of the micro-batches, then the update."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,14 +22,14 @@ from triplane.parallel.placement import Fragment, LocalModel
 from triplane.parallel.rules import token_multiple
 
 Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
-"""(module, number of the micro-batch, the previous stage's output) to this stage's output or scaled loss."""
+"""Maps (module, micro-batch number, the previous stage's output) to this stage's output or scaled loss."""
 
 MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, Size]]], torch.optim.Optimizer]
-"""Takes each parameter of this rank with the shape that it has whole."""
+"""Takes each parameter of this rank with its global shape."""
 
 
 class Optimizer(Protocol):
-    """What updates the weights: `ReplicatedOptimizer` or `ZeroOptimizer`."""
+    """Updates the weights: `ReplicatedOptimizer` or `ZeroOptimizer`."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -42,12 +42,12 @@ class Optimizer(Protocol):
 
 
 class StepLoss(NamedTuple):
-    """Over the global batch, the same on all ranks; scalars on the device, so that no step waits for the host."""
+    """The loss over the global batch, equal on all ranks; scalars on the device, so that no step waits for the host."""
 
     cross_entropy: Tensor
     """Mean over tokens, nats."""
     z: Tensor
-    """Mean over tokens, weighted."""
+    """Mean over tokens, times its weight."""
     tokens: Tensor
     """Positions with a target."""
 
@@ -55,7 +55,7 @@ class StepLoss(NamedTuple):
 class Engine:
     """A model and its optimizer over the ranks of a mesh.
 
-    Its state is unset until `initialize`, or until its `fragments` were filled and `loaded` was called.
+    Its state is unset until `initialize`, or until its `fragments` are filled and `loaded` is called.
     """
 
     def __init__(
@@ -63,34 +63,37 @@ class Engine:
         config: ModelConfig,
         layout: ParallelConfig,
         mesh: Mesh,
+        *,
         dtype: torch.dtype,
         seq_len: int,
         grad_clip: float,
         make_optimizer: MakeOptimizer,
     ):
-        """`seq_len` tells how much attention costs, which balances the pipeline's stages."""
+        """`seq_len` sets the cost of attention, which balances the pipeline's stages."""
         self.config = config
         self.layout = layout
         self.mesh = mesh
-        self.local = build_local_model(config, layout, mesh, dtype, seq_len)
+        self.local = build_local_model(config, layout, mesh, dtype=dtype, seq_len=seq_len)
         self._torch_optimizer = make_optimizer((placed.parameter, placed.shape) for placed in self.local.placements)
-        self.optimizer = _wrap(self.local, self._torch_optimizer, layout, grad_clip, mesh)
+        self.optimizer = _wrap(self.local, self._torch_optimizer, layout, mesh, grad_clip=grad_clip)
         if mesh.pp.size > 1:
             from triplane.parallel import megatron
 
-            self.pipeline = megatron.Pipeline(list(self.local.stages), layout, dtype, config.dim, mesh)
+            self.pipeline = megatron.Pipeline(list(self.local.stages), layout, mesh, dtype=dtype, dim=config.dim)
 
     def initialize(self, seed: int) -> None:
-        """Gives the initial weights, which are the same for every layout."""
+        """Sets the initial weights, which are the same for every layout."""
         for fragment in self.optimizer.fragments():
             if fragment.kind == "weight":
                 sizes = tuple(fragment.data.shape)
-                weight = initial_weight(self.config, seed, fragment.name, fragment.shape, fragment.offsets, sizes)
+                weight = initial_weight(
+                    self.config, seed, fragment.name, shape=fragment.shape, offsets=fragment.offsets, sizes=sizes
+                )
                 fragment.data.copy_(weight)
         self.optimizer.loaded(step=0)
 
     def forward_backward(self, batches: Sequence[Batch]) -> StepLoss:
-        """Computes the gradient of the mean loss over the global batch; once before each `step`.
+        """Computes the gradient of the mean loss over the global batch; call it once before each `step`.
 
         `batches` are this dp rank's micro-batches, on the device; the mean is over tokens.
         """
@@ -99,7 +102,7 @@ class Engine:
         return self._run(batches, tokens, scale=self.mesh.replicas.size / tokens, train=True)
 
     def evaluate(self, batches: Sequence[Batch]) -> StepLoss:
-        """The loss over the batches of all dp ranks, without gradients."""
+        """Returns the loss over the batches of all dp ranks, without gradients."""
         tokens = self._count_targets(batches)
         with torch.no_grad():
             return self._run(batches, tokens, scale=torch.ones_like(tokens), train=False)
@@ -111,8 +114,8 @@ class Engine:
         return self.optimizer.step()
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Scores of the token that follows `tokens`, (V,) fp32, the same on all ranks; collective."""
-        # Padding after the last token changes nothing before it; the axes that split tokens need whole shares.
+        """Returns the scores of the token that follows `tokens`, (V,) fp32, equal on all ranks; collective."""
+        # Causal attention ignores padding after the last token; the axes that split tokens need equal shares.
         multiple = lcm(LENGTH_MULTIPLE, token_multiple(self.layout))
         ids_T = torch.zeros(len(tokens) + -len(tokens) % multiple, dtype=torch.int64)
         ids_T[: len(tokens)] = torch.tensor(tokens)
@@ -134,7 +137,7 @@ class Engine:
 
         with torch.no_grad():
             self._schedule(forward, self.mesh.pp.size if self.layout.virtual_stages > 1 else 1, len(ids_T), train=False)
-        dist.all_reduce(logits_V)  # each score is on one rank of each dp rank's, zeros on the others
+        dist.all_reduce(logits_V)  # within each dp rank, one rank has each score and the others have zero
         return logits_V / self.mesh.dp.size
 
     def _count_targets(self, batches: Sequence[Batch]) -> Tensor:
@@ -143,7 +146,7 @@ class Engine:
         return total.clamp(min=1)
 
     def _share(self, batch: Batch) -> Batch:
-        """This cp rank's tokens."""
+        """Returns this cp rank's tokens."""
         assert len(batch.tokens_T) % token_multiple(self.layout) == 0, (len(batch.tokens_T), self.layout)
         if self.mesh.cp.size == 1:
             return batch
@@ -151,7 +154,7 @@ class Engine:
 
         return cut_for_context(batch, self.mesh.cp, self.layout.cp_method)
 
-    def _run(self, batches: Sequence[Batch], tokens: Tensor, scale: Tensor, train: bool) -> StepLoss:
+    def _run(self, batches: Sequence[Batch], tokens: Tensor, *, scale: Tensor, train: bool) -> StepLoss:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         shares = [self._share(batch) for batch in batches]
 
@@ -163,15 +166,15 @@ class Engine:
             sums.add_(torch.stack((out.cross_entropy, out.z)))
             return out.objective * scale
 
-        self._schedule(forward, len(batches), len(batches[0].tokens_T), train)
+        self._schedule(forward, len(batches), len(batches[0].tokens_T), train=train)
         if self.mesh.tp.rank:
-            sums.zero_()  # tp ranks hold the same loss; one of them answers
+            sums.zero_()  # all tp ranks hold the same loss; it counts once
         dist.all_reduce(sums)
         cross_entropy, z = (sums / tokens).unbind()
         return StepLoss(cross_entropy, z, tokens)
 
-    def _schedule(self, forward: Forward, micro_batches: int, tokens: int, train: bool) -> None:
-        """Runs `forward` of every micro-batch of `tokens` tokens, and its backward if `train`."""
+    def _schedule(self, forward: Forward, micro_batches: int, tokens: int, *, train: bool) -> None:
+        """Runs `forward` on every micro-batch of `tokens` tokens, and its backward if `train`."""
         if self.mesh.pp.size > 1:
             with self.optimizer.accumulation() if train else nullcontext():
                 self.pipeline.run(forward, micro_batches, tokens, forward_only=not train)
@@ -186,7 +189,7 @@ class Engine:
             self.optimizer.backward(loss, last=number == micro_batches - 1)
 
     def _sum_tied_gradient(self) -> None:
-        """The first stage's table and the last stage's copy of it get the gradient of both."""
+        """Sums the gradients of the first stage's table and of the last stage's copy of it."""
         if self.mesh.embedding is None or not self.config.tie_embeddings:
             return
         table = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
@@ -195,12 +198,12 @@ class Engine:
 
 
 def _wrap(
-    local: LocalModel, optimizer: torch.optim.Optimizer, layout: ParallelConfig, grad_clip: float, mesh: Mesh
+    local: LocalModel, optimizer: torch.optim.Optimizer, layout: ParallelConfig, mesh: Mesh, *, grad_clip: float
 ) -> Optimizer:
     if layout.zero == 0:
         from triplane.parallel.replicated import ReplicatedOptimizer
 
-        return ReplicatedOptimizer(local, optimizer, grad_clip, mesh)
+        return ReplicatedOptimizer(local, optimizer, mesh, grad_clip=grad_clip)
     from triplane.parallel.zero import ZeroOptimizer
 
-    return ZeroOptimizer(local, optimizer, layout, grad_clip, mesh)
+    return ZeroOptimizer(local, optimizer, layout, mesh, grad_clip=grad_clip)

@@ -1,4 +1,4 @@
-"""Environment variables that others set, read with their names in every complaint."""
+"""Reads environment variables that other programs set; every error names the variable."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,13 @@ from triplane.storage.errors import LaunchError
 
 
 def whole_number(
-    environment: Mapping[str, str], name: str, default: int | None = None, least: int = 0, below: int | None = None
+    environment: Mapping[str, str], name: str, *, default: int | None = None, least: int = 0, below: int | None = None
 ) -> int:
-    """The value of `name`; LaunchError if it is missing without a default, no number, or out of range."""
+    """Returns the value of `name`; LaunchError if it is missing without a default, not a number, or out of range."""
     given = environment.get(name)
     if given is None:
         if default is None:
-            raise LaunchError(f"{name} is not set, though this process is started as one of several ranks; set it")
+            raise LaunchError(f"{name} is not set, but this process was started as one of several ranks; set it")
         return default
     if not given.strip().isdecimal():
         raise LaunchError(f"{name} is {given!r}; set a whole number")

@@ -1,7 +1,7 @@
-"""Joins the ranks of a run, and makes the process groups along each axis of their mesh.
+"""Connects the ranks of a run, and creates the process groups along each axis of their mesh.
 
 Neighbouring ranks share a machine, so tp and cp, which communicate in every layer, vary fastest; then dp, which
-communicates once a step; then pp, which sends only activations between stages.
+communicates once per step; then pp, which sends only activations between stages.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,21 +17,21 @@ from triplane.parallel.mesh import Axis, Mesh
 from triplane.storage.errors import LayoutError
 
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo", "meta": "cpu:fake,meta:fake"}
-"""By device. On meta, where tensors have no content, collectives do nothing; `store` is then a FakeStore."""
+"""Per device. On meta, where tensors have no content, collectives do nothing and `store` is a FakeStore."""
 
 
 @contextmanager
 def connected(
-    config: ParallelConfig, device: torch.device, rank: int, world_size: int, store: Store | None = None
+    config: ParallelConfig, device: torch.device, *, rank: int, world_size: int, store: Store | None = None
 ) -> Iterator[Mesh]:
     """Joins the process groups, and leaves them at the end of the block unless it raised.
 
-    `store` None: the rendezvous that MASTER_ADDR and MASTER_PORT name. After an error the peers may
-    hang in a collective, so the groups are left to the end of the process.
+    Without a `store`, uses the rendezvous at MASTER_ADDR and MASTER_PORT. After an error the peers may hang in a
+    collective, so the groups stay until the process ends.
     """
     if store is None and world_size == 1:
         store = HashStore()
-    # With a device, NCCL connects at once, but all ranks would then have to take part in making each group.
+    # With a device NCCL connects at once, but then all ranks must take part in creating each group.
     alone = config.ranks_of_one == 1
     dist.init_process_group(
         _BACKENDS[device.type],
@@ -41,11 +41,11 @@ def connected(
         timeout=timedelta(seconds=config.timeout_s),
         device_id=device if device.type == "cuda" and alone else None,
     )
-    yield _mesh(config, device, rank, world_size)
+    yield _mesh(config, device, rank=rank, world_size=world_size)
     dist.destroy_process_group()
 
 
-def _mesh(config: ParallelConfig, device: torch.device, rank: int, world_size: int) -> Mesh:
+def _mesh(config: ParallelConfig, device: torch.device, *, rank: int, world_size: int) -> Mesh:
     one = config.ranks_of_one
     dp = world_size // one if config.dp == "auto" else config.dp
     if dp * one != world_size:
@@ -55,16 +55,27 @@ def _mesh(config: ParallelConfig, device: torch.device, rank: int, world_size: i
         )
     if one == 1:
         alone, all_ranks = Axis(), Axis(dp, rank, dist.group.WORLD)
-        return Mesh(device, rank, world_size, alone, alone, alone, all_ranks, all_ranks, None, None)
-    mesh = _split(config, device, rank, world_size, dp)
-    from triplane.parallel import megatron  # 3 s to import: only where there is something to split
+        return Mesh(
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            tp=alone,
+            pp=alone,
+            cp=alone,
+            dp=all_ranks,
+            replicas=all_ranks,
+            model=None,
+            embedding=None,
+        )
+    mesh = _split(config, device, rank=rank, world_size=world_size, dp=dp)
+    from triplane.parallel import megatron  # takes 3 s to import, so only where a model is split
 
     megatron.use_groups_of(mesh)
     return mesh
 
 
-def _split(config: ParallelConfig, device: torch.device, rank: int, world_size: int, dp: int) -> Mesh:
-    """The mesh of a layout in which several ranks hold one model."""
+def _split(config: ParallelConfig, device: torch.device, *, rank: int, world_size: int, dp: int) -> Mesh:
+    """Returns the mesh of a layout in which several ranks hold one model."""
     sizes = {"tp": config.tp, "cp": config.cp, "dp": dp, "pp": config.pp}
     groups = Groups(timedelta(seconds=config.timeout_s))
 
@@ -92,19 +103,19 @@ def _split(config: ParallelConfig, device: torch.device, rank: int, world_size: 
 
 
 class Groups:
-    """Creates the groups that a layout uses and no others: each is a communicator, with memory of its own on a GPU.
+    """Creates only the groups that a layout uses, since each is a communicator with its own GPU memory.
 
-    Asked again for the same ranks, it returns the same group. Only members call,
-    and all of them in the same order, so the number of groups on a rank does not grow with the number of ranks.
+    Returns the same group for the same ranks. Only members call, all in the same order, so the number of groups on a
+    rank does not grow with the number of ranks.
     """
 
     def __init__(self, timeout: timedelta):
-        """`timeout`: how long a collective waits for a rank."""
+        """`timeout` is how long a collective waits for a rank."""
         self._timeout = timeout
         self._made: dict[tuple[int, ...], ProcessGroup] = {}
 
     def of(self, ranks: Iterable[int]) -> ProcessGroup:
-        """The group of `ranks`, which this rank is one of."""
+        """Returns the group of `ranks`, which include this rank."""
         key = tuple(ranks)
         if len(key) == dist.get_world_size():
             assert dist.group.WORLD is not None
@@ -117,9 +128,9 @@ class Groups:
 
 
 def peers(rank: int, sizes: Mapping[str, int], along: set[str]) -> list[int]:
-    """The ranks at this rank's place on all axes but those in `along`, ascending.
+    """Returns the ranks that share this rank's coordinates on all axes but those in `along`, ascending.
 
-    `sizes` gives the size of each axis; the first varies fastest from one rank to the next.
+    `sizes` maps each axis to its size; the first axis varies fastest.
     """
     found, stride = [0], 1
     for axis, size in sizes.items():

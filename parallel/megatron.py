@@ -1,6 +1,6 @@
 """The adapter to megatron-core 0.16.1, and its only importer: tensor-parallel layers and pipeline schedules.
 
-megatron-core names the device "cuda" literally; where there is no CUDA, `cpu_shim` mends that.
+megatron-core hard-codes the device "cuda"; `cpu_shim` maps it where there is no CUDA.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from triplane.parallel.mesh import Mesh
 from triplane.parallel.stages import group_size
 from triplane.parallel.uncompiled import importing_uncompiled
 
-# It warns of each accelerator library (apex, Transformer Engine) that is not there; none is used.
+# It warns about each missing accelerator library (apex, Transformer Engine); none is used.
 with importing_uncompiled():
     import megatron.core.transformer.multi_token_prediction  # noqa: F401  the schedules import it in their first step
     from megatron.core import parallel_state, tensor_parallel, utils
@@ -30,13 +30,13 @@ _MODULES_THAT_NAME_CUDA = (p2p_communication, schedules, layers, mappings, tenso
 
 
 def use_groups_of(mesh: Mesh) -> None:
-    """Lets megatron-core work with the groups of `mesh`; once in a process.
+    """Makes megatron-core use the groups of `mesh`; call it once per process.
 
-    Its own set-up makes a group for every axis that it knows, over all ranks: thousands, most of them never used.
+    Its own set-up creates a group for every axis it knows, over all ranks: thousands, most never used.
     """
     if mesh.device.type != "cuda":
         serve(mesh.device, _MODULES_THAT_NAME_CUDA)
-    # The cross-entropy takes no group, and the gathering of tokens no buffer: both look here.
+    # The cross-entropy accepts no group and the token gathering no buffer: both look here.
     parallel_state._TENSOR_MODEL_PARALLEL_GROUP = mesh.tp.group
     parallel_state._set_global_memory_buffer()
 
@@ -46,16 +46,16 @@ def _layer_config(dtype: torch.dtype, sequence_parallel: bool) -> ModelParallelC
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
-        # Its layers then take the default device, which is "meta" while the model is built.
+        # This makes its layers use the default device, which is "meta" while the model is built.
         use_cpu_initialization=True,
         perform_initialization=False,
     )
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
-    """Holds a share of the output features: (T, in) whole -> (T, out / tp).
+    """Holds a share of the output features: (T, in) -> (T, out / tp).
 
-    The input's gradient is a partial sum; the norm before it adds up those of all its consumers at once.
+    The input's gradient is a partial sum; the preceding norm sums it over tp, for all its consumers at once.
     """
 
     tp_dim = 0
@@ -73,14 +73,13 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignor
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x)[0]
-        return out
+        return super().forward(x)[0]
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc]
     """Holds a share of the input features: (T, in / tp) -> (T, out), summed over tp.
 
-    With sequence parallelism each rank gets its share of the sum's tokens, (T / tp, out).
+    With sequence parallelism each rank gets its share of the tokens, (T / tp, out).
     """
 
     tp_dim = 1
@@ -98,16 +97,15 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x)[0]
-        return out
+        return super().forward(x)[0]
 
 
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: ignore[misc]
-    """Holds `rows` rows; tokens of other shares add zero, and the sum over tp is whole (T, D), or (T / tp, D)."""
+    """Holds `rows` rows; other ranks' tokens give zero, and the sum over tp is (T, D), or (T / tp, D) per rank."""
 
     tp_dim = 0
 
-    def __init__(self, embedding: nn.Embedding, rows: int, mesh: Mesh, sequence_parallel: bool):
+    def __init__(self, embedding: nn.Embedding, rows: int, mesh: Mesh, *, sequence_parallel: bool):
         super().__init__(
             rows * mesh.tp.size,
             embedding.embedding_dim,
@@ -118,44 +116,41 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: i
         )
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        # It takes (batch, sequence); with sequence parallelism it gives (sequence, batch, D).
-        out: Tensor = super().forward(tokens_T[None])
+        # It takes (batch, sequence); with sequence parallelism it returns (sequence, batch, D).
+        out = super().forward(tokens_T[None])
         return out.squeeze(1 if self.reduce_scatter_embeddings else 0)
 
 
 def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
-    """x as it is; its gradient is summed over tp."""
-    copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=mesh.tp.group)
+    """Returns x; sums its gradient over tp."""
+    copied = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=mesh.tp.group)
     if copied.requires_grad:
-        # Of a gradient that is not contiguous it would sum a copy, and pass on what was not summed.
-        copied.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
+        # Given a non-contiguous gradient, it would sum a copy and pass on the unsummed one.
+        copied.register_hook(Tensor.contiguous)
     return copied
 
 
 def gather_tokens(x_TD: Tensor, mesh: Mesh) -> Tensor:
-    """(T / tp, D) to (T, D); its gradient is summed over tp and scattered."""
-    whole: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
+    """Gathers (T / tp, D) to (T, D); sums its gradient over tp and scatters it."""
+    return tensor_parallel.gather_from_sequence_parallel_region(
         x_TD, tensor_parallel_output_grad=True, group=mesh.tp.group
     )
-    return whole
 
 
 def sum_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
-    """The sum over tp; the gradient passes as it is. Changes x in place."""
-    # A non-contiguous x would come back unreduced, without a word (mappings.py, _reduce).
+    """Sums x over tp, in place; passes its gradient through."""
+    # A non-contiguous x would come back unreduced, silently (mappings.py, _reduce).
     assert x.is_contiguous(), "sum_over_tp needs a contiguous tensor"
-    total: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=mesh.tp.group)
-    return total
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=mesh.tp.group)
 
 
 def vocab_parallel_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Loss of each token from (T, V / tp) logits, (T,), fp32. Overwrites fp32 logits."""
-    loss_T: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits_TV, targets_T)
-    return loss_T
+    """Returns the loss of each token, (T,) fp32, from (T, V / tp) logits. Overwrites fp32 logits."""
+    return tensor_parallel.vocab_parallel_cross_entropy(logits_TV, targets_T)
 
 
 class _Stage(nn.Module):
-    """A pipeline stage as the schedules drive it: they hand in the previous stage's output."""
+    """A pipeline stage as the schedules drive it: they set the previous stage's output."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -171,12 +166,12 @@ class _Stage(nn.Module):
 
 
 class Pipeline:
-    """The stages of this rank, and the schedule that runs micro-batches through those of all ranks.
+    """This rank's stages, and the schedule that runs micro-batches through the stages of all ranks.
 
-    1F1B (Narayanan et al. 2021, PipeDream-Flush); interleaved where a rank has several stages.
+    1F1B (Narayanan et al. 2021, PipeDream-Flush); interleaved if a rank has several stages.
     """
 
-    def __init__(self, stages: list[nn.Module], config: ParallelConfig, dtype: torch.dtype, dim: int, mesh: Mesh):
+    def __init__(self, stages: list[nn.Module], config: ParallelConfig, mesh: Mesh, *, dtype: torch.dtype, dim: int):
         self.mesh = mesh
         self.interleaved = len(stages) > 1
         self.config = ModelParallelConfig(
@@ -187,33 +182,34 @@ class Pipeline:
             sequence_parallel=config.sequence_parallel and config.tp > 1,
             params_dtype=dtype,
             pipeline_dtype=dtype,
-            # Two stages that exchange in both directions match batched sends wrongly: without this the
-            # interleaved schedule gives wrong losses over two ranks (Megatron-LM#1450).
+            # Stages that exchange in both directions mismatch batched sends: without this the interleaved
+            # schedule gives wrong losses over two ranks (Megatron-LM#1450).
             overlap_p2p_comm=self.interleaved,
             batch_p2p_comm=not self.interleaved,
-            batch_p2p_sync=False,  # else the host waits for the whole device at every send and receive
+            batch_p2p_sync=False,  # True would block the host on the whole device at every send and receive
         )
         # The schedules read these, but ModelParallelConfig lacks them.
         self.config.hidden_size = dim
-        self.config.calculate_per_token_loss = True  # a loss comes scaled; the schedule must not divide it again
+        self.config.calculate_per_token_loss = True  # the loss is already scaled; the schedule must not divide it again
         self.config.fine_grained_activation_offloading = False
         self.config.mtp_standalone = False
         self.stages = [_Stage(module, self.config, number) for number, module in enumerate(stages)]
         self.groups = ProcessGroupCollection()
         self.groups.tp, self.groups.cp, self.groups.pp = mesh.tp.group, mesh.cp.group, mesh.pp.group
         self.groups.dp_cp = mesh.replicas.group
-        self.groups.embd = self.groups.pos_embd = None  # tied embeddings are summed by the engine
+        self.groups.embd = self.groups.pos_embd = None  # the engine sums tied gradients
 
     def run(
         self,
         forward: Callable[[nn.Module, int, Tensor | None], Tensor],
         micro_batches: int,
         tokens: int,
+        *,
         forward_only: bool,
     ) -> None:
-        """Runs `forward(module, i, x_TD)` of every micro-batch i of `tokens` tokens, and its backward.
+        """Runs `forward(module, i, x_TD)` on every micro-batch i of `tokens` tokens, and its backward.
 
-        `forward` returns the residual stream, or the loss on the last stage, scaled.
+        `forward` returns the residual stream or, on the last stage, the scaled loss.
         """
 
         def forward_step(numbers: Iterator[int], stage: _Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:

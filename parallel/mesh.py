@@ -1,4 +1,4 @@
-"""The ranks as a mesh of four axes."""
+"""Describes the ranks as a mesh of four axes."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place along one axis. `group` may be None where the axis has one rank."""
+    """This rank's place along one axis. `group` may be None on a one-rank axis."""
 
     size: int = 1
     rank: int = 0
@@ -27,11 +27,11 @@ class Mesh:
     cp: Axis
     dp: Axis
     replicas: Axis
-    """dp x cp: the ranks with the same weights, over which gradients are averaged and ZeRO shards."""
+    """dp x cp: the ranks with the same weights; gradients are averaged and ZeRO shards over them."""
     model: ProcessGroup | None
     """The tp x pp ranks that together hold one replica of the model."""
     embedding: ProcessGroup | None
-    """First and last stage, which share a tied embedding; None on the others and without a pipeline."""
+    """The first and last stage, which share a tied embedding; None on other stages and without a pipeline."""
 
     @property
     def first_stage(self) -> bool:

@@ -1,13 +1,13 @@
-"""Cuts the model to what one pipeline stage runs."""
+"""Cuts a model to one pipeline stage."""
 
 from triplane.model.transformer import Transformer
 
 TIED_HEAD = {"head.weight": "embedding.weight"}
-"""With tied embeddings the last stage holds a copy of the first stage's table."""
+"""With tied embeddings, the last stage holds a copy of the first stage's table."""
 
 
 def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> None:
-    """Keeps of the whole `model` (on meta) what one stage runs."""
+    """Drops everything from the whole `model` (on meta) that this stage does not run."""
     for name in list(model.blocks):
         if int(name) not in layers:
             del model.blocks[name]

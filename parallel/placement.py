@@ -1,4 +1,4 @@
-"""Which part of which global tensor this rank holds: what initial weights, norms and checkpoints build on."""
+"""Maps this rank's parameters to boxes of global tensors; initial weights, norms and checkpoints build on it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,33 +17,33 @@ class Placement:
     name: str
     parameter: nn.Parameter
     shape: Size
-    """Of the global tensor."""
+    """Shape of the global tensor."""
     local: Size
-    """Of the parameter on this tp and pp rank, before ZeRO 3 takes it apart; may reach past the global tensor."""
+    """Shape on this tp and pp rank, before ZeRO 3 shards it; may reach past the global tensor."""
     offsets: tuple[int, ...]
     """Where the box starts in the global tensor."""
     sharded: bool
-    """True if tp ranks hold different parts."""
+    """True if the tp ranks hold different parts."""
     primary: bool
-    """False for a copy that another tp or pp rank holds too and answers for."""
+    """False for a copy for which another tp or pp rank is responsible."""
     tied_copy: bool
     """True for the last stage's copy of the first stage's embedding."""
 
     @property
     def elements(self) -> int:
-        """Of the flattened parameter those that are in the global tensor; padding rows of a vocabulary are not."""
+        """Elements of the flattened parameter that lie in the global tensor; a vocabulary's padding rows do not."""
         rows = min(self.local[0], max(0, self.shape[0] - self.offsets[0]))
         return rows * self.local[1:].numel()
 
 
 def place(
-    module: nn.Module, shapes: dict[str, Size], local: dict[str, Size], tied: dict[str, str], mesh: Mesh
+    module: nn.Module, mesh: Mesh, *, shapes: dict[str, Size], local: dict[str, Size], tied: dict[str, str]
 ) -> list[Placement]:
     """Places the parameters of this rank's `module`.
 
     `shapes` are those of the whole model, `local` those of this module before ZeRO 3. `tied` maps the name of a
-    copy of another stage's parameter to that parameter's name. A module with an attribute `tp_dim` holds a share
-    of its weight along that dim.
+    copied parameter to its name on the stage that owns it. A module with an attribute `tp_dim` holds a share of
+    its weight along that dim.
     """
     placements = []
     for name, parameter in module.named_parameters():
@@ -52,11 +52,11 @@ def place(
         offsets = tuple(mesh.tp.rank * size if i == dim else 0 for i, size in enumerate(local[name]))
         placements.append(
             Placement(
-                logical,
-                parameter,
-                shapes[logical],
-                local[name],
-                offsets,
+                name=logical,
+                parameter=parameter,
+                shape=shapes[logical],
+                local=local[name],
+                offsets=offsets,
                 sharded=dim is not None,
                 primary=name not in tied and (dim is not None or mesh.tp.rank == 0),
                 tied_copy=name in tied,
@@ -75,7 +75,7 @@ class Fragment:
     shape: Size
     offsets: tuple[int, ...]
     data: Tensor
-    """A view of the live state, as large as the box: reading fills it, writing reads it."""
+    """A view of the live state, with the box's shape: a load fills it, a save reads it."""
     primary: bool
     """True on the one rank that writes this box."""
 
@@ -84,15 +84,15 @@ class Fragment:
         return f"{self.kind}/{self.name}"
 
 
-def fragments(placement: Placement, kind: str, flat: Tensor, start: int, primary: bool) -> Iterator[Fragment]:
-    """The boxes that `flat`, the elements from `start` of the flattened local parameter, fills.
+def fragments(placement: Placement, kind: str, flat: Tensor, *, start: int, primary: bool) -> Iterator[Fragment]:
+    """Yields the boxes that `flat`, the elements from `start` of the flattened local parameter, fills.
 
-    A run of a matrix's elements is up to three boxes: the end of a row, whole rows, the start of a row.
+    A run of a matrix's elements makes up to three boxes: the end of a row, whole rows, the start of a row.
     """
     stop = min(start + flat.numel(), placement.elements)
     if len(placement.local) == 1:
         if start < stop:
-            yield _fragment(placement, kind, (start,), flat[: stop - start], primary)
+            yield _fragment(placement, kind, flat[: stop - start], local=(start,), primary=primary)
         return
     columns = placement.local[1]
     position = start
@@ -105,25 +105,31 @@ def fragments(placement: Placement, kind: str, flat: Tensor, start: int, primary
             length = (stop - position) // columns * columns
             sizes = (length // columns, columns)
         data = flat[position - start : position - start + length].view(sizes)
-        yield _fragment(placement, kind, (row, column), data, primary)
+        yield _fragment(placement, kind, data, local=(row, column), primary=primary)
         position += length
 
 
-def _fragment(placement: Placement, kind: str, local: tuple[int, ...], data: Tensor, primary: bool) -> Fragment:
-    offsets = tuple(a + b for a, b in zip(placement.offsets, local))
-    return Fragment(kind, placement.name, placement.shape, offsets, data, primary and placement.primary)
+def _fragment(placement: Placement, kind: str, data: Tensor, *, local: tuple[int, ...], primary: bool) -> Fragment:
+    return Fragment(
+        kind=kind,
+        name=placement.name,
+        shape=placement.shape,
+        offsets=tuple(a + b for a, b in zip(placement.offsets, local)),
+        data=data,
+        primary=primary and placement.primary,
+    )
 
 
 @dataclass(frozen=True)
 class LocalModel:
-    """What this rank holds of the model, all zeros."""
+    """This rank's part of the model, initially zeros."""
 
     stages: list[Transformer]
-    """One, or as many as there are virtual stages, in the order in which a token passes them."""
+    """One, or the virtual stages, in the order in which a token passes them."""
     placements: list[Placement]
     dtype: torch.dtype
 
     @property
     def module(self) -> nn.Module:
-        """All of it as one module."""
+        """All stages as one module."""
         return self.stages[0] if len(self.stages) == 1 else nn.ModuleList(self.stages)

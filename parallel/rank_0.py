@@ -1,4 +1,4 @@
-"""What one rank does for all, with the same outcome on all."""
+"""Runs an action on rank 0 with the same outcome on all ranks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def on_rank_0(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
-    """What `action` returns on rank 0, on all ranks of `group`; its OSError or ValueError is raised on all."""
+    """Returns on all ranks of `group` what `action` returns on rank 0; raises its OSError or ValueError on all."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what backward computes again instead of keeping it from forward, block by block."""
+"""Activation checkpointing: backward recomputes a block's activations instead of keeping them from forward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from triplane.model import documents  # noqa: F401  defines an operator that is kept
+from triplane.model import documents  # noqa: F401  defines an operator in _KEPT
 from triplane.model.transformer import Transformer
 
 _KEPT = {
@@ -23,13 +23,13 @@ _KEPT = {
     torch.ops.triplane.attend_documents.default,
     torch.ops._c10d_functional.all_to_all_single.default,
 }
-"""What `selective` keeps: products, attention, and Ulysses' exchange; the rest is cheap to do again."""
+"""What `selective` keeps: products, attention, and Ulysses' exchange; the rest is cheap to recompute."""
 
 
 def apply_recompute(model: Transformer, how: Literal["selective", "full"]) -> None:
-    """Wraps the forward pass of each block. The names of modules and parameters stay.
+    """Wraps the forward pass of each block; module and parameter names stay.
 
-    A compiler must see what `selective` keeps, so that comes before compiling; `full` goes around the compiled block.
+    The compiler must see what `selective` keeps, so apply that before compiling; `full` wraps the compiled block.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
@@ -39,10 +39,9 @@ def apply_recompute(model: Transformer, how: Literal["selective", "full"]) -> No
 
 
 def _recomputed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
-    # A function, since a partial of `checkpoint` would be passed over by the compiler.
+    # A function, since the compiler skips a partial of `checkpoint`.
     def recomputed(*args: Any) -> Tensor:
-        out: Tensor = checkpoint(forward, *args, **options)
-        return out
+        return checkpoint(forward, *args, **options)
 
     return recomputed
 

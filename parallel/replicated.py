@@ -1,4 +1,4 @@
-"""ZeRO stage 0: every rank of dp x cp holds the whole optimizer. Plain torch, fp32.
+"""ZeRO stage 0: every dp x cp rank holds the whole optimizer. Plain torch, fp32.
 
 DeepSpeed's own stage 0 clips wrongly under a pipeline and reports no gradient norm.
 """
@@ -15,13 +15,13 @@ from triplane.parallel.norm import squared_norm
 from triplane.parallel.placement import Fragment, LocalModel, fragments
 
 _BUCKET_ELEMENTS = 32 * 1024**2
-"""Gradients are reduced in buffers of this size: few collectives, bounded extra memory."""
+"""Gradients reduced at once: few collectives, bounded extra memory."""
 
 
 class ReplicatedOptimizer:
     """Averages gradients over dp x cp, clips by the global norm, and updates."""
 
-    def __init__(self, local: LocalModel, optimizer: torch.optim.Optimizer, grad_clip: float, mesh: Mesh):
+    def __init__(self, local: LocalModel, optimizer: torch.optim.Optimizer, mesh: Mesh, *, grad_clip: float):
         self.module = local.module
         self.optimizer = optimizer
         self.placements = local.placements
@@ -29,35 +29,35 @@ class ReplicatedOptimizer:
         self.mesh = mesh
         for placement in local.placements:
             optimizer.state[placement.parameter] = {
-                "step": torch.zeros((), device=placement.parameter.device),  # where the fused update wants it
+                "step": torch.zeros((), device=placement.parameter.device),  # the fused update requires it there
                 "exp_avg": torch.zeros_like(placement.parameter),
                 "exp_avg_sq": torch.zeros_like(placement.parameter),
             }
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradients of `loss`."""
+        """Accumulates the gradients of `loss`."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def accumulation(self) -> AbstractContextManager[None]:
-        """Around the backwards of a schedule: gradients add up anyhow."""
+        """Wraps a schedule's backward passes; does nothing, since gradients accumulate anyway."""
         return nullcontext()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """What has added up on this rank."""
+        """Returns the gradient accumulated on this rank."""
         assert parameter.grad is not None, "every parameter takes part in every step"
         return parameter.grad
 
     def step(self) -> Tensor:
-        """Applies the gradients in `parameter.grad` and clears them; returns their global norm before clipping.
+        """Applies and clears the gradients; returns their global norm before clipping.
 
-        If that is not finite, nothing is applied.
+        Applies nothing if the norm is not finite.
         """
         parameters = [placement.parameter for placement in self.placements]
         if self.mesh.replicas.size > 1:
             self._average_gradients(parameters)
         norm = self._gradient_norm()
         nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # fused updates heed it
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # fused updates obey it
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -80,7 +80,7 @@ class ReplicatedOptimizer:
             gradient.copy_(averaged.view_as(gradient))
 
     def _gradient_norm(self) -> Tensor:
-        """Over the whole model: shards add up over tp and pp, copies count once."""
+        """Returns the norm over the whole model: sums shards over tp and pp, counts copies once."""
         primary = [placed.parameter for placed in self.placements if placed.primary]
         squared = squared_norm(map(self.gradient, primary), self.mesh.device)
         if self.mesh.model is not None:
@@ -88,7 +88,7 @@ class ReplicatedOptimizer:
         return squared.sqrt().float()
 
     def fragments(self) -> Iterator[Fragment]:
-        """The state on this rank; the ranks of dp x cp take turns in writing parameters."""
+        """Yields the state on this rank; the dp x cp ranks take turns in writing parameters."""
         for number, placement in enumerate(self.placements):
             primary = number % self.mesh.replicas.size == self.mesh.replicas.rank
             state = self.optimizer.state[placement.parameter]
@@ -98,9 +98,9 @@ class ReplicatedOptimizer:
                 "exp_avg_sq": state["exp_avg_sq"],
             }
             for kind, tensor in tensors.items():
-                yield from fragments(placement, kind, tensor.view(-1), 0, primary)
+                yield from fragments(placement, kind, tensor.view(-1), start=0, primary=primary)
 
     def loaded(self, step: int) -> None:
-        """Takes over fragments that were filled with the state after `step` updates."""
+        """Adopts fragments that were filled with the state after `step` updates."""
         for state in self.optimizer.state.values():
             state["step"].fill_(step)

@@ -1,9 +1,9 @@
-"""Ring attention (Liu et al. 2023): keys and values travel around the ranks of cp, queries stay.
+"""Ring attention (Liu et al. 2023): keys and values travel around the cp ranks, queries stay.
 
 A rank holds two chunks of the stream, one early and one late (context.py), so that every hop costs
-every rank the same. A share keeps the order of the stream, so on its own keys a rank attends causally
-within what it holds of each document. Between two ranks at most one document reaches from the chunks
-that come before into those that come after, and there each query sees each key.
+every rank the same. A share keeps the order of the stream, so to its own keys a rank attends causally
+within its part of each document. Between two ranks, at most one document reaches from the earlier
+chunks into the later ones, and there each query sees each key.
 """
 
 from bisect import bisect_right
@@ -22,22 +22,21 @@ from triplane.parallel.mesh import Axis
 
 
 class RingAttention(nn.Module):
-    """Takes the place of a SegmentAttention `core`, on the zig-zag share of the tokens that this rank holds."""
+    """Replaces a SegmentAttention `core`, on this rank's zig-zag share of the tokens."""
 
     def __init__(self, core: nn.Module, cp: Axis):
         super().__init__()
-        assert cp.group is not None, "a ring of one"
+        assert cp.group is not None, "a ring needs two ranks"
         self.cp = cp
 
-    # Compile cannot trace sends and receives; what stands before and after in the block, it can.
+    # The compiler cannot trace sends and receives; it compiles the block before and after them.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
-        out: Tensor = _Ring.apply(q_THK, k_TGK, v_TGK, batch, self.cp)  # type: ignore[no-untyped-call]
-        return out
+        return _Ring.apply(q_THK, k_TGK, v_TGK, batch, self.cp)  # type: ignore[no-untyped-call]
 
 
 class Pair(NamedTuple):
-    """The queries here that see keys of another rank (every one of them) or of this rank (within segments)."""
+    """This rank's queries, with the keys that they see: all keys of another rank's, or own keys within segments."""
 
     queries: slice
     keys: slice
@@ -45,16 +44,16 @@ class Pair(NamedTuple):
 
 
 def pairs(batch: Batch, cp: Axis, tokens: int) -> dict[int, Pair]:
-    """What to compute when the keys of each rank come by, by rank; none where no document is shared."""
+    """Returns, by rank, what to compute when that rank's keys arrive; nothing where no document is shared."""
     shares = [_Share(rank, cp.size, tokens // 2) for rank in range(cp.size)]
     mine = shares[cp.rank]
     found = {cp.rank: Pair(slice(0, tokens), slice(0, tokens), mine.segments(batch))}
     for theirs in shares:
         if theirs.rank == cp.rank:
             continue
-        if theirs.rank < cp.rank:  # their early chunk comes before both of mine, their late one after
+        if theirs.rank < cp.rank:  # their early chunk precedes both of mine, their late one follows
             edge, first_query, last_key = theirs.early + theirs.chunk, 0, theirs.chunk
-        else:  # both of theirs come before my late chunk, and after my early one
+        else:  # both of theirs lie between my early and my late chunk
             edge, first_query, last_key = mine.late, mine.chunk, tokens
         after = bisect_right(batch.bounds, edge)
         start, stop = batch.bounds[after - 1], batch.bounds[after]  # the document at the edge
@@ -66,12 +65,12 @@ def pairs(batch: Batch, cp: Axis, tokens: int) -> dict[int, Pair]:
 
 @dataclass(frozen=True)
 class _Share:
-    """The two chunks of the stream that a rank holds."""
+    """A rank's two chunks of the stream."""
 
     rank: int
     size: int
     chunk: int
-    """Tokens in a chunk."""
+    """Tokens per chunk."""
 
     @property
     def early(self) -> int:
@@ -82,11 +81,11 @@ class _Share:
         return (2 * self.size - 1 - self.rank) * self.chunk
 
     def before(self, position: int) -> int:
-        """How many tokens of the share come before `position` of the stream."""
+        """Returns the number of tokens of the share before `position` of the stream."""
         return sum(min(max(position - start, 0), self.chunk) for start in (self.early, self.late))
 
     def segments(self, batch: Batch) -> flash.Segments:
-        """What the share has of each document."""
+        """Returns the share's part of each document."""
         early, late = ((batch.bounds_int32 - start).clamp(0, self.chunk) for start in (self.early, self.late))
         return flash.Segments(early + late, min(batch.longest, 2 * self.chunk))
 
@@ -116,7 +115,7 @@ class _Ring(torch.autograd.Function):
         grad_THK = grad_THK.contiguous()
         dq_THK = torch.zeros_like(q_THK, dtype=lse_HT.dtype)
         arrived: Callable[[], Tensor] | None = None
-        # The gradients follow their keys and values a hop behind, and need one hop more to reach the owner.
+        # Gradients travel one hop behind their keys and values, and need one more hop to reach the owner.
         for rank, (k, v) in _around(own, ctx.cp):
             grads = torch.zeros_like(own, dtype=lse_HT.dtype)
             if rank in ctx.pairs:
@@ -133,14 +132,14 @@ class _Ring(torch.autograd.Function):
 
 
 def _merge(out_THK: Tensor, lse_HT: Tensor, part_THK: Tensor, part_lse_HT: Tensor) -> None:
-    """Adds to attention over some keys, in place, that over others."""
+    """Merges attention over further keys into `out_THK` and `lse_HT`, in place."""
     weight_HT = torch.sigmoid(part_lse_HT - lse_HT)
     out_THK.lerp_(part_THK.to(out_THK.dtype), weight_HT.T.unsqueeze(-1))
     lse_HT.copy_(torch.logaddexp(lse_HT, part_lse_HT))
 
 
 def _around(own: Tensor, cp: Axis) -> Iterator[tuple[int, Tensor]]:
-    """Each rank and its tensor, this rank's first, while the next one is on its way."""
+    """Yields each rank and its tensor, this rank's first, while the next one is in flight."""
     x = own
     for hop in range(cp.size - 1):
         arrived = pass_on(x, cp)
@@ -150,7 +149,7 @@ def _around(own: Tensor, cp: Axis) -> Iterator[tuple[int, Tensor]]:
 
 
 def pass_on(x: Tensor, cp: Axis) -> Callable[[], Tensor]:
-    """Starts to send `x` to the next rank; the function returned waits for that of the previous rank."""
+    """Starts sending `x` to the next rank; the returned function waits for the previous rank's tensor."""
     received = torch.empty_like(x)
     works = dist.batch_isend_irecv(
         [

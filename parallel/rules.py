@@ -1,4 +1,4 @@
-"""Which layouts fit a model; the only place that says no."""
+"""Constraints between a model, its layout and its devices."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,65 +8,65 @@ from triplane.parallel.config import ParallelConfig
 
 _ROW_MULTIPLE = 8
 _FP8_MULTIPLE = 16
-"""Of both dims of a product, for the GPU's kernel."""
+"""The GPU's kernel requires both dims of a product to be multiples of it."""
 _FP8_CAPABILITY = (8, 9)
 
 
 class Devices(NamedTuple):
-    """What a process computes on."""
+    """The devices that a process computes on."""
 
     gpus: int
-    """0: it computes on the CPU."""
+    """0 for a CPU."""
     capability: tuple[int, int] | None
-    """Of the GPUs, as NVIDIA counts; None of a CPU."""
+    """CUDA compute capability; None for a CPU."""
 
 
 def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) -> Iterator[str]:
-    """All that cannot work, a line each with its operands; `precision` as in the training config."""
+    """Yields every problem as one line with its operands; `precision` as in the training config."""
     tp, pp, cp, zero = layout.tp, layout.pp, layout.cp, layout.zero
     yield from multiple("n_heads", model.n_heads, f"tp ({tp})", tp)
     yield from multiple("hidden_dim", model.hidden_dim, f"tp ({tp})", tp)
     if model.n_kv_heads % tp and tp % model.n_kv_heads:
         yield f"n_kv_heads ({model.n_kv_heads}) and tp ({tp}): one must be a multiple of the other"
     if layout.sequence_parallel and tp == 1:
-        yield "sequence_parallel needs tp over 1: it splits tokens over the tp ranks"
+        yield "sequence_parallel requires tp > 1: it splits tokens over the tp ranks"
     if cp > 1 and layout.cp_method == "ulysses" and model.n_heads % (tp * cp) and model.n_heads % tp == 0:
         yield (
             f'cp_method "ulysses" gives each of cp ({cp}) ranks a share of n_heads / tp ({model.n_heads // tp}) heads, '
-            f'which do not divide; take "ring"'
+            f'which is not a whole number; use "ring"'
         )
     stages = pp * layout.virtual_stages
     if pp == 1 and stages > 1:
-        yield f"virtual_stages ({stages}) needs pp over 1"
+        yield f"virtual_stages ({stages}) requires pp > 1"
     if stages - 1 > model.n_layers:
         yield (
-            f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need {stages - 1} layers or more, "
-            f"but n_layers is {model.n_layers}"
+            f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need at least {stages - 1} "
+            f"layers, but n_layers is {model.n_layers}"
         )
     if zero == 3 and pp > 1:
-        yield f"zero = 3 hangs under a pipeline (pp is {pp}); take 1 or 2"
+        yield f"zero = 3 hangs under a pipeline (pp is {pp}); use 1 or 2"
     if zero == 0 and precision == "bf16":
-        yield "precision bf16 needs zero over 0: ZeRO keeps the fp32 master weights"
+        yield "precision bf16 requires zero > 0: ZeRO keeps the fp32 master weights"
     if zero == 0 and layout.offload_optimizer:
-        yield "offload_optimizer needs zero over 0: what is replicated stays on the GPU"
+        yield "offload_optimizer requires zero > 0: replicated state stays on the GPU"
     if layout.recompute == "selective" and tp > 1 and not layout.sequence_parallel:
         yield (
-            'recompute "selective" with tp needs sequence_parallel: the all-reduce of tp overwrites the products '
+            'recompute "selective" with tp requires sequence_parallel: the all-reduce of tp overwrites the products '
             "that would be kept"
         )
     if layout.recompute == "selective" and zero == 3:
-        yield 'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept'
+        yield 'recompute "selective" and zero = 3 cannot be combined: the gathered weights would count as kept'
     if layout.compile and layout.recompute == "selective" and cp > 1 and layout.cp_method == "ring":
         yield (
-            'compile and recompute "selective" do not go together with cp_method "ring", whose sends end the graph '
-            'inside the block: nothing would be compiled; take recompute "full" or "none"'
+            'compile and recompute "selective" cannot be combined with cp_method "ring", whose sends break the graph '
+            'inside the block: nothing would be compiled; use recompute "full" or "none"'
         )
     if layout.compile and zero == 3:
-        yield "compile and zero = 3 do not go together: what gathers the weights breaks the graph at every layer"
+        yield "compile and zero = 3 cannot be combined: gathering the weights breaks the graph at every layer"
     if layout.fp8 and tp > 1:
-        yield f"fp8 and tp ({tp}) do not go together: the layers of tp multiply in the weights' own precision"
+        yield f"fp8 and tp ({tp}) cannot be combined: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":
-        yield "fp8 needs precision bf16: fp32 weights would gain nothing"
+        yield "fp8 requires precision bf16: fp32 weights would gain nothing"
     if layout.fp8:
         widths = {
             "dim": model.dim,
@@ -75,33 +75,32 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             "n_kv_heads x head_dim": model.n_kv_heads * model.head_dim,
         }
         for name, width in widths.items():
-            yield from multiple(f"fp8: {name}", width, f"what its kernels take ({_FP8_MULTIPLE})", _FP8_MULTIPLE)
+            yield from multiple(f"fp8: {name}", width, f"{_FP8_MULTIPLE}, which its kernels require", _FP8_MULTIPLE)
 
 
 def device_problems(layout: ParallelConfig, precision: str, devices: Devices) -> Iterator[str]:
-    """What cannot work on these devices, a line each; `precision` as in the training config."""
+    """Yields every problem with these devices as one line; `precision` as in the training config."""
     fp32 = precision == "fp32" or (precision == "auto" and layout.zero == 0)
     if devices.gpus and fp32 and layout.cp > 1 and layout.cp_method == "ring":
-        yield 'cp_method "ring" in fp32 has no kernel on a GPU; take precision bf16, or "ulysses"'
+        yield 'cp_method "ring" in fp32 has no kernel on a GPU; use precision bf16, or "ulysses"'
     if layout.fp8 and (devices.capability is None or devices.capability < _FP8_CAPABILITY):
         found = "a CPU" if devices.capability is None else "{}.{}".format(*devices.capability)
         least = "{}.{}".format(*_FP8_CAPABILITY)
-        yield f"parallel.fp8 needs GPUs of compute capability {least} or more, not {found}; set parallel.fp8=false"
+        yield f"parallel.fp8 requires GPUs of compute capability {least} or more, not {found}; set parallel.fp8=false"
 
 
 def token_multiple(layout: ParallelConfig) -> int:
-    """What the tokens of a micro-batch must be a multiple of, for each rank to have a whole share."""
+    """Returns what a micro-batch's tokens must be a multiple of, so that all ranks get equal shares."""
     chunks = 2 * layout.cp if layout.cp_method == "ring" and layout.cp > 1 else layout.cp
     return chunks * (layout.tp if layout.sequence_parallel else 1)
 
 
 def vocabulary_rows(vocab_size: int, tp: int) -> int:
-    """Rows of the vocabulary's tables on a rank: of a share a multiple of eight, which GPUs multiply fast; what is too
-    many is padding."""
+    """Returns a rank's rows of the vocabulary tables; with tp, a multiple of eight, which GPUs multiply fast."""
     return vocab_size if tp == 1 else -(-vocab_size // (tp * _ROW_MULTIPLE)) * _ROW_MULTIPLE
 
 
 def multiple(name: str, value: int, operands: str, factor: int) -> Iterator[str]:
-    """The problem that `value` is not a multiple of `factor`, if it is one."""
+    """Yields a problem if `value` is not a multiple of `factor`."""
     if value % factor:
         yield f"{name} ({value}) is not a multiple of {operands}; the next multiple is {value + -value % factor}"

@@ -1,4 +1,4 @@
-"""Which layers stand on which pipeline stage, and in which groups micro-batches pass; imports no torch."""
+"""Assigns layers to pipeline stages and micro-batches to groups; imports no torch."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from triplane.model.count import block_flops, head_flops
 from triplane.storage.errors import LayoutError
 
 _EMBEDDING = 0.1
-"""Cost of the embedding as a share of the head's: no product, but its gradient is as large a table."""
+"""The embedding's cost as a share of the head's: no product, but its gradient is as large a table."""
 
 
 @cache
 def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> tuple[range, ...]:
-    """Contiguous runs of layers for each stage: the costliest stage is as cheap as can be, the rest as even.
+    """Returns each stage's contiguous layers: the costliest stage as cheap as possible, the others as even.
 
-    The first stage has the embedding besides; the last has the head, and may have no layer.
+    The first stage also has the embedding; the last also has the head, and may have no layers.
     """
     n = config.n_layers
     if n < stages - 1:
@@ -25,7 +25,7 @@ def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> tuple[range,
     head = head_flops(config) / block_flops(config, seq_len)
 
     def cost(stage: int, layers: int) -> float:
-        """In layers."""
+        """Returns the cost in units of a layer."""
         return layers + (stage == 0) * _EMBEDDING * head + (stage == stages - 1) * head
 
     limits = sorted({cost(stage, layers) for stage in (0, 1, stages - 1) for layers in range(n + 1)})
@@ -37,7 +37,7 @@ def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> tuple[range,
 
 
 def _divide(n: int, stages: int, cost: Callable[[int, int], float], limit: float) -> tuple[int, ...] | None:
-    """Layers of each stage with the least sum of squared costs, none over `limit`; None where that cannot be."""
+    """Returns the layers of each stage with the least sum of squared costs, none over `limit`; None if impossible."""
 
     @cache
     def best(stage: int, left: int) -> tuple[float, tuple[int, ...]]:
@@ -55,9 +55,9 @@ def _divide(n: int, stages: int, cost: Callable[[int, int], float], limit: float
 
 
 def group_size(micro_batches: int, stages: int) -> int:
-    """Micro-batches that pass a stage before its rank turns to the next one: the fewest that the schedule takes.
+    """Returns how many micro-batches pass a stage before its rank turns to its next: the fewest the schedule allows.
 
-    The last group must be whole, or hold at least as many as there are ranks in the pipeline.
+    The last group must be whole, or hold at least as many as the pipeline has ranks.
     """
     assert micro_batches >= stages, f"the interleaved schedule needs {stages} micro-batches, not {micro_batches}"
     return next(n for n in range(stages, micro_batches + 1) if micro_batches % n == 0 or micro_batches % n >= stages)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: a table of modules to swap in the plain model (Shoeybi et al. 2019).
+"""Tensor parallelism: swaps modules of the plain model by a table (Shoeybi et al. 2019).
 
 A block needs one all-reduce in forward after each of wo and w_down, and one in backward before each norm's
 consumers. With sequence parallelism (Korthikanti et al. 2022) the norms and the residual stream hold a share of
@@ -21,7 +21,7 @@ from triplane.parallel.rules import vocabulary_rows
 
 
 def apply_tensor_parallel(model: Transformer, mesh: Mesh, sequence_parallel: bool) -> None:
-    """Replaces the modules of `model` (on meta) by those that hold this rank's share."""
+    """Replaces the modules of `model` (on meta) by modules that hold this rank's share."""
     config, tp = model.config, mesh.tp.size
     rows = vocabulary_rows(config.vocab_size, tp)
 
@@ -38,7 +38,9 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, sequence_parallel: boo
         return GatheringRMSNorm(norm, mesh) if sequence_parallel else CopyingRMSNorm(norm, mesh)
 
     swaps: dict[str, Callable[..., nn.Module]] = {
-        "embedding": lambda table: megatron.VocabParallelEmbedding(table, rows, mesh, sequence_parallel),
+        "embedding": lambda table: megatron.VocabParallelEmbedding(
+            table, rows, mesh, sequence_parallel=sequence_parallel
+        ),
         "attention_norm": norm,
         "wq": column,
         "wk": key_value,
@@ -58,7 +60,7 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, sequence_parallel: boo
 
 
 class CopyingRMSNorm(nn.RMSNorm):
-    """RMSNorm whose output goes to column-parallel layers: its gradient is summed over tp."""
+    """RMSNorm whose output feeds column-parallel layers; sums the output's gradient over tp."""
 
     def __init__(self, norm: nn.RMSNorm, mesh: Mesh):
         super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
@@ -69,7 +71,7 @@ class CopyingRMSNorm(nn.RMSNorm):
 
 
 class GatheringRMSNorm(CopyingRMSNorm):
-    """RMSNorm of this rank's tokens, (T / tp, D), whose output is gathered: (T, D)."""
+    """RMSNorm of this rank's tokens, (T / tp, D); gathers its output to (T, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = megatron.copy_to_tp(self.weight, self.mesh)  # each rank sees the gradient of its tokens
@@ -78,7 +80,7 @@ class GatheringRMSNorm(CopyingRMSNorm):
 
 
 class SharedKeyValueLinear(nn.Module):
-    """A key or value projection of fewer heads than tp ranks: held whole, used for the one head that a rank needs."""
+    """A key or value projection with fewer heads than tp ranks: held whole, used for the one head that a rank needs."""
 
     def __init__(self, linear: nn.Linear, config: ModelConfig, mesh: Mesh):
         super().__init__()
@@ -89,16 +91,16 @@ class SharedKeyValueLinear(nn.Module):
         self.head = slice(start, start + config.head_dim)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        # Ranks that share a head each see a part of its gradient, and none of the others'.
+        # Each rank sees a part of its head's gradient, and none of the other heads'.
         weight = megatron.copy_to_tp(self.weight, self.mesh)[self.head]
         bias = None if self.bias is None else megatron.copy_to_tp(self.bias, self.mesh)[self.head]
         return F.linear(x_TD, weight, bias)
 
 
 class VocabParallelHead(Head):
-    """A head that holds `rows` rows of the vocabulary; its loss is that of the whole.
+    """A head that holds `rows` rows of the vocabulary; its loss is over the whole vocabulary.
 
-    Rows past the vocabulary are zeros, score minus infinity, and have no gradient.
+    Rows past the vocabulary are zero, score minus infinity, and have no gradient.
     """
 
     tp_dim = 0
@@ -114,7 +116,7 @@ class VocabParallelHead(Head):
     def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
         counted_T = targets_T != IGNORED_TARGET
         targets_T = torch.where(counted_T, targets_T, 0)
-        # A copy, since the cross-entropy overwrites its logits; the target's logit is taken first.
+        # A copy, since the cross-entropy overwrites its logits; the target's logit is read first.
         logits_TV = logits_TV.to(torch.float32, copy=True)
         if self.used < logits_TV.shape[1]:
             logits_TV[:, self.used :] = float("-inf")
@@ -122,7 +124,7 @@ class VocabParallelHead(Head):
         loss_T = megatron.vocab_parallel_cross_entropy(logits_TV, targets_T) * counted_T
         if target_logit_T is None:
             return loss_T.sum(), loss_T.new_zeros(())
-        # The loss is the log-partition less the target's logit.
+        # The loss is the log-partition minus the target's logit.
         partition_T = (loss_T + target_logit_T) * counted_T
         return loss_T.sum(), self.z_loss_weight * partition_T.square().sum()
 

@@ -13,12 +13,12 @@ from triplane.parallel.mesh import Axis
 class UlyssesAttention(nn.Module):
     """Runs `core` on all tokens of the stream and 1 / cp of the query heads, which cp must divide.
 
-    Where cp does not divide the key/value heads, each is sent to as many ranks as need it.
+    Where cp does not divide the key/value heads, each goes to every rank that needs it.
     """
 
     def __init__(self, core: nn.Module, cp: Axis):
         super().__init__()
-        assert cp.group is not None, "one rank has nobody to exchange with"
+        assert cp.group is not None, "Ulysses needs two ranks"
         self.core = core
         self.size = cp.size
         self.group = cp.group
@@ -29,12 +29,12 @@ class UlyssesAttention(nn.Module):
         copies = self.size // gcd(self.size, k_TGK.shape[1])
         if copies > 1:
             k_TGK, v_TGK = (x.repeat_interleave(copies, dim=1) for x in (k_TGK, v_TGK))
-        # One message to each rank: its heads of q, k and v side by side.
+        # One message per rank: its heads of q, k and v side by side.
         by_rank = [x.reshape(tokens, self.size, -1, head_dim).transpose(0, 1) for x in (q_THK, k_TGK, v_TGK)]
         qkv = self._exchange(torch.cat(by_rank, dim=2)).flatten(0, 1)
         out_THK = self.core(*torch.split(qkv, [x.shape[2] for x in by_rank], dim=1), batch)
         return self._exchange(out_THK.view(self.size, tokens, -1, head_dim)).transpose(0, 1).flatten(1, 2)
 
     def _exchange(self, x: Tensor) -> Tensor:
-        """x[i] goes to rank i; returns what each rank sent, by rank."""
+        """Sends x[i] to rank i; returns what each rank sent, by rank."""
         return collectives.all_to_all_single(x.contiguous(), None, None, self.group)

@@ -1,4 +1,4 @@
-"""Imports of libraries that decorate functions with `torch.compile` while they are loaded."""
+"""Imports libraries that decorate functions with `torch.compile` at import."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,14 +11,14 @@ import torch
 
 @contextmanager
 def importing_uncompiled() -> Iterator[None]:
-    """What is imported in this block is quiet, and leaves its functions as they are written.
+    """Silences imports in this block and leaves their functions uncompiled.
 
-    Decorating one is enough to load the compiler's backend, a second of a rank's start; none is used here.
+    Decorating one loads the compiler's backend, a second of a rank's start; none is used here.
     """
     compiled = torch.compile
     torch.compile = _as_written  # type: ignore[assignment]
     try:
-        # DeepSpeed prints a warning for each kernel that it cannot build; none is used.
+        # DeepSpeed prints a warning for each kernel it cannot build; none is used.
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield

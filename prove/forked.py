@@ -91,7 +91,9 @@ def _rank(
     if device == "cuda":
         torch.cuda.set_device(where)
     try:
-        with connected(layout, where, rank, world_size, FileStore(str(store), world_size)) as mesh:
+        with connected(
+            layout, where, rank=rank, world_size=world_size, store=FileStore(str(store), world_size)
+        ) as mesh:
             answer = (rank, "", function(mesh, *args))
     except BaseException:  # whatever it was, the parent raises it
         answer = (rank, traceback.format_exc(), None)

@@ -118,7 +118,8 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             offsets, sizes = (0,) * parameter.dim(), tuple(parameter.shape)
-            parameter.copy_(initial_weight(config, seed, name, parameter.shape, offsets, sizes))
+            weight = initial_weight(config, seed, name, shape=parameter.shape, offsets=offsets, sizes=sizes)
+            parameter.copy_(weight)
     optimizer = adamw(_OPTIMIZER, ((parameter, parameter.shape) for parameter in model.parameters()))
     losses, norms = [], []
     start_s = perf_counter()
@@ -146,7 +147,15 @@ def proof_engine(
     mesh: Mesh, config: ModelConfig, layout: ParallelConfig, dtype: torch.dtype, seed: int = SEED
 ) -> Engine:
     """A rank's engine, with the weights that `train_plainly` starts from."""
-    engine = Engine(config, layout, mesh, dtype, SEQ_LEN, _CLIP, partial(adamw, _OPTIMIZER))
+    engine = Engine(
+        config,
+        layout,
+        mesh,
+        dtype=dtype,
+        seq_len=SEQ_LEN,
+        grad_clip=_CLIP,
+        make_optimizer=partial(adamw, _OPTIMIZER),
+    )
     engine.initialize(seed)
     return engine
 

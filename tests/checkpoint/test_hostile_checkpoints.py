@@ -42,7 +42,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cut = (len(weight) + 1) // 3
         for part, (start, data) in zip(parts, ((0, weight[:cut]), (cut, weight[cut:]))):
             offsets = (start, *[0] * (weight.dim() - 1))
-            part.append(Fragment("weight", name, weight.shape, offsets, data.contiguous(), primary=True))
+            part.append(
+                Fragment(
+                    kind="weight",
+                    name=name,
+                    shape=weight.shape,
+                    offsets=offsets,
+                    data=data.contiguous(),
+                    primary=True,
+                )
+            )
     boxes, sizes = [], {}
     for number, part in enumerate(parts):
         file = folder / f"rank_{number}.safetensors"

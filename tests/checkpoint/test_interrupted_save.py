@@ -40,7 +40,14 @@ def _save(mesh: Mesh, folder: Path, step: int, phase: str | None = None) -> None
     if phase and mesh.rank == PHASES[phase][0]:
         plant(phase, lambda: True)
     data = torch.full((ELEMENTS,), float(step))
-    fragment = Fragment("weight", "w", torch.Size((ELEMENTS * RANKS,)), (ELEMENTS * mesh.rank,), data, primary=True)
+    fragment = Fragment(
+        kind="weight",
+        name="w",
+        shape=torch.Size((ELEMENTS * RANKS,)),
+        offsets=(ELEMENTS * mesh.rank,),
+        data=data,
+        primary=True,
+    )
     store = CheckpointStore(folder, CheckpointConfig(keep_last=1))
     store.save(step, [fragment], state_after(step))
     store.ended(wait=True)

@@ -189,7 +189,14 @@ def _save(mesh: Mesh, folder: str, step: int, phase: str | None = None) -> Save:
     if phase and mesh.rank == REMOTE_PHASES[phase][0]:
         plant(phase, lambda: True, REMOTE_PHASES)
     data = torch.full((ELEMENTS,), float(step))
-    fragment = Fragment("weight", "w", torch.Size((ELEMENTS * RANKS,)), (ELEMENTS * mesh.rank,), data, primary=True)
+    fragment = Fragment(
+        kind="weight",
+        name="w",
+        shape=torch.Size((ELEMENTS * RANKS,)),
+        offsets=(ELEMENTS * mesh.rank,),
+        data=data,
+        primary=True,
+    )
     store = CheckpointStore(location(folder), CheckpointConfig(keep_last=1))
     store.save(step, [fragment], state_after(step))
     (save,) = store.ended(wait=True)

@@ -10,7 +10,14 @@ from triplane.parallel.placement import Fragment
 
 
 def fragment(name: str, *shape: int, offsets: tuple[int, ...] | None = None) -> Fragment:
-    return Fragment("weight", name, Size((100, *shape[1:])), offsets or (0,) * len(shape), torch.randn(shape), True)
+    return Fragment(
+        kind="weight",
+        name=name,
+        shape=Size((100, *shape[1:])),
+        offsets=offsets or (0,) * len(shape),
+        data=torch.randn(shape),
+        primary=True,
+    )
 
 
 def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:

@@ -100,7 +100,9 @@ def test_a_changed_manifest_is_found(checkpoint: Path) -> None:
 
 def test_another_models_checkpoint_is_refused(checkpoint: Path) -> None:
     weight = torch.empty(1, 1)
-    other = Fragment("weight", "embedding.weight", torch.Size((9, 9)), (0, 0), weight, primary=False)
+    other = Fragment(
+        kind="weight", name="embedding.weight", shape=torch.Size((9, 9)), offsets=(0, 0), data=weight, primary=False
+    )
     with pytest.raises(CheckpointError, match=r"has shape \[61, 32\], but this model needs \[9, 9\]"):
         Checkpoint(checkpoint).fill([other])
 
@@ -199,7 +201,7 @@ def test_a_programming_error_in_the_thread_reaches_the_loop(tmp_path: Path) -> N
 def _fragment(mesh: Mesh, step: int, elements: int = 10_000) -> Fragment:
     data = torch.full((elements,), float(step))
     shape = torch.Size((elements * mesh.world_size,))
-    return Fragment("weight", "w", shape, (elements * mesh.rank,), data, primary=True)
+    return Fragment(kind="weight", name="w", shape=shape, offsets=(elements * mesh.rank,), data=data, primary=True)
 
 
 def _save(mesh: Mesh, folder: Path, step: int, elements: int = 10_000, state: dict | None = None) -> Save:

@@ -42,13 +42,13 @@ def test_a_good_config_passes_with_and_without_ranks():
         (
             {"sequence_parallel": True, "tp": 1},
             2,
-            "sequence_parallel needs tp over 1: it splits tokens over the tp ranks",
+            "sequence_parallel requires tp > 1: it splits tokens over the tp ranks",
         ),
         (
             {"cp": 4},
             8,
-            'cp_method "ulysses" gives each of cp (4) ranks a share of n_heads / tp (2) heads, which do not divide; '
-            'take "ring"',
+            'cp_method "ulysses" gives each of cp (4) ranks a share of n_heads / tp (2) heads, which is not a whole '
+            'number; use "ring"',
         ),
         (
             {"cp": 8, "cp_method": "ring", "seq_len": 20},
@@ -59,42 +59,42 @@ def test_a_good_config_passes_with_and_without_ranks():
         (
             {"n_layers": 1, "pp": 4, "global_batch_size": 16},
             8,
-            "pp (4) x virtual_stages (1) = 4 stages need 3 layers or more, but n_layers is 1",
+            "pp (4) x virtual_stages (1) = 4 stages need at least 3 layers, but n_layers is 1",
         ),
-        ({"virtual_stages": 2}, 2, "virtual_stages (2) needs pp over 1"),
+        ({"virtual_stages": 2}, 2, "virtual_stages (2) requires pp > 1"),
         (
             {"pp": 2, "virtual_stages": 2, "global_batch_size": 2},
             4,
             "virtual_stages needs at least pp (2) micro-batches, but global_batch_size (2) / "
             "(dp (1) x micro_batch_size (2) = 2) is 1",
         ),
-        ({"pp": 2, "zero": 3}, 4, "zero = 3 hangs under a pipeline (pp is 2); take 1 or 2"),
+        ({"pp": 2, "zero": 3}, 4, "zero = 3 hangs under a pipeline (pp is 2); use 1 or 2"),
         (
             {"zero": 0, "offload_optimizer": True},
             2,
-            "offload_optimizer needs zero over 0: what is replicated stays on the GPU",
+            "offload_optimizer requires zero > 0: replicated state stays on the GPU",
         ),
         (
             {"recompute": "selective"},
             2,
-            'recompute "selective" with tp needs sequence_parallel: the all-reduce of tp overwrites the products that '
-            "would be kept",
+            'recompute "selective" with tp requires sequence_parallel: the all-reduce of tp overwrites the products '
+            "that would be kept",
         ),
         (
             {"recompute": "selective", "zero": 3, "tp": 1},
             2,
-            'recompute "selective" and zero = 3 do not go together: the gathered weights would count as kept',
+            'recompute "selective" and zero = 3 cannot be combined: the gathered weights would count as kept',
         ),
         (
             {"compile": True, "zero": 3},
             2,
-            "compile and zero = 3 do not go together: what gathers the weights breaks the graph at every layer",
+            "compile and zero = 3 cannot be combined: gathering the weights breaks the graph at every layer",
         ),
         (
             {"fp8": True, "precision": "fp32"},
             2,
-            "fp8 and tp (2) do not go together: the layers of tp multiply in the weights' own precision\n"
-            "fp8 needs precision bf16: fp32 weights would gain nothing",
+            "fp8 and tp (2) cannot be combined: the layers of tp multiply in the weights' own precision\n"
+            "fp8 requires precision bf16: fp32 weights would gain nothing",
         ),
         ({"n_kv_heads": 3, "tp": 1}, 4, "n_heads (4) is not a multiple of n_kv_heads (3); the next multiple is 6"),
         ({"head_dim": 7}, 4, "head_dim (7) is odd, but RoPE turns pairs; take 8"),
@@ -122,7 +122,7 @@ def test_a_good_config_passes_with_and_without_ranks():
             4,
             "warm-up (6 steps) + wsd decay (5 steps) = 11, but 10 steps",
         ),
-        ({"precision": "bf16", "zero": 0}, 4, "precision bf16 needs zero over 0: ZeRO keeps the fp32 master weights"),
+        ({"precision": "bf16", "zero": 0}, 4, "precision bf16 requires zero > 0: ZeRO keeps the fp32 master weights"),
         ({"stop_at_step": 11}, 4, "stop_at_step (11) is after the last of 10 steps"),
     ],
 )

@@ -79,8 +79,17 @@ def _run(case: dict[str, Any]) -> None:
     read = [_batch(case)._map(fake.from_tensor) for _ in range(_MICRO_BATCHES)]
     torch.autograd.set_multithreading_enabled(False)
     with fake, Recorder(RECORD):
-        mesh = connected(layout, device, case.get("rank", 0), ranks, FakeStore()).__enter__()  # to the process's end
-        engine = Engine(model, layout, mesh, DTYPES[precision], _SEQ_LEN, 1.0, partial(adamw, OptimizerConfig()))
+        joined = connected(layout, device, rank=case.get("rank", 0), world_size=ranks, store=FakeStore())
+        mesh = joined.__enter__()  # to the process's end
+        engine = Engine(
+            model,
+            layout,
+            mesh,
+            dtype=DTYPES[precision],
+            seq_len=_SEQ_LEN,
+            grad_clip=1.0,
+            make_optimizer=partial(adamw, OptimizerConfig()),
+        )
         list(engine.optimizer.fragments())
         engine.optimizer.loaded(step=0)
         if "plant" in case:

@@ -140,7 +140,7 @@ def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -
 MISTAKES = {
     "unknown key": (["model.n_headz=4"], "override: model.n_headz: unknown key; did you mean n_heads?"),
     "heads": (["parallel.tp=8"], "n_heads (4) is not a multiple of tp (8); the next multiple is 8"),
-    "layers": (["parallel.pp=4"], "pp (4) x virtual_stages (1) = 4 stages need 3 layers or more, but n_layers is 2"),
+    "layers": (["parallel.pp=4"], "pp (4) x virtual_stages (1) = 4 stages need at least 3 layers, but n_layers is 2"),
     "batch": (
         ["training.global_batch_size=6"],
         "global_batch_size (6) is not a multiple of dp (2) x micro_batch_size (2) = 4",
@@ -155,7 +155,7 @@ MISTAKES = {
 def test_fp8_is_refused_where_there_is_none(folder: Path) -> None:
     changes = ["parallel.fp8=true", "training.precision='bf16'", "parallel.dp=1", "run_dir=eight"]
     message = refused(triplane("train", "small.toml", *changes, cwd=folder))
-    assert message.endswith("needs GPUs of compute capability 8.9 or more, not a CPU; set parallel.fp8=false\n")
+    assert message.endswith("requires GPUs of compute capability 8.9 or more, not a CPU; set parallel.fp8=false\n")
 
 
 def test_prove_prints_a_table_and_writes_it(tmp_path: Path) -> None:

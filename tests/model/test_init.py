@@ -15,7 +15,7 @@ SHAPE = torch.Size((2500, 24))  # crosses two boundaries of the rows drawn toget
 
 
 def whole(name: str, seed: int = 0, shape: torch.Size = SHAPE) -> torch.Tensor:
-    return initial_weight(CONFIG, seed, name, shape, (0,) * len(shape), tuple(shape))
+    return initial_weight(CONFIG, seed, name, shape=shape, offsets=(0,) * len(shape), sizes=tuple(shape))
 
 
 def spans(size: int) -> st.SearchStrategy[list[int]]:
@@ -26,7 +26,8 @@ def spans(size: int) -> st.SearchStrategy[list[int]]:
 @settings(max_examples=60)
 def test_a_part_is_a_slice_of_the_whole(rows, columns):
     (top, bottom), (left, right) = rows, columns
-    part = initial_weight(CONFIG, 0, "head.weight", SHAPE, (top, left), (bottom - top, right - left))
+    sizes = (bottom - top, right - left)
+    part = initial_weight(CONFIG, 0, "head.weight", shape=SHAPE, offsets=(top, left), sizes=sizes)
     assert torch.equal(part, whole("head.weight")[top:bottom, left:right])
 
 
@@ -49,7 +50,9 @@ def test_matrices_are_normal_and_smaller_where_they_write_to_the_residual_stream
 
 
 def test_norms_are_ones():
-    part = initial_weight(CONFIG, 0, "blocks.0.attention_norm.weight", torch.Size((48,)), (16,), (8,))
+    part = initial_weight(
+        CONFIG, 0, "blocks.0.attention_norm.weight", shape=torch.Size((48,)), offsets=(16,), sizes=(8,)
+    )
     assert torch.equal(part, torch.ones(8))
 
 

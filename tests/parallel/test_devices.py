@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from triplane.parallel.rules import Devices, device_problems
 from triplane.training.hardware import data_sheet_flops_per_s, room_for_weights
 
 H100, A100, CPU = (9, 0), (8, 0), Devices(0, None)
-TORCHRUN, SLURM = Rank(5, 8, 1, 4), Rank(5, 8, 1, 4, shown_apart=True)
+TORCHRUN = Rank(rank=5, world_size=8, local_rank=1, local_size=4)
+SLURM = replace(TORCHRUN, shown_apart=True)
 
 
 @pytest.mark.parametrize(
@@ -41,20 +43,20 @@ def test_a_rank_takes_a_gpu_of_its_own(rank: Rank, visible: int, expected: int |
 
 def test_more_ranks_than_gpus_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(prepared, tmp_path, parallel={"dp": 2})
-    (problem,) = problems_of_devices(config.parallel, "auto", None, 2, Devices(1, H100))
+    (problem,) = problems_of_devices(config.parallel, "auto", Devices(1, H100), rank=None, ranks=2)
     assert problem.startswith("2 ranks on this machine, but one GPU is visible; start fewer (parallel.dp=1 ")
-    assert problem.endswith("or train on the CPU by --device cpu")
-    (problem,) = problems_of_devices(config.parallel, "auto", TORCHRUN, 8, Devices(2, H100))
+    assert problem.endswith("or train on the CPU with --device cpu")
+    (problem,) = problems_of_devices(config.parallel, "auto", Devices(2, H100), rank=TORCHRUN, ranks=8)
     assert problem.startswith("4 ranks on this machine, this one number 1, but 2 GPUs are visible")
     for rank, ranks, devices in ((None, 2, Devices(2, H100)), (SLURM, 8, Devices(1, H100)), (None, 2, CPU)):
-        assert list(problems_of_devices(config.parallel, "auto", rank, ranks, devices)) == []
+        assert list(problems_of_devices(config.parallel, "auto", devices, rank=rank, ranks=ranks)) == []
 
 
 @pytest.mark.parametrize(
     ("layout", "precision", "devices", "problem"),
     [
-        ({"cp": 2, "cp_method": "ring"}, "fp32", Devices(8, H100), 'take precision bf16, or "ulysses"'),
-        ({"cp": 2, "cp_method": "ring", "zero": 0}, "auto", Devices(8, H100), 'take precision bf16, or "ulysses"'),
+        ({"cp": 2, "cp_method": "ring"}, "fp32", Devices(8, H100), 'use precision bf16, or "ulysses"'),
+        ({"cp": 2, "cp_method": "ring", "zero": 0}, "auto", Devices(8, H100), 'use precision bf16, or "ulysses"'),
         ({"cp": 2, "cp_method": "ring"}, "auto", Devices(8, H100), None),
         ({"cp": 2, "cp_method": "ring"}, "fp32", CPU, None),
         ({"cp": 2}, "fp32", Devices(8, H100), None),
@@ -77,9 +79,9 @@ def test_widths_and_tokens_that_fp8_kernels_do_not_take_are_known_before(prepare
     changes: dict[str, Any] = {"model": model, "parallel": {"fp8": True}, "training": {"precision": "bf16"}}
     config = small_run(prepared, tmp_path, **changes)
     assert [line.split(";")[0] for line in check(config, 1) if "fp8" in line] == [
-        "fp8: hidden_dim (72) is not a multiple of what its kernels take (16)",
-        "fp8: n_heads x head_dim (72) is not a multiple of what its kernels take (16)",
-        "fp8: n_kv_heads x head_dim (24) is not a multiple of what its kernels take (16)",
+        "fp8: hidden_dim (72) is not a multiple of 16, which its kernels require",
+        "fp8: n_heads x head_dim (72) is not a multiple of 16, which its kernels require",
+        "fp8: n_kv_heads x head_dim (24) is not a multiple of 16, which its kernels require",
     ]
     odd = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": 24})})
     odd = odd.model_copy(update={"training": odd.training.model_copy(update={"micro_batch_size": 1})})

@@ -41,7 +41,8 @@ def plainly(vocab_size: int) -> tuple[torch.Tensor, float]:
     plain = Transformer(config)
     with torch.no_grad():
         for name, weight in plain.named_parameters():
-            weight.copy_(initial_weight(config, 3, name, weight.shape, (0,) * weight.dim(), tuple(weight.shape)))
+            offsets, sizes = (0,) * weight.dim(), tuple(weight.shape)
+            weight.copy_(initial_weight(config, 3, name, shape=weight.shape, offsets=offsets, sizes=sizes))
         tokens = torch.tensor(TOKENS)
         scores = plain.logits(Batch.build(tokens, tokens, [0, len(TOKENS)]))[-1]
         batch = proof_batch(config, 0, range(SEQUENCES))

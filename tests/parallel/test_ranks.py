@@ -13,7 +13,7 @@ from triplane.storage.errors import LaunchError
 def test_torchrun_tells_the_rank() -> None:
     environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
     environment["LOCAL_WORLD_SIZE"] = "4"
-    assert current_rank(environment) == Rank(5, 8, 1, 4)
+    assert current_rank(environment) == Rank(rank=5, world_size=8, local_rank=1, local_size=4)
 
 
 def test_torchrun_is_not_let_start_ranks_again_that_would_wait_for_ever() -> None:
@@ -34,7 +34,7 @@ def test_a_slurm_task_is_a_rank_but_a_batch_script_is_not() -> None:
             "SLURM_STEP_NUM_TASKS": "4",
             "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
         }
-    ) == Rank(3, 4, 1, 2, shown_apart=True)
+    ) == Rank(rank=3, world_size=4, local_rank=1, local_size=2, shown_apart=True)
 
 
 def test_a_plain_shell_is_no_rank() -> None:

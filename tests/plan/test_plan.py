@@ -71,7 +71,7 @@ def test_what_cannot_be_planned_is_one_error(tmp_path: Path, arguments, message)
 
 def test_fp8_on_a_gpu_without_it_is_a_problem(tmp_path: Path):
     result = plan(CONFIGS / "1b.toml", "parallel.fp8=true", "--gpu", "a100", cwd=tmp_path)
-    assert "parallel.fp8 needs GPUs of compute capability 8.9 or more, not 8.0" in result.stdout
+    assert "parallel.fp8 requires GPUs of compute capability 8.9 or more, not 8.0" in result.stdout
 
 
 def test_a_time_limit_that_is_too_short_is_a_problem(tmp_path: Path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from triplane.model.batch import Batch
-from triplane.parallel import engine, megatron, placement, replicated, ring, stages, tensor, ulysses
+from triplane.parallel import engine, megatron, replicated, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.zero import ZeroOptimizer
@@ -105,8 +106,8 @@ def _with_layers_of_the_wrong_stage(patch: pytest.MonkeyPatch) -> None:
 def _with_batched_sends(patch: pytest.MonkeyPatch) -> None:
     built = megatron.Pipeline.__init__
 
-    def batched(self: Any, *args: Any) -> None:
-        built(self, *args)
+    def batched(self: Any, *args: Any, **options: Any) -> None:
+        built(self, *args, **options)
         self.config.overlap_p2p_comm, self.config.batch_p2p_comm = False, True
 
     patch.setattr(megatron.Pipeline, "__init__", batched)
@@ -119,10 +120,10 @@ def _without_the_tied_gradient(patch: pytest.MonkeyPatch) -> None:
 def _with_the_tied_copy_counted_twice(patch: pytest.MonkeyPatch) -> None:
     wrapped = ZeroOptimizer.__init__
 
-    def counted(self: Any, local: Any, *args: Any) -> None:
+    def counted(self: Any, local: Any, *args: Any, **options: Any) -> None:
         for number, placed in enumerate(local.placements):
-            local.placements[number] = placement.replace(placed, tied_copy=False)
-        wrapped(self, local, *args)
+            local.placements[number] = replace(placed, tied_copy=False)
+        wrapped(self, local, *args, **options)
 
     patch.setattr(ZeroOptimizer, "__init__", counted)
 
