@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -228,7 +229,7 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def _in_a_process(arguments: list[str]):
+def _in_a_process(arguments: list[str]) -> Any:
     ran = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     return json.loads(ran.stdout.splitlines()[-1]) if ran.returncode == 0 else []
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-5), nn.RMSNorm(dim, eps=1e-5)
@@ -43,7 +43,7 @@ class PlainModel(nn.Module):
         n_kv_heads: int,
         head_dim: int,
         seq_len: int,
-    ):
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(PlainBlock(dim, hidden_dim, n_heads, n_kv_heads, head_dim) for _ in range(n_layers))

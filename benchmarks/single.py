@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 VOCAB_SIZE, DIM, HIDDEN_DIM, N_LAYERS = 8192, 384, 1024, 6
 N_HEADS, N_KV_HEADS, HEAD_DIM = 6, 2, 64
@@ -177,7 +178,7 @@ def hugging_face(seconds: float, precision: str, compiled: bool) -> list[float]:
         def __init__(self) -> None:
             self.ends: list[float] = []
 
-        def on_step_end(self, args, state, control, **_) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.ends.append(time.perf_counter())
             control.should_training_stop = done(self.ends, seconds)
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from small_corpora import Prepared
 
@@ -32,9 +33,9 @@ def held_by_another(folder: Path) -> Iterator[None]:
             os.close(end)
 
 
-def small_run(prepared: Prepared, run_dir: Path, **changes: dict) -> RunConfig:
+def small_run(prepared: Prepared, run_dir: Path, **changes: Any) -> RunConfig:
     """Eight steps on the small corpus; `changes` are tables merged over the tables of the same name."""
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "model": {
             "vocab_size": prepared.tokenizer.vocab_size,
             "dim": 32,

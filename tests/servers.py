@@ -16,7 +16,7 @@ Fault = str | int
 class FaultyServer:
     """Serves `folder` and counts each GET; `faults[name]` befall the next GETs of files whose names end so."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.requests: Counter[str] = Counter()
         self.faults: dict[str, deque[Fault]] = {}

@@ -1,5 +1,7 @@
 """Small models with weights that make every part matter, ours and transformers' from the same numbers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from triplane.model.config import ModelConfig
 from triplane.model.transformer import Transformer
 
 
-def small_config(**changes) -> ModelConfig:
+def small_config(**changes: Any) -> ModelConfig:
     heads = {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
     return ModelConfig(**({"vocab_size": 96, "dim": 48, "n_layers": 2, "hidden_dim": 80} | heads | changes))
 
@@ -28,13 +30,15 @@ def small_model(config: ModelConfig, seed: int = 0) -> Transformer:
     return load_model(config, random_weights(config, seed), torch.float32)
 
 
-def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64):
+def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64) -> Any:
     """transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     content = hf_config(config.model_copy(update={"qkv_bias": False}), seq_len, None, None, torch.float32)
     if config.qkv_bias:
         content |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+    of: Any
+    kind: Any
     of, kind = (Qwen2Config, Qwen2ForCausalLM) if config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
     model = kind(of(**content)).eval()
     state = {to_hf_name(name): weight for name, weight in weights.items()}

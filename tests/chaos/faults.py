@@ -143,7 +143,7 @@ def _shard_gone(scene: Scene) -> None:
 
 def _damage(damage: Callable[[Path, Random], None]) -> Callable[[Scene], None]:
     def strike(scene: Scene) -> None:
-        damage(checkpoints(scene.victim.checkpoints)[-1], scene.draw)
+        damage(Path(str(checkpoints(scene.victim.checkpoints)[-1])), scene.draw)
         scene.victim.struck()
 
     return strike
@@ -151,12 +151,12 @@ def _damage(damage: Callable[[Path, Random], None]) -> Callable[[Scene], None]:
 
 def _all_damaged(scene: Scene) -> None:
     folder, copy = scene.victim.checkpoints, scene.victim.folder / "copy"
-    for path in checkpoints(folder):
+    for path in (Path(str(found)) for found in checkpoints(folder)):
         shutil.copytree(path, copy / path.name)
         _flip(path / MANIFEST, scene.draw)
     scene.victim.struck()
     _expect("--allow-fresh-start", scene.victim.refused(scene.layout), scene)
-    for path in checkpoints(folder):
+    for path in (Path(str(found)) for found in checkpoints(folder)):
         shutil.rmtree(path)
     shutil.copytree(copy, folder, dirs_exist_ok=True)
     shutil.rmtree(copy)

@@ -47,7 +47,7 @@ def _kinds(seed: int, full_disks: bool) -> Iterator[str]:
 def _small_disk(folder: Path) -> Iterator[Path | None]:
     """None where none can be mounted."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "none", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "none", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     try:
         yield folder if mounted else None

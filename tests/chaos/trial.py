@@ -51,7 +51,7 @@ class Trial:
 
     def __init__(
         self, prepared: Prepared, folder: Path, seed: int, kinds: list[str], one_layout: bool, disk: Path | None
-    ):
+    ) -> None:
         """`one_layout`: every start has the layout of the first. `disk`: where the checkpoints go, None: the run's."""
         self.draw = Random(seed)
         self.kinds = kinds

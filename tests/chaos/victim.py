@@ -28,7 +28,7 @@ class BrokenError(AssertionError):
 class Victim:
     """The folder of one run, and the processes that work in it now."""
 
-    def __init__(self, config: RunConfig, folder: Path, skipped: list[list[int]] | None = None):
+    def __init__(self, config: RunConfig, folder: Path, skipped: list[list[int]] | None = None) -> None:
         """`skipped`: what a reference begins with."""
         self.folder = folder
         self.run = Path(config.run_dir)

@@ -1,8 +1,9 @@
 """Checkpoints at a URL: an S3 on loopback takes what a run writes, and a run goes on from there."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_a_store_that_fails_leaves_the_run_alive(remote: Location) -> None:
     assert list(entries(remote)) == ["step_1"]
 
 
-def _refuse(path: Location, fragments: list[Fragment]) -> None:
+def _refuse(path: Location, fragments: Sequence[Fragment]) -> Any:
     raise OutOfReachError(f"{path.parent}: out of reach: it is tired")
 
 

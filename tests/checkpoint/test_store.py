@@ -179,7 +179,7 @@ SLOW_S = 0.6
 def _save_twice_to_a_slow_disk(mesh: Mesh, folder: Path, asynchronous: bool) -> tuple[list[float], list[Save]]:
     if mesh.rank == 1:  # both wait for the slower
         sync = os.fsync
-        os.fsync = lambda descriptor: sleep(SLOW_S / 2) or sync(descriptor)  # of the file, of its name
+        os.fsync = lambda descriptor: sleep(SLOW_S / 2) or sync(descriptor)  # type: ignore[assignment]  # of the file, of its name
     store = CheckpointStore(folder, CheckpointConfig(keep_last=2, asynchronous=asynchronous))
     fragment = _fragment(mesh, 0)
     took_s = []

@@ -1,15 +1,17 @@
 """Checks across keys: every one is triggered, with its operands in the message."""
 
+from typing import Any
+
 import pytest
 
 from triplane.config.checks import check
 from triplane.training.config import RunConfig
 
 
-def config(**changes) -> RunConfig:
+def config(**changes: Any) -> RunConfig:
     """A config that passes with 4 ranks, with keys changed in whichever table has them."""
     shape = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 64}
-    tables = {
+    tables: dict[str, Any] = {
         "model": {"vocab_size": 96, **shape},
         "data": {"sources": [{"corpus": "c"}], "seq_len": 16},
         "parallel": {"tp": 2},
@@ -22,7 +24,7 @@ def config(**changes) -> RunConfig:
     return RunConfig.model_validate({"run_dir": "r", **tables})
 
 
-def test_a_good_config_passes_with_and_without_ranks():
+def test_a_good_config_passes_with_and_without_ranks() -> None:
     assert check(config(), 4) == check(config(), None) == []
 
 
@@ -126,9 +128,9 @@ def test_a_good_config_passes_with_and_without_ranks():
         ({"stop_at_step": 11}, 4, "stop_at_step (11) is after the last of 10 steps"),
     ],
 )
-def test_each_check_names_its_operands(changes, ranks, problem):
+def test_each_check_names_its_operands(changes: dict[str, Any], ranks: int, problem: str) -> None:
     assert check(config(**changes), ranks) == problem.splitlines()
 
 
-def test_all_problems_come_together():
+def test_all_problems_come_together() -> None:
     assert len(check(config(head_dim=7, stop_at_step=99, hidden_dim=63, pp=2, zero=3), 3)) == 5

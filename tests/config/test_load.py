@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,7 @@ micro_batch_size = 2
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     monkeypatch.chdir(tmp_path)
 
     def write(text: str) -> Path:
@@ -47,16 +49,16 @@ def problems(path: Path, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_tables_with_defaults_may_be_left_out(write):
+def test_tables_with_defaults_may_be_left_out(write: Callable[..., Path]) -> None:
     config = load_config(write(GOOD))
     assert config.seed == 0 and config.parallel.dp == "auto" and config.checkpoint.keep_last == 2
 
 
-def test_an_integer_serves_as_a_float(write):
+def test_an_integer_serves_as_a_float(write: Callable[..., Path]) -> None:
     assert load_config(write(GOOD), ["model.rope_base=500000"]).model.rope_base == 500_000.0
 
 
-def test_overrides_are_toml_values_or_bare_strings(write):
+def test_overrides_are_toml_values_or_bare_strings(write: Callable[..., Path]) -> None:
     overrides = [
         "run_dir = runs/b",
         'data.sources=[{corpus="c=d"}]',
@@ -74,7 +76,7 @@ def test_overrides_are_toml_values_or_bare_strings(write):
     assert config.model.rope_scaling is not None and config.model.rope_scaling.factor == 4.0
 
 
-def test_every_problem_is_named_at_once(write):
+def test_every_problem_is_named_at_once(write: Callable[..., Path]) -> None:
     text = GOOD.replace("dim = 32\n", 'dim = "32"\n').replace("n_layers = 4", "n_layers = true")
     text = text.replace('corpus = "corpora/a"', "") + "n_headz = 3\nlr = 1\n[parallel]\ndp = 0\nzero = 4\n[rope]\n"
     assert problems(write(text), "model.n_headz=2", "model.vocab_size=many", "nonsense", "run_dir.x=1", "a..b=1") == [
@@ -97,7 +99,7 @@ def test_every_problem_is_named_at_once(write):
     ]
 
 
-def test_a_missing_or_wrong_table_says_what_it_needs(write):
+def test_a_missing_or_wrong_table_says_what_it_needs(write: Callable[..., Path]) -> None:
     text = GOOD[: GOOD.index("[training]")] + "[model.rope_scaling]\nkind = 'yarn'\n"
     assert problems(write(text), "data=3") == [
         "a.toml: model.rope_scaling.kind: \"yarn\" given; should be 'linear' or 'llama3'",
@@ -107,26 +109,26 @@ def test_a_missing_or_wrong_table_says_what_it_needs(write):
     ]
 
 
-def test_bad_toml_is_placed_and_told_with_bad_overrides(write):
+def test_bad_toml_is_placed_and_told_with_bad_overrides(write: Callable[..., Path]) -> None:
     syntax, override = problems(write('run_dir = "a\n'), "x")
     assert syntax.startswith("a.toml: not TOML: ") and "line 1" in syntax
     assert override.startswith("override 'x'")
 
 
-def test_an_absent_file_brings_near_names(write):
+def test_an_absent_file_brings_near_names(write: Callable[..., Path]) -> None:
     write(GOOD)
     assert problems(Path("b.toml")) == ["b.toml: no such file; did you mean a.toml?"]
     assert problems(Path("configs/b.toml")) == ["configs/b.toml: no such file; no .toml file is near"]
 
 
-def test_unreadable_files_are_user_errors(write, tmp_path: Path):
+def test_unreadable_files_are_user_errors(write: Callable[..., Path], tmp_path: Path) -> None:
     assert problems(tmp_path) == [f"{tmp_path}: Is a directory; give a TOML file"]
     path = write(GOOD)
     path.write_bytes(b"\xff")
     assert problems(path) == ["a.toml: not UTF-8 text: invalid start byte at byte 0"]
 
 
-def test_loading_imports_nothing_heavy(write):
+def test_loading_imports_nothing_heavy(write: Callable[..., Path]) -> None:
     path = write(GOOD)
     code = (
         "import sys; from pathlib import Path; from triplane.config.checks import check;"
@@ -137,14 +139,14 @@ def test_loading_imports_nothing_heavy(write):
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
-def test_what_checks_a_run_imports_no_torch():
+def test_what_checks_a_run_imports_no_torch() -> None:
     imports = "sys, triplane.launcher.train, triplane.slurm.submit, triplane.plan.command"
     code = f"import {imports}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
-def test_every_key_is_documented():
-    def undocumented(table, prefix=""):
+def test_every_key_is_documented() -> None:
+    def undocumented(table: Any, prefix: str = "") -> Iterator[str]:
         for name, field in table.model_fields.items():
             if not field.description:
                 yield prefix + name

@@ -20,12 +20,12 @@ SHIPPED = {
 }
 
 
-def test_every_config_is_listed_here():
+def test_every_config_is_listed_here() -> None:
     assert {path.stem for path in CONFIGS.glob("*.toml")} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_config(name):
+def test_shipped_config(name: str) -> None:
     ranks, parameters, tokens = SHIPPED[name]
     config = load_config(CONFIGS / f"{name}.toml")
     assert check(config, ranks) == []

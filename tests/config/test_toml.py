@@ -15,12 +15,12 @@ scalars = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan
 
 
 @given(scalars)
-def test_every_scalar_is_read_back(value):
+def test_every_scalar_is_read_back(value: object) -> None:
     read = tomllib.loads(f"value = {format_value(value)}")["value"]
     assert read == value and type(read) is type(value)
 
 
-def test_every_config_is_read_back(tmp_path: Path):
+def test_every_config_is_read_back(tmp_path: Path) -> None:
     assert CONFIGS
     for path in CONFIGS:
         config = load_config(path, ["model.rope_scaling={kind='llama3', factor=8}", "schedule.final_lr_fraction=1e-7"])
@@ -28,7 +28,7 @@ def test_every_config_is_read_back(tmp_path: Path):
         assert load_config(tmp_path / "a.toml") == config
 
 
-def test_it_reads_like_a_config_by_hand():
+def test_it_reads_like_a_config_by_hand() -> None:
     config = RunConfig.model_validate(
         {
             "run_dir": "runs/a",

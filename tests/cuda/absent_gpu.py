@@ -39,7 +39,7 @@ def pretend(record: "Record", devices: int = 8) -> None:
     import torch
     from torch._subclasses import fake_tensor
 
-    fake_tensor.init_gpu_context = lambda *_: None
+    fake_tensor.init_gpu_context = lambda *_: None  # type: ignore[assignment]
     os.environ["DS_ACCELERATOR"] = "cuda"
     _replace_facts(devices)
     _replace_waits(record)
@@ -49,7 +49,7 @@ def pretend(record: "Record", devices: int = 8) -> None:
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         if device is None or torch.device(device).type != "cuda":
-            return made(data, *args, device=device, **kwargs)
+            return made(data, *args, device=device, **kwargs)  # type: ignore[misc]
         record.wait("torch.tensor of a host value on the GPU")
         from torch.utils._python_dispatch import _disable_current_modes
 
@@ -86,7 +86,7 @@ def _replace_facts(devices: int) -> None:
     answers |= dict.fromkeys(("manual_seed", "manual_seed_all", "seed", "seed_all"))
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    nvtx.range_push = nvtx.range_pop = lambda *_: None
+    nvtx.range_push = nvtx.range_pop = lambda *_: None  # type: ignore[assignment]
 
 
 def _replace_waits(record: "Record") -> None:
@@ -141,7 +141,7 @@ def _replace_attention() -> None:
     def chosen(q: Any, k: Any, v: Any, *args: Any, is_causal: bool = False, **kwargs: Any) -> Any:
         if q.device.type == "cuda" and q.dtype != torch.float32:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-        return attention(q, k, v, *args, is_causal=is_causal, **kwargs)
+        return attention(q, k, v, *args, is_causal=is_causal, **kwargs)  # type: ignore[misc]
 
     functional.scaled_dot_product_attention = chosen  # type: ignore[assignment]
 

@@ -96,7 +96,7 @@ class Record:
 class Recorder(TorchDispatchMode):
     """Sees every operator before the fake tensors do, and answers for those that need values."""
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record
 

@@ -106,8 +106,9 @@ def _run(case: dict[str, Any]) -> None:
             norm = engine.step(1e-4)
             RECORD.phase = "agreement" if last else ""
             agreement.put(step, 0, 0, loss.cross_entropy, norm)
-            *rest, _, copied = agreement._pending[-1]
-            agreement._pending[-1] = (*rest, torch.zeros(3), copied)  # with values, which are read a step later
+            number, position, _, copied = agreement._pending[-1]
+            # With values, which are read a step later.
+            agreement._pending[-1] = (number, position, torch.zeros(3), copied)
             agreement.take(everything=False)
         RECORD.phase = "snapshot"
         state = list(engine.optimizer.fragments())

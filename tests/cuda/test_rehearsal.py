@@ -47,7 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
 }
 """Each case, and how often its libraries may wait in a step of two micro-batches. The numbers only fall."""
-PLANTS = {plant: {"layout": {}, "plant": plant} for plant in ("tensor_on_the_host", "item")}
+PLANTS: dict[str, dict[str, Any]] = {plant: {"layout": {}, "plant": plant} for plant in ("tensor_on_the_host", "item")}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import random
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -40,7 +41,7 @@ TEXTS = _texts()
 SAMPLE = [text[:20_000] for name, text in TEXTS.items() if name != "any character"]
 
 
-def _sentencepiece(path: Path, **settings: object) -> Tokenizer:
+def _sentencepiece(path: Path, **settings: Any) -> Tokenizer:
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             vocab_size=2000,

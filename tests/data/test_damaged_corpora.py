@@ -73,7 +73,7 @@ def _edit_manifest(folder: Path, draw: random.Random) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def _rewrite(folder: Path, kind: str, change: Callable[[Path], None]) -> None:
+def _rewrite(folder: Path, kind: str, change: Callable[[Path], object]) -> None:
     """Changes a file of the first training shard and gives it the checksum that fits."""
     path = folder / "train" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -113,7 +113,7 @@ def _edit_index(folder: Path, draw: random.Random) -> None:
 
 def _no_index(folder: Path, draw: random.Random) -> None:
     contents = [b"", b"\0", b"PK\3\4", b"\x80\x04N.", draw.randbytes(3000), b"PK\5\6" + bytes(18)]
-    _rewrite(folder, "index", lambda file: file.write_bytes(draw.choice(contents[1:])) and None)
+    _rewrite(folder, "index", lambda file: file.write_bytes(draw.choice(contents[1:])))
 
 
 def _index_with_a_lie(folder: Path, draw: random.Random) -> None:
@@ -181,7 +181,7 @@ def _other_tokenizer(folder: Path, draw: random.Random) -> None:
     (folder / "tokenizer.model").write_bytes(draw.choice(contents))
 
 
-_DAMAGES = {
+_DAMAGES: dict[Callable[[Path, random.Random], None], int] = {
     _edit_manifest: 40, _edit_index: 25, _no_index: 6, _index_with_a_lie: 10, _edit_tar: 10, _odd_json: 10,
     _odd_files: 10, _swap: 1, _other_tokenizer: 6,
 }  # fmt: skip

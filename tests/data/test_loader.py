@@ -9,6 +9,7 @@ import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,7 +299,7 @@ def test_damage_stops_the_loader_with_one_line(prepared: Prepared, tmp_path: Pat
 class _CutOff:
     """Kills the worker that sends it, by which the connection breaks first."""
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> tuple[Any, ...]:
         return self._broken_connection, (os.getpid(),)
 
     @staticmethod

@@ -111,7 +111,7 @@ def test_every_epoch_has_each_target_once_through_changes_of_length(data: st.Dat
     stop = phases[-1][0] + 600
     found = _sequences(plan, stop)
     for source, count in enumerate(tokens):
-        read = Counter()
+        read: Counter[int] = Counter()
         for seq_len, s, pieces in found:
             assert sum(targets for _, targets in pieces) <= seq_len and all(targets > 0 for _, targets in pieces)
             if s == source:

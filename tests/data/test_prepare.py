@@ -17,6 +17,7 @@ from small_corpora import Prepared
 from triplane.data import content, encode
 from triplane.data.blocks import BLOCK_CHARS
 from triplane.data.corpus import Corpus
+from triplane.data.dedupe import Dedupe
 from triplane.data.inspect import describe
 from triplane.data.prepare import Progress, prepare
 from triplane.data.report import Rejected, Report
@@ -252,7 +253,8 @@ def test_a_long_document_is_encoded_in_parts(
     (source / "bad.txt").write_bytes(text.encode() + b"\xff")
     (source / "run.txt").write_text("e" * 2_300_000)
     model = prepared.folder / "tokenizer.model"
-    for dedupe, processes in (("none", 2), ("near", 1)):
+    cases: tuple[tuple[Dedupe, int], ...] = (("none", 2), ("near", 1))
+    for dedupe, processes in cases:
         out = tmp_path / dedupe
         report = prepare([str(source)], out, model, 0.3, 100_000, processes, dedupe=dedupe)
         documents = [text for split in ("train", "validation") for text in describe(out, 9)[split]["first_documents"]]

@@ -16,6 +16,7 @@ import pytest
 from small_corpora import Prepared
 
 from triplane.data.corpus import Corpus
+from triplane.data.dedupe import Dedupe
 from triplane.data.prepare import prepare
 from triplane.data.raw import ensure_corpus
 from triplane.storage.errors import DataError
@@ -59,7 +60,7 @@ def test_twenty_kills_leave_no_trace(prepared: Prepared, tmp_path: Path) -> None
         run = fork.Process(target=_prepare_in_session, args=(source, out, model))
         run.start()
         run.join(draw.uniform(0.05, 0.5) * duration_s)
-        if run.exitcode is None:
+        if run.exitcode is None and run.pid is not None:
             os.kill(run.pid, signal.SIGKILL)
         run.join()
         kills += run.exitcode == -signal.SIGKILL
@@ -77,7 +78,7 @@ def test_twenty_kills_leave_no_trace(prepared: Prepared, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "whole"]
 
 
-def _interrupt(prepared: Prepared, tmp_path: Path, dedupe: str = "exact") -> tuple[Path, Path, Path]:
+def _interrupt(prepared: Prepared, tmp_path: Path, dedupe: Dedupe = "exact") -> tuple[Path, Path, Path]:
     """Leaves the partial folder of a run that stopped after some shards."""
     source, model, out = _source(prepared, tmp_path), prepared.folder / "tokenizer.model", tmp_path / "out"
 

@@ -12,8 +12,9 @@ import os
 import subprocess
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow
@@ -45,7 +46,7 @@ def _write_tar(path: Path, texts: list[str], member: str) -> None:
             tar.write({"__key__": f"a/{i:05d}", member: text if member == "txt" else {"text": text}, "cls": i})
 
 
-def _write_parquet(path: Path, texts: list[str | None]) -> None:
+def _write_parquet(path: Path, texts: Sequence[str | None]) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), path, row_group_size=700)
 
 
@@ -153,21 +154,30 @@ def test_names_in_a_tar_cannot_move_the_cursor(tmp_path: Path) -> None:
     assert [item.name for item in _read(tmp_path / "a.tar")[1]] == [f"{tmp_path}/a.tar:\\x1b[2J\\né.txt"]
 
 
+def _unexpected(rejection: Rejection) -> None:
+    pytest.fail(str(rejection))
+
+
 def test_the_bound_of_a_row_is_that_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     nested = [{"a": 1, "b": "x" * 5000}] * 4
     pyarrow.parquet.write_table(pyarrow.table({"nested": nested, "text": ["short"] * 4}), path)
-    files = find_files([str(path)], pytest.fail)
+    files = find_files([str(path)], _unexpected)
     limits = Limits(document_bytes=1000)
     assert [record.content for record in read_records(files, "text", Position(), limits)] == [b"short"] * 4
     pyarrow.parquet.write_table(pyarrow.table({"nested": [{"a": 1, "b": 2}], "text": ["x" * 5000]}), path)
     with pytest.raises(DataError, match=r"row group 0: 5,\d+ bytes a row, more than the 1,000 that are read"):
-        list(read_records(find_files([str(path)], pytest.fail), "text", Position(), limits))
+        list(read_records(find_files([str(path)], _unexpected), "text", Position(), limits))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 def test_compressed_tables(tmp_path: Path, suffix: str) -> None:
-    compress = {".gz": gzip.compress, ".zst": zstd.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    compress: Any = {
+        ".gz": gzip.compress,
+        ".zst": zstd.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }[suffix]
     _write_parquet(tmp_path / "rows", [*TEXTS])
     _write_dataset(tmp_path / "data", TEXTS)
     tables = {"1.parquet": tmp_path / "rows", "2.arrow": min((tmp_path / "data").glob("data-*"))}

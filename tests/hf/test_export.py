@@ -1,8 +1,10 @@
 """Exports as transformers reads them, and planted errors that must not be published."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -10,10 +12,12 @@ import tokenizers
 import torch
 from json_tokenizers import QWEN2, byte_level
 from small_models import packed, random_documents, random_weights, small_config
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from triplane.checkpoint.parent import Parent
 from triplane.data.open_tokenizer import open_tokenizer
+from triplane.data.tokenizer import Tokenizer
 from triplane.hf import export as export_module
 from triplane.hf import folder as hf_folder
 from triplane.hf import verify
@@ -30,7 +34,7 @@ PROVENANCE = {"run": "first", "step": "1000", "corpus": "sha256:0123", "layout":
 
 
 @pytest.fixture(scope="module")
-def tokenizer_model(tmp_path_factory):
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -49,10 +53,10 @@ def tokenizer_model(tmp_path_factory):
 
 
 @pytest.fixture
-def publish(tokenizer_model, tmp_path):
+def publish(tokenizer_model: Path, tmp_path: Path) -> Callable[..., Any]:
     """Exports a small model to `tmp_path / "model"`; returns its config, weights, report and folder."""
 
-    def run(dtype=torch.float32, weights=None, **changes):
+    def run(dtype: torch.dtype = torch.float32, weights: dict[str, Tensor] | None = None, **changes: Any) -> Any:
         config = small_config(vocab_size=VOCAB, **changes)
         weights = random_weights(config) if weights is None else weights
         report = export(weights, config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", dtype, PROVENANCE)
@@ -72,7 +76,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_transformers_computes_our_logits(publish, changes, dtype):
+def test_transformers_computes_our_logits(
+    publish: Callable[..., Any], changes: dict[str, Any], dtype: torch.dtype
+) -> None:
     config, weights, report, folder = publish(dtype, **changes)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
     sequences = random_documents(config, [60, 60], seed=1)
@@ -87,18 +93,19 @@ def test_transformers_computes_our_logits(publish, changes, dtype):
     assert report.transformers_difference < 1e-5 < report.largest_logit
 
 
-def test_transformers_generates_the_same_text(publish, tokenizer_model):
+def test_transformers_generates_the_same_text(publish: Callable[..., Any], tokenizer_model: Path) -> None:
     config, weights, _, folder = publish()
     prompt = AutoTokenizer.from_pretrained(folder).encode("The tokens")
     assert prompt == [1, *sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model)).encode("The tokens")]
-    theirs = AutoModelForCausalLM.from_pretrained(folder).generate(
+    reference: Any = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = reference.generate(
         torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     ours = generate(next_logits(load_model(config, weights, torch.float32)), prompt, 16, 0, None, 0, None)
     assert theirs[0, len(prompt) :].tolist() == ours
 
 
-def test_the_folder_is_whole_and_says_where_it_came_from(publish, tmp_path):
+def test_the_folder_is_whole_and_says_where_it_came_from(publish: Callable[..., Any], tmp_path: Path) -> None:
     *_, report, folder = publish(torch.bfloat16)
     assert {path.name for path in folder.iterdir()} == {
         *("README.md", "config.json", "generation_config.json", "model.safetensors"),
@@ -111,7 +118,7 @@ def test_the_folder_is_whole_and_says_where_it_came_from(publish, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_large_models_are_sharded(publish, monkeypatch):
+def test_large_models_are_sharded(publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_weights, "_SHARD_BYTES", 80_000)
     _, weights, report, folder = publish()
     files = sorted(folder.glob("*.safetensors"))
@@ -124,7 +131,7 @@ def test_large_models_are_sharded(publish, monkeypatch):
     assert report.transformers_difference < 1e-5
 
 
-def permuted_rows(tensors, path, metadata):
+def permuted_rows(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """The old rotary layout: pairs (2i, 2i + 1) of each query head."""
     name = "model.layers.1.self_attn.q_proj.weight"
     q = tensors[name].view(6, 2, 4, 48).transpose(1, 2).reshape(48, 48)
@@ -134,11 +141,11 @@ def permuted_rows(tensors, path, metadata):
 hf_weights_save = hf_weights.save_file
 
 
-def altered_config(**changes):
+def altered_config(**changes: Any) -> Callable[..., Any]:
     """The right config.json but for `changes`."""
     right = export_module.hf_config
 
-    def wrong(*args):
+    def wrong(*args: Any) -> Any:
         return right(*args) | changes
 
     return wrong
@@ -154,18 +161,22 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED.keys())
-def test_a_wrong_export_is_not_published(publish, monkeypatch, tmp_path, planted):
+def test_a_wrong_export_is_not_published(
+    publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, planted: str
+) -> None:
     monkeypatch.setattr(*planted)
     with pytest.raises(CheckpointError, match=r"Read by triplane, .* nothing was published"):
         publish()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_only_transformers_reads_otherwise_is_not_published(publish, monkeypatch, tmp_path):
+def test_what_only_transformers_reads_otherwise_is_not_published(
+    publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Gate and up swapped both ways: our reader swaps them back."""
     swap = {"mlp.gate_proj": "mlp.up_proj", "mlp.up_proj": "mlp.gate_proj"}
 
-    def swapped(name):
+    def swapped(name: str) -> str:
         return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
 
     to_hf = hf_weights.to_hf_name
@@ -176,11 +187,11 @@ def test_what_only_transformers_reads_otherwise_is_not_published(publish, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def planted(**changes):
+def planted(**changes: Any) -> Callable[..., None]:
     """Writes the right tokenizer but for `changes` of its files' keys."""
     right = export_module.write_hf_tokenizer
 
-    def write(tokenizer, folder, context):
+    def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         right(tokenizer, folder, context)
         for name, keys in changes.items():
             path = folder / f"{name}.json"
@@ -204,14 +215,18 @@ def planted(**changes):
     ],
     ids=["text", "class", "bos"],
 )
-def test_another_tokenization_is_not_published(publish, monkeypatch, tmp_path, changes, expected):
+def test_another_tokenization_is_not_published(
+    publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
     monkeypatch.setattr(export_module, "write_hf_tokenizer", planted(**changes))
     with pytest.raises(CheckpointError, match=expected):
         publish()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_card_names_the_parent_and_the_rules_of_the_tokenizer(publish, tokenizer_model, tmp_path):
+def test_the_card_names_the_parent_and_the_rules_of_the_tokenizer(
+    publish: Callable[..., Any], tokenizer_model: Path, tmp_path: Path
+) -> None:
     *_, folder = publish()
     card = (folder / "README.md").read_text()
     assert "trained from scratch" in card and "license:" not in card
@@ -226,7 +241,7 @@ def test_the_card_names_the_parent_and_the_rules_of_the_tokenizer(publish, token
     assert 'base_model: "someone/theirs"\nlicense: apache-2.0\n---\n' in card
 
 
-def test_a_tokenizer_json_goes_out_as_it_came(tmp_path):
+def test_a_tokenizer_json_goes_out_as_it_came(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     path = byte_level(tmp_path / "in" / "tokenizer.json", QWEN2)
     tokenizer = open_tokenizer(path)
@@ -239,15 +254,17 @@ def test_a_tokenizer_json_goes_out_as_it_came(tmp_path):
     assert "put it before yours" in (tmp_path / "out/README.md").read_text()
 
 
-def test_the_card_of_a_tokenizer_without_letters_is_told(tmp_path):
+def test_the_card_of_a_tokenizer_without_letters_is_told(tmp_path: Path) -> None:
     library = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "1": 1}, []))
     library.add_special_tokens(["</s>"])
     library.save(str(tmp_path / "tokenizer.json"))
     assert "put it before yours" in export_module._begins_with_bos(open_tokenizer(tmp_path), tmp_path)
 
 
-def test_an_export_that_turns_into_nan_is_not_published(publish, monkeypatch):
-    def damaged(tensors, path, metadata):
+def test_an_export_that_turns_into_nan_is_not_published(
+    publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         hf_weights_save({name: tensor / 0 for name, tensor in tensors.items()}, path, metadata=metadata)
 
     monkeypatch.setattr(hf_weights, "save_file", damaged)
@@ -255,7 +272,7 @@ def test_an_export_that_turns_into_nan_is_not_published(publish, monkeypatch):
         publish()
 
 
-def test_weights_that_are_not_finite_are_not_published(publish, tmp_path):
+def test_weights_that_are_not_finite_are_not_published(publish: Callable[..., Any], tmp_path: Path) -> None:
     weights = random_weights(small_config(vocab_size=VOCAB))
     weights["blocks.0.attention.wo.weight"][0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="As float32, the logits are not finite"):
@@ -263,7 +280,7 @@ def test_weights_that_are_not_finite_are_not_published(publish, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_transformers_the_report_says_so(publish, monkeypatch):
+def test_without_transformers_the_report_says_so(publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = verify.importlib.util.find_spec
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: name != "transformers" and find_spec(name))
     *_, report, folder = publish()
@@ -271,14 +288,16 @@ def test_without_transformers_the_report_says_so(publish, monkeypatch):
     assert "transformers is not installed" in (folder / "README.md").read_text()
 
 
-def test_where_memory_is_too_small_for_transformers_the_report_says_so(publish, monkeypatch):
+def test_where_memory_is_too_small_for_transformers_the_report_says_so(
+    publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     *_, report, folder = publish()
     assert report.transformers_difference is None
     assert "transformers needs 0 GiB, 0 are free, so it has not read" in (folder / "README.md").read_text()
 
 
-def test_a_full_disk_is_a_line_and_leaves_nothing(tokenizer_model, small_disk):
+def test_a_full_disk_is_a_line_and_leaves_nothing(tokenizer_model: Path, small_disk: Path) -> None:
     config = small_config(vocab_size=VOCAB, hidden_dim=1000)
     tokenizer = open_tokenizer(tokenizer_model)
     with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left on device.*; make room"):
@@ -286,14 +305,16 @@ def test_a_full_disk_is_a_line_and_leaves_nothing(tokenizer_model, small_disk):
     assert list(small_disk.iterdir()) == []
 
 
-def test_an_existing_folder_is_refused(publish, tmp_path):
+def test_an_existing_folder_is_refused(publish: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match="model exists; remove it"):
         publish()
     assert list((tmp_path / "model").iterdir()) == []
 
 
-def test_another_models_tokenizer_or_weights_are_refused(publish, tokenizer_model, tmp_path):
+def test_another_models_tokenizer_or_weights_are_refused(
+    publish: Callable[..., Any], tokenizer_model: Path, tmp_path: Path
+) -> None:
     config = small_config(vocab_size=VOCAB - 1)
     with pytest.raises(CheckpointError, match="has 400 tokens, the model 399"):
         export(

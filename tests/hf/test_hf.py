@@ -1,6 +1,8 @@
 """Names and config in Hugging Face's terms, there and back, and as transformers reads them."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_facto
 SCALINGS = pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3], ids=["plain", "linear", "llama3"])
 
 
-def test_names_are_llamas():
+def test_names_are_llamas() -> None:
     with torch.device("meta"):
         ours = [name for name, _ in Transformer(small_config()).named_parameters()]
         theirs = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2)).state_dict().keys()
@@ -29,7 +31,7 @@ def test_names_are_llamas():
 
 @SCALINGS
 @pytest.mark.parametrize("tie", [False, True])
-def test_config_comes_back(scaling, tie):
+def test_config_comes_back(scaling: RopeScaling | None, tie: bool) -> None:
     config = small_config(
         rope_scaling=scaling, rope_base=5e5, tie_embeddings=tie, norm_eps=1e-6, init_std=0.01, head_dim=16
     )
@@ -43,7 +45,7 @@ def test_config_comes_back(scaling, tie):
 
 @SCALINGS
 @pytest.mark.parametrize("dropped", [(), ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")])
-def test_transformers_reads_each_form_alike(scaling, dropped, tmp_path):
+def test_transformers_reads_each_form_alike(scaling: RopeScaling | None, dropped: str, tmp_path: Path) -> None:
     config = small_config(rope_scaling=scaling, rope_base=5e5)
     written = hf_config(config, 128, 1, None, torch.bfloat16)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in dropped}))
@@ -59,7 +61,7 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "i
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_that_are_left_out_have_the_value_that_transformers_takes(family, tmp_path):
+def test_keys_that_are_left_out_have_the_value_that_transformers_takes(family: str, tmp_path: Path) -> None:
     """Written with the sizes alone, and in full by transformers."""
     window = {"sliding_window": None} if family == "mistral" else {}
     sizes = SIZES | {"model_type": family, "num_attention_heads": 64, "hidden_size": 128} | window
@@ -70,7 +72,7 @@ def test_keys_that_are_left_out_have_the_value_that_transformers_takes(family, t
     assert parse_hf_config(sizes, "").max_position_embeddings == full["max_position_embeddings"]
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Any, str]] = {
     "no table": ([], "holds no table"),
     "nothing": (None, "holds no table"),
     "no type": ({"model_type": ...}, "no model_type; this model reads llama"),
@@ -123,7 +125,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_the_model_cannot_compute_is_refused(changes, expected):
+def test_what_the_model_cannot_compute_is_refused(changes: dict[str, Any], expected: str) -> None:
     content = changes
     if isinstance(changes, dict):
         content = hf_config(small_config(), 128, 1, 2, torch.float32) | changes
@@ -146,19 +148,19 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED.keys())
-def test_what_makes_no_difference_is_accepted(changes):
+def test_what_makes_no_difference_is_accepted(changes: dict[str, Any]) -> None:
     config = small_config(norm_eps=1e-6)
     content = hf_config(config, 128, 1, 2, torch.float32) | changes
     assert from_hf_config({key: value for key, value in content.items() if value is not ...}) == config
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "max_window_layers": 2}], ids=str)
-def test_a_qwen2_whose_layers_have_no_window_is_accepted(changes):
+def test_a_qwen2_whose_layers_have_no_window_is_accepted(changes: dict[str, Any]) -> None:
     content = hf_config(small_config(), 128, 1, 2, torch.float32) | {"model_type": "qwen2", "sliding_window": 64}
     assert from_hf_config(content | changes) == small_config(qkv_bias=True)
 
 
-def test_a_width_that_transformers_refuses_is_refused():
+def test_a_width_that_transformers_refuses_is_refused() -> None:
     with pytest.raises(ModelError, match=r"model.dim \(50\) must be a multiple of model.n_heads \(6\)"):
         hf_config(small_config(dim=50), 128, 1, 2, torch.float32)
     with pytest.raises(StrictDataclassError, match="multiple of the number of attention heads"):

@@ -3,6 +3,7 @@
 import random
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -32,7 +33,7 @@ ODD_TEXTS = [
     "aaaaaaaaaaaaaaaaaaaaa ababababababababa =========----======== ((((((())))))) ______",
     "\U0010ffff \ud7ff \ue000",
 ]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
     "split_digits": True,
@@ -45,6 +46,10 @@ SETTINGS = {
     "num_threads": 1,
     "minloglevel": 2,
 }
+
+
+Tokenizers = tuple[sentencepiece.SentencePieceProcessor, Any]
+"""Sentencepiece's and Hugging Face's of one model."""
 
 
 def library_sources(megabytes: float) -> list[str]:
@@ -62,7 +67,7 @@ def library_sources(megabytes: float) -> list[str]:
     return texts
 
 
-def train(path: Path, documents: list[str], **changes) -> Path:
+def train(path: Path, documents: list[str], **changes: Any) -> Path:
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(documents), model_writer=file, **(SETTINGS | changes)
@@ -85,11 +90,11 @@ def read(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def documents():
+def documents() -> list[str]:
     return library_sources(2)
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "runs of spaces": {"allow_whitespace_only_pieces": True},
     "a space before the text": {"add_dummy_prefix": True},
@@ -99,8 +104,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
-def tokenizers(request, documents, tmp_path_factory):
+@pytest.fixture(scope="module", params=list(KINDS.values()), ids=list(KINDS))
+def tokenizers(
+    request: pytest.FixtureRequest, documents: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizers:
     """Sentencepiece's and Hugging Face's tokenizer of the same model."""
     folder = tmp_path_factory.mktemp("tokenizer")
     model = train(folder / "source.model", documents[: len(documents) // 4], vocab_size=2048, **request.param)
@@ -121,7 +128,7 @@ def is_unigram(tokenizer: PreTrainedTokenizerFast) -> bool:
     return type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"
 
 
-def test_documents_encode_and_decode_alike(tokenizers, documents):
+def test_documents_encode_and_decode_alike(tokenizers: Tokenizers, documents: list[str]) -> None:
     ours, theirs = tokenizers
     assert len(documents) > 60
     for text in documents:
@@ -130,7 +137,7 @@ def test_documents_encode_and_decode_alike(tokenizers, documents):
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS, ids=ascii)
-def test_odd_texts_encode_and_decode_alike(tokenizers, text):
+def test_odd_texts_encode_and_decode_alike(tokenizers: Tokenizers, text: str) -> None:
     ours, theirs = tokenizers
     ids = encode(ours, text)
     if ours.decode(ids) != text:
@@ -139,7 +146,7 @@ def test_odd_texts_encode_and_decode_alike(tokenizers, text):
     assert theirs.decode(ids) == ours.decode(ids) == text
 
 
-def test_random_cuts_encode_and_decode_alike(tokenizers, documents):
+def test_random_cuts_encode_and_decode_alike(tokenizers: Tokenizers, documents: list[str]) -> None:
     """Starts in the middle of words and of runs of spaces, and odd characters among them."""
     ours, theirs = tokenizers
     draw = random.Random(1)
@@ -151,7 +158,7 @@ def test_random_cuts_encode_and_decode_alike(tokenizers, documents):
             assert_alike(ours, theirs, text)
 
 
-def test_special_tokens_survive_tuning_and_the_sentencepiece_names_are_text(tokenizers):
+def test_special_tokens_survive_tuning_and_the_sentencepiece_names_are_text(tokenizers: Tokenizers) -> None:
     ours, theirs = tokenizers
     assert len(theirs) == theirs.vocab_size == ours.vocab_size()
     special = {"<|unk|>": 0, "<|bos|>": 1, "<|eos|>": 2, "<|pad|>": 3, "<|end|>": 4}
@@ -167,7 +174,7 @@ def test_special_tokens_survive_tuning_and_the_sentencepiece_names_are_text(toke
     assert theirs.decode(framed, skip_special_tokens=True) == ours.decode(framed) == "text"
 
 
-def test_an_exported_tokenizer_can_prepare_a_corpus(tokenizers):
+def test_an_exported_tokenizer_can_prepare_a_corpus(tokenizers: Tokenizers) -> None:
     ours, theirs = tokenizers
     again = open_tokenizer(Path(theirs.name_or_path) / "tokenizer.json")
     for text in ("<|bos|> in <|eos|> text <|unk|><|end|>", "a <0x41> b <0x0A>", *ODD_TEXTS):
@@ -176,20 +183,20 @@ def test_an_exported_tokenizer_can_prepare_a_corpus(tokenizers):
             assert again.decode(again.encode(text)) == text
 
 
-def test_texts_are_padded_and_cut_to_the_context(tokenizers):
+def test_texts_are_padded_and_cut_to_the_context(tokenizers: Tokenizers) -> None:
     _, theirs = tokenizers
     padded = theirs(["a", "a b c d e f"], padding=True)
     assert padded["input_ids"][0][-1] == theirs.pad_token_id != theirs.eos_token_id
     assert len(theirs("word " * 500, truncation=True)["input_ids"]) == theirs.model_max_length == 64
 
 
-def test_without_a_pad_token_what_is_unknown_pads(documents, tmp_path):
+def test_without_a_pad_token_what_is_unknown_pads(documents: list[str], tmp_path: Path) -> None:
     model = train(tmp_path / "source.model", documents[:3], vocab_size=500, pad_id=-1)
     write_hf_tokenizer(open_tokenizer(model), tmp_path, 64)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == 0
 
 
-def test_a_name_that_the_vocabulary_holds_is_not_given_to_a_special_token(documents, tmp_path):
+def test_a_name_that_the_vocabulary_holds_is_not_given_to_a_special_token(documents: list[str], tmp_path: Path) -> None:
     model = train(tmp_path / "source.model", documents[:3], vocab_size=500, user_defined_symbols=["<|eos|>"])
     write_hf_tokenizer(open_tokenizer(model), tmp_path, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -208,7 +215,9 @@ def test_a_name_that_the_vocabulary_holds_is_not_given_to_a_special_token(docume
     ],
     ids=str,
 )
-def test_tokenizers_without_an_equal_are_refused(changes, named, documents, tmp_path):
+def test_tokenizers_without_an_equal_are_refused(
+    changes: dict[str, Any], named: str, documents: list[str], tmp_path: Path
+) -> None:
     model = train(tmp_path / "source.model", documents[:3], **{"vocab_size": 500, **changes})
     with pytest.raises(DataError, match=named):
         write_hf_tokenizer(open_tokenizer(model), tmp_path / "out", 64)

@@ -5,8 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_raw_tars_are_tokenized_once_and_trained_on(folder: Path, prepared: Prep
 
 
 def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -> None:
-    first_of_two = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    first_of_two: dict[str, Any] = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     result = triplane("train", "small.toml", "parallel.tp=2", "parallel.dp=3", cwd=folder, **first_of_two)
     assert "dp (3) x tp (2) x pp (1) = 6, but 2 ranks" in refused(result)
 
@@ -193,7 +193,7 @@ def test_all_mistakes_are_told_at_once(folder: Path) -> None:
 
 
 @pytest.fixture
-def damaged(folder: Path, prepared: Prepared, tmp_path: Path) -> Iterator[Path]:
+def damaged(folder: Path, prepared: Prepared, tmp_path: Path) -> Path:
     copy = tmp_path / "corpus"
     shutil.copytree(prepared.folder, copy)
     return copy

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import small_run
@@ -16,7 +17,7 @@ from triplane.plan.shares import parameters, rank_kinds
 from triplane.storage.errors import ConfigError
 
 
-def config_file(prepared: Prepared, folder: Path, **layout) -> Path:
+def config_file(prepared: Prepared, folder: Path, **layout: Any) -> Path:
     model = {"n_layers": 8, "head_dim": 16, "hidden_dim": 96}
     training = {"global_batch_size": 1024, "eval_sequences": 1024, "precision": "bf16"}
     path = folder / "run.toml"
@@ -33,7 +34,9 @@ def config_file(prepared: Prepared, folder: Path, **layout) -> Path:
         ({"cp": 4, "dp": 8, "fp8": True}, 32),
     ],
 )
-def test_a_rank_of_each_kind_has_the_parameters_that_the_plan_counts(prepared, tmp_path, capfd, layout, ranks):
+def test_a_rank_of_each_kind_has_the_parameters_that_the_plan_counts(
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str], layout: dict[str, Any], ranks: int
+) -> None:
     path = config_file(prepared, tmp_path, **layout)
     dry_run(path, [], ranks)
     printed = capfd.readouterr().out
@@ -43,14 +46,14 @@ def test_a_rank_of_each_kind_has_the_parameters_that_the_plan_counts(prepared, t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_wrong_shape_is_an_error(prepared, tmp_path, monkeypatch):
+def test_a_wrong_shape_is_an_error(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron, "gather_tokens", lambda x_TD, mesh: x_TD)
     path = config_file(prepared, tmp_path, tp=2, sequence_parallel=True, dp=8)
     with pytest.raises(RuntimeError, match="broadcast"):
         dry_run(path, [], 16)
 
 
-def test_a_layout_that_does_not_fit_is_refused(prepared, tmp_path):
+def test_a_layout_that_does_not_fit_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     path = config_file(prepared, tmp_path, tp=2, dp=8)
     with pytest.raises(ConfigError, match=r"dp \(8\) x tp \(2\) x pp \(1\) = 16, but 7 ranks"):
         dry_run(path, [], 7)

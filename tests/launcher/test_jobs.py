@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import held_by_another, small_run
@@ -29,7 +30,9 @@ def run_dir(tmp_path: Path) -> Path:
     run_dir.mkdir(parents=True)
     (run_dir / "config.toml").write_text("[training]\nsteps = 40\n")
     now = time.time()
-    lines = [{"step": step, "time": now, "loss": 5.0 - step / 10, "step_time_s": 0.1} for step in range(1, 13)]
+    lines: list[dict[str, Any]] = [
+        {"step": step, "time": now, "loss": 5.0 - step / 10, "step_time_s": 0.1} for step in range(1, 13)
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run_dir / "metrics.jsonl").write_text(text + '{"step": 13, "time"')  # being written
     events = [("start", 0), ("save", 5), ("resume", 5), ("save", 10)]
@@ -203,6 +206,7 @@ def test_a_run_on_this_machine_saves_and_leaves(prepared: Prepared, tmp_path: Pa
             assert process.wait(10) == 0
         finally:
             process.kill()
-    assert read_status(tmp_path / "run").last_event["event"] == "end"
+    last_event = read_status(tmp_path / "run").last_event
+    assert last_event is not None and last_event["event"] == "end"
     with pytest.raises(LaunchError, match="it is not running: stopped"):
         cancel(tmp_path / "run")

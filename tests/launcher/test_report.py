@@ -62,7 +62,7 @@ def screenshot(page: Path, size: tuple[int, int], *options: object) -> dict[tupl
     with Image.open(picture) as image:
         colours = image.convert("RGB").getcolors(1 << 24)
     assert colours is not None
-    return {colour: count for count, colour in colours}
+    return {colour: count for count, colour in colours if isinstance(colour, tuple) and len(colour) == 3}
 
 
 def test_it_says_what_happened_and_escapes_it(report: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
 LENGTHS = {"ragged": [5, 17, 1, 9], "equal": [8, 8, 8, 8], "one": [32]}
 
 
-def attention_operators(device: str, dtype: torch.dtype, lengths: list[int], **changes) -> set[str]:
+def attention_operators(device: str, dtype: torch.dtype, lengths: list[int], **changes: Any) -> set[str]:
     """Names of the attention operators that a forward and backward pass of a model dispatches to."""
     config = small_config(**changes)
     model = small_model(config).to(device, dtype)
@@ -48,7 +49,7 @@ def attention_operators(device: str, dtype: torch.dtype, lengths: list[int], **c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_the_cpu_runs_the_flash_kernel_both_ways(lengths, n_kv_heads, dtype):
+def test_the_cpu_runs_the_flash_kernel_both_ways(lengths: list[int], n_kv_heads: int, dtype: torch.dtype) -> None:
     operators = attention_operators("cpu", dtype, lengths, n_kv_heads=n_kv_heads)
     assert operators >= CPU_KERNELS
     assert "aten::_scaled_dot_product_attention_math" not in operators
@@ -56,7 +57,7 @@ def test_the_cpu_runs_the_flash_kernel_both_ways(lengths, n_kv_heads, dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its flash kernels are not checked here")
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_cuda_runs_a_flash_kernel_both_ways(lengths):
+def test_cuda_runs_a_flash_kernel_both_ways(lengths: list[int]) -> None:
     operators = attention_operators("cuda", torch.bfloat16, lengths)
     flash = {name for name in operators if "flash" in name or "cudnn" in name or "varlen" in name}
     assert any(name.endswith("backward") for name in flash), operators
@@ -64,13 +65,13 @@ def test_cuda_runs_a_flash_kernel_both_ways(lengths):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_attend_is_masked_softmax_with_its_gradients(lengths):
+def test_attend_is_masked_softmax_with_its_gradients(lengths: list[int]) -> None:
     total = sum(lengths)
     q, k, v = (torch.randn(total, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
     segment_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     visible_TT = (segment_T[:, None] == segment_T).tril()
 
-    def plain():
+    def plain() -> Any:
         k_THK, v_THK = (x.repeat_interleave(3, dim=1) for x in (k, v))
         scores_HTT = torch.einsum("thk,shk->hts", q, k_THK) / 8**0.5
         weights_HTT = scores_HTT.masked_fill(~visible_TT, float("-inf")).softmax(dim=-1)
@@ -85,6 +86,6 @@ def test_attend_is_masked_softmax_with_its_gradients(lengths):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_grouped_queries_need_no_argument_that_older_torch_lacks():
+def test_grouped_queries_need_no_argument_that_older_torch_lacks() -> None:
     ran = subprocess.run([sys.executable, "-c", OLD_SIGNATURE], capture_output=True, text=True)
     assert ran.stdout == "(8, 4, 16)\n", ran.stderr

@@ -15,7 +15,7 @@ LENGTHS = [
 
 @pytest.mark.slow
 @torch._dynamo.config.patch(disable=False)  # the other tests compile nothing
-def test_compiled_blocks_train_as_eager_ones_and_other_documents_do_not_recompile():
+def test_compiled_blocks_train_as_eager_ones_and_other_documents_do_not_recompile() -> None:
     config = small_config(n_layers=3)
     eager, compiled = small_model(config), small_model(config)
     compile_blocks(compiled)

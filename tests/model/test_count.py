@@ -1,5 +1,7 @@
 """Counts from the config against the module itself."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_models import packed, random_documents, small_config, small_model
@@ -11,13 +13,13 @@ from triplane.model.transformer import Transformer
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"head_dim": 16, "n_kv_heads": 6}], ids=str)
-def test_parameters_are_those_of_the_module(changes):
+def test_parameters_are_those_of_the_module(changes: dict[str, Any]) -> None:
     config = small_config(**changes)
     with torch.device("meta"):
         assert count_parameters(config) == sum(p.numel() for p in Transformer(config).parameters())
 
 
-def test_a_published_size():
+def test_a_published_size() -> None:
     """Llama 3.1 8B has 8,030,261,248 parameters."""
     heads = {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128}
     config = small_config(vocab_size=128_256, dim=4096, n_layers=32, hidden_dim=14_336, **heads)
@@ -25,7 +27,7 @@ def test_a_published_size():
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"head_dim": 16, "n_kv_heads": 6}], ids=str)
-def test_flops_are_those_of_the_operators(changes):
+def test_flops_are_those_of_the_operators(changes: dict[str, Any]) -> None:
     config, seq_len = small_config(**changes), 32
     batch = packed(random_documents(config, [seq_len, seq_len]))
     # The counter sees matrix products, so attention must run as such; the mask saves none of them.

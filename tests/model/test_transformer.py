@@ -1,10 +1,12 @@
 """The network against transformers' Llama, and its segments against each other."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from small_models import llama, packed, random_documents, random_weights, small_config, small_model
+from torch import Tensor
 
 from triplane.model.batch import Batch
 from triplane.model.build import load_model, streamed_logits
@@ -14,7 +16,7 @@ from triplane.storage.errors import ModelError
 
 # Of the four frequencies one stays, one is blended and two are divided.
 LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "one key head": {"n_kv_heads": 1},
     "all key heads": {"n_kv_heads": 6},
@@ -29,7 +31,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_logits_equal_llama(changes):
+def test_logits_equal_llama(changes: dict[str, Any]) -> None:
     config = small_config(**changes)
     weights = random_weights(config)
     sequences = random_documents(config, [48, 48])
@@ -41,14 +43,14 @@ def test_logits_equal_llama(changes):
 
 
 @pytest.mark.parametrize("variant", ["grouped", "rope base", "linear scaling"])
-def test_frequencies_are_llamas_to_the_last_bit(variant):
+def test_frequencies_are_llamas_to_the_last_bit(variant: str) -> None:
     config = small_config(**{"head_dim": 128} | VARIANTS[variant])
     expected = llama(config, random_weights(config)).model.rotary_emb.inv_freq
     assert torch.equal(frequencies(config, torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("variant", ["rope base", "linear scaling", "llama3 scaling"])
-def test_the_comparison_would_see_a_wrong_rope(variant):
+def test_the_comparison_would_see_a_wrong_rope(variant: str) -> None:
     right, wrong = small_config(), small_config(**VARIANTS[variant])
     weights, batch = random_weights(right), packed(random_documents(right, [48]))
     with torch.no_grad():
@@ -58,7 +60,7 @@ def test_the_comparison_would_see_a_wrong_rope(variant):
 
 
 @pytest.mark.parametrize("lengths", [[5, 17, 1, 9], [8, 8, 8]], ids=["ragged", "equal"])
-def test_packed_documents_equal_the_same_documents_alone(lengths):
+def test_packed_documents_equal_the_same_documents_alone(lengths: list[int]) -> None:
     config = small_config()
     model, documents = small_model(config), random_documents(config, lengths)
     with torch.no_grad():
@@ -69,7 +71,7 @@ def test_packed_documents_equal_the_same_documents_alone(lengths):
 
 @pytest.mark.parametrize("lengths", [[5, 17, 1, 9], [8, 8, 8, 8]], ids=["ragged", "equal"])
 @pytest.mark.parametrize("changed", range(4))
-def test_a_document_does_not_see_another(lengths, changed):
+def test_a_document_does_not_see_another(lengths: list[int], changed: int) -> None:
     config = small_config()
     model, documents = small_model(config), random_documents(config, lengths)
     others = [d if i != changed else (d + 1) % config.vocab_size for i, d in enumerate(documents)]
@@ -81,7 +83,7 @@ def test_a_document_does_not_see_another(lengths, changed):
 
 
 @pytest.mark.parametrize("lengths", [[5, 17, 1, 9], [8, 8, 8, 8]], ids=["ragged", "equal"])
-def test_a_token_does_not_see_its_successors(lengths):
+def test_a_token_does_not_see_its_successors(lengths: list[int]) -> None:
     config = small_config()
     model, documents = small_model(config), random_documents(config, lengths)
     batch = packed(documents)
@@ -95,14 +97,14 @@ def test_a_token_does_not_see_its_successors(lengths):
     assert not torch.equal(before[10], after[10])
 
 
-def test_positions_start_at_zero_in_each_segment():
+def test_positions_start_at_zero_in_each_segment() -> None:
     batch = Batch.build(torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), (0, 3, 4, 7))
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 1, 2]
     assert (batch.longest, batch.uniform) == (3, False)
     assert Batch.build(batch.tokens_T[:6], batch.targets_T[:6], (0, 3, 6)).uniform
 
 
-def test_a_run_of_blocks_continues_the_one_before():
+def test_a_run_of_blocks_continues_the_one_before() -> None:
     config = small_config()
     whole, first, last = (small_model(config) for _ in range(3))
     first.norm = first.head = last.embedding = None
@@ -112,20 +114,20 @@ def test_a_run_of_blocks_continues_the_one_before():
         assert torch.equal(last(batch, first(batch)).cross_entropy, whole(batch).cross_entropy)
 
 
-def test_load_model_ties_the_head_to_the_table():
+def test_load_model_ties_the_head_to_the_table() -> None:
     model = small_model(small_config(tie_embeddings=True))
     assert model.head.weight is model.embedding.weight
     assert "head.weight" not in dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_streamed_logits_hold_a_layer_at_a_time(tied):
+def test_streamed_logits_hold_a_layer_at_a_time(tied: bool) -> None:
     config = small_config(tie_embeddings=tied)
     batch, weights = packed(random_documents(config, [5, 9])), random_weights(config)
     held, most = set(), 0
 
     class Counted(dict):
-        def __getitem__(self, name):
+        def __getitem__(self, name: str) -> Tensor:
             nonlocal most
             memory = super().__getitem__(name).numpy().copy()  # which tensors over it keep alive
             held.add(name)
@@ -143,7 +145,7 @@ def test_streamed_logits_hold_a_layer_at_a_time(tied):
     assert torch.equal(streamed_logits(config, weights, torch.bfloat16, batch), expected)
 
 
-def test_load_model_refuses_weights_of_another_model():
+def test_load_model_refuses_weights_of_another_model() -> None:
     config = small_config()
     weights = random_weights(config)
     with pytest.raises(ModelError, match=r"1 names differ .* blocks\.2\.norm\.weight, is unknown among"):

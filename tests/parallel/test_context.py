@@ -1,7 +1,7 @@
 """Attention over the ranks of cp is that of one process, its output and its gradients."""
 
 from itertools import count, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -175,7 +175,7 @@ def test_a_ring_that_keeps_the_last_gradients_is_caught(monkeypatch: pytest.Monk
     """The comparison can fail: here the gradients of k and v do not take their last hop home."""
     pass_on, calls = ring.pass_on, count(1)
 
-    def keeping(x: Tensor, cp: Axis):
+    def keeping(x: Tensor, cp: Axis) -> Any:
         arrived = pass_on(x, cp)
         last = (cp.size - 1) + (cp.size - 1) + cp.size  # forward, backward, gradients
         return (lambda: arrived().copy_(x)) if next(calls) == last else arrived

@@ -33,18 +33,18 @@ def inputs(queries: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat1
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
 def test_output_lse_and_gradients(device: str, causal: bool) -> None:
-    *qkv, grad = inputs(KEYS if causal else QUERIES, device)
+    q, k, v, grad = inputs(KEYS if causal else QUERIES, device)
     runs = segments(device) if causal else None
-    out, lse = flash.forward(*qkv, runs)
-    found = [out, *flash.backward(grad, *qkv, out, lse, runs)]
+    out, lse = flash.forward(q, k, v, runs)
+    found = [out, *flash.backward(grad, q, k, v, out, lse, runs)]
 
-    q, k, v = (x.cpu().float().requires_grad_() for x in qkv)
+    q, k, v = (x.cpu().float().requires_grad_() for x in (q, k, v))
     ids_T = torch.zeros(KEYS, dtype=torch.int64)
     if causal:
         expected = attend(q, k, v, Batch.build(ids_T, ids_T, BOUNDS))
     else:
-        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        expected = F.scaled_dot_product_attention(*heads_first, enable_gqa=True)[0].transpose(0, 1)
+        q_1HTK, k_1GSK, v_1GSK = (x.transpose(0, 1)[None] for x in (q, k, v))
+        expected = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, enable_gqa=True)[0].transpose(0, 1)
         scores_HTS = torch.einsum("thk,shk->hts", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) / HEAD_DIM**0.5
         torch.testing.assert_close(lse.cpu(), scores_HTS.logsumexp(-1), rtol=0, atol=1e-2)
     gradients = torch.autograd.grad(expected, (q, k, v), grad.cpu().float())
@@ -61,16 +61,18 @@ def test_the_cuda_kernels_take_these_arguments(causal: bool) -> None:
     """Schemas and shapes only, on tensors without data, so that a machine without a GPU checks them too."""
     tensors, runs = inputs(KEYS if causal else QUERIES), segments("cpu") if causal else None
     with FakeTensorMode():
-        *qkv, grad = map(without_data, tensors)
+        q, k, v, grad = map(without_data, tensors)
         if runs is not None:
             runs = flash.Segments(without_data(runs.bounds_int32), runs.longest)
-        out, lse = flash.forward(*qkv, runs)
+        out, lse = flash.forward(q, k, v, runs)
         assert out.shape == grad.shape and lse.shape == (HEADS, len(grad)) and lse.dtype == torch.float32
-        grads = flash.backward(grad, *qkv, out, lse, runs)
-        assert [(x.shape, x.device.type) for x in grads] == [(x.shape, "cuda") for x in qkv]
+        grads = flash.backward(grad, q, k, v, out, lse, runs)
+        assert [(x.shape, x.device.type) for x in grads] == [(x.shape, "cuda") for x in (q, k, v)]
 
 
 def test_fp32_on_cuda_is_refused() -> None:
     tensors = inputs(QUERIES, dtype=torch.float32)
-    with FakeTensorMode(), pytest.raises(AssertionError, match="fp32"):
-        flash.forward(*map(without_data, tensors[:3]), None)
+    with FakeTensorMode():
+        q, k, v, _ = map(without_data, tensors)
+        with pytest.raises(AssertionError, match="fp32"):
+            flash.forward(q, k, v, None)

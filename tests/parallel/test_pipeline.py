@@ -1,6 +1,7 @@
 """Stages are balanced by cost, and hold each layer once."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -11,13 +12,13 @@ from triplane.storage.errors import LayoutError
 
 
 def config(n_layers: int, vocab_size: int) -> ModelConfig:
-    shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 128}
+    shape: dict[str, Any] = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 128}
     return ModelConfig(vocab_size=vocab_size, n_layers=n_layers, **shape)
 
 
 def costs(model: ModelConfig, sizes: list[int]) -> list[float]:
     head, block = head_flops(model), block_flops(model, 32)
-    costs = [size * block for size in sizes]
+    costs = [float(size * block) for size in sizes]
     costs[0] += 0.1 * head
     costs[-1] += head
     return costs

@@ -1,6 +1,7 @@
 """The plan's memory is what real ranks take, and its parameters are those that they hold."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from benchmark_scripts import benchmark
@@ -13,7 +14,7 @@ from triplane.plan.shares import Work, in_flight, parameters, pipeline
 memory = benchmark("memory")
 
 
-def work(micro_batches: int = 4, **layout) -> Work:
+def work(micro_batches: int = 4, **layout: Any) -> Work:
     return Work(small_config(n_layers=9), ParallelConfig(dp=1, **layout), 1, True, 2, micro_batches, 32)
 
 
@@ -30,7 +31,7 @@ def work(micro_batches: int = 4, **layout) -> Work:
         ({"pp": 2, "dp": 2}, 4, True),
     ],
 )
-def test_the_peak_of_real_ranks_is_as_predicted(layout, micro_batches, bf16):
+def test_the_peak_of_real_ranks_is_as_predicted(layout: dict[str, Any], micro_batches: int, bf16: bool) -> None:
     for name, measured, predicted in memory.compare(layout, micro_batches, bf16):
         # That of ZeRO 3 varies by a tenth from run to run, with how many reductions are under way at once.
         assert predicted.peak == pytest.approx(measured.peak, rel=0.2 if layout.get("zero") == 3 else 0.1), name
@@ -43,14 +44,14 @@ def test_the_peak_of_real_ranks_is_as_predicted(layout, micro_batches, bf16):
 
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
-def test_the_ranks_of_a_pipeline_hold_the_model(layout):
+def test_the_ranks_of_a_pipeline_hold_the_model(layout: dict[str, Any]) -> None:
     one = work(**layout)
     for model in (one.model, one.model.model_copy(update={"qkv_bias": True})):
         ranks = [parameters(replace(one, model=model), rank) for rank in pipeline(one)]
         assert sum(ranks) == count_parameters(model)
 
 
-def test_micro_batches_in_flight_are_those_of_the_schedules():
+def test_micro_batches_in_flight_are_those_of_the_schedules() -> None:
     assert [in_flight(work(8, pp=4), rank) for rank in pipeline(work(8, pp=4))] == [[4], [3], [2], [1]]
     assert [in_flight(work(2, pp=4), rank) for rank in pipeline(work(2, pp=4))] == [[2], [2], [2], [1]]
     # Warm-up of rank 0 of 2: two forwards before the last rank starts, two of the first stage, and one more.

@@ -29,7 +29,7 @@ def plan(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_run_without_a_fault(prepared: Prepared, tmp_path: Path):
+def test_a_run_without_a_fault(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(to_toml(small_run(prepared, tmp_path / "run")))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = plan("run.toml", "--gpus", 1, "--json", "plan.json", cwd=tmp_path)
@@ -46,7 +46,7 @@ def test_a_run_without_a_fault(prepared: Prepared, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_corpus_that_is_not_there_does_not_hide_the_rest(tmp_path: Path):
+def test_a_corpus_that_is_not_there_does_not_hide_the_rest(tmp_path: Path) -> None:
     result = plan(CONFIGS / "8b.toml", "run_dir=r", "checkpoint.keep_last=1", "--gpus", 64, cwd=tmp_path)
     assert result.returncode == 1
     assert "every rank" in result.stdout and "to the end" in result.stdout
@@ -62,24 +62,24 @@ def test_a_corpus_that_is_not_there_does_not_hide_the_rest(tmp_path: Path):
         (["parallel.tpp=2"], "override: parallel.tpp: unknown key; did you mean tp?"),
     ],
 )
-def test_what_cannot_be_planned_is_one_error(tmp_path: Path, arguments, message):
+def test_what_cannot_be_planned_is_one_error(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "mine.toml").write_text("memory_gib = 24\nmemory_gb_per_s = 936\n")
     result = plan(CONFIGS / "125m.toml", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_fp8_on_a_gpu_without_it_is_a_problem(tmp_path: Path):
+def test_fp8_on_a_gpu_without_it_is_a_problem(tmp_path: Path) -> None:
     result = plan(CONFIGS / "1b.toml", "parallel.fp8=true", "--gpu", "a100", cwd=tmp_path)
     assert "parallel.fp8 requires GPUs of compute capability 8.9 or more, not 8.0" in result.stdout
 
 
-def test_a_time_limit_that_is_too_short_is_a_problem(tmp_path: Path):
+def test_a_time_limit_that_is_too_short_is_a_problem(tmp_path: Path) -> None:
     result = plan(CONFIGS / "8b.toml", "--gpus", 64, "--time-limit-days", 10, cwd=tmp_path)
     assert "days to the end, but --time-limit-days is 10, enough for" in result.stdout
 
 
-def test_a_gpu_that_a_file_describes(tmp_path: Path):
+def test_a_gpu_that_a_file_describes(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         "memory_gib = 24\nbf16_tflops = 71\nmemory_gb_per_s = 936\nnode_gb_per_s = 16\nnetwork_gb_per_s = 1\n"
         "price_per_hour = 0.3\n"
@@ -88,7 +88,7 @@ def test_a_gpu_that_a_file_describes(tmp_path: Path):
     assert "of 21.0 that a GPU has for it" in result.stdout
 
 
-def test_all_problems_come_together(prepared: Prepared, tmp_path: Path):
+def test_all_problems_come_together(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(
         prepared,
         tmp_path,
@@ -102,7 +102,7 @@ def test_all_problems_come_together(prepared: Prepared, tmp_path: Path):
     assert "3 checkpoints of" in text and "GiB are free" in text
 
 
-def test_what_has_nothing_to_do_with_the_layout_does_not_hide_the_rest(tmp_path: Path):
+def test_what_has_nothing_to_do_with_the_layout_does_not_hide_the_rest(tmp_path: Path) -> None:
     result = plan(
         CONFIGS / "8b.toml", "schedule.warmup_steps=999_999", "model.head_dim=127", "--gpus", 64, cwd=tmp_path
     )
@@ -111,12 +111,12 @@ def test_what_has_nothing_to_do_with_the_layout_does_not_hide_the_rest(tmp_path:
     assert "to the end" in result.stdout and "layout" not in result.stdout.splitlines()[-1]
 
 
-def test_a_checkpoint_of_another_run_is_a_problem(prepared: Prepared, tmp_path: Path):
+def test_a_checkpoint_of_another_run_is_a_problem(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "damaged_step_3").mkdir(parents=True)
     assert "no checkpoint is whole" in "\n".join(examine(small_run(prepared, tmp_path), ranks=1).problems)
 
 
-def test_a_run_that_goes_on_is_planned_from_its_checkpoint(prepared: Prepared, tmp_path: Path):
+def test_a_run_that_goes_on_is_planned_from_its_checkpoint(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(prepared, tmp_path)
     folder = tmp_path / "checkpoints" / "step_6"
     folder.mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_is_planned_from_its_checkpoint(prepared: Prepared, t
     )
 
 
-def test_tars_are_looked_for_and_not_tokenized(prepared: Prepared, tmp_path: Path):
+def test_tars_are_looked_for_and_not_tokenized(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(prepared, tmp_path, data={"sources": [{"corpus": str(tmp_path / "no.tar")}], "tokenizer": "no"})
     assert (
         "data.tokenizer: no: cannot read this tokenizer: No such file or directory" in examine(config, ranks=1).problems
@@ -140,12 +140,12 @@ def test_tars_are_looked_for_and_not_tokenized(prepared: Prepared, tmp_path: Pat
     assert any("no.tar" in line for line in examine(config, ranks=1).problems)
 
 
-def test_checkpoints_that_are_there_at_once():
+def test_checkpoints_that_are_there_at_once() -> None:
     config = load_config(CONFIGS / "8b.toml", ["checkpoint.keep_last=2", "checkpoint.keep_every=100_000"])
     assert kept_checkpoints(config) == 2 + 4 + 1
 
 
-def test_what_does_not_fit_comes_with_the_nearest_that_does(tmp_path: Path):
+def test_what_does_not_fit_comes_with_the_nearest_that_does(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "8b.toml", ["training.micro_batch_size=4", "parallel.recompute=none"])
     assert not estimate(config, 64, GPUS["h100"]).fits(GPUS["h100"])
     results = search(config, 64, GPUS["h100"])
@@ -157,18 +157,18 @@ def test_what_does_not_fit_comes_with_the_nearest_that_does(tmp_path: Path):
     assert sum(refusal.layouts for refusal in results.refused) > 0
 
 
-def test_what_no_layout_can_do_is_said(tmp_path: Path):
+def test_what_no_layout_can_do_is_said(tmp_path: Path) -> None:
     result = plan(CONFIGS / "405b.toml", "--gpus", 8, cwd=tmp_path)
     assert "no layout of this model and batch fits 8 of these GPUs" in result.stdout
 
 
-def test_axes_need_not_be_powers_of_two():
+def test_axes_need_not_be_powers_of_two() -> None:
     # 256 sequences over 48 GPUs: the factor 3 must be in an axis that does not split the batch.
     found = search(load_config(CONFIGS / "8b.toml"), 48, GPUS["h100"]).found
     assert found and all(one.config.parallel.pp % 3 == 0 for one in found)
 
 
-def test_a_search_is_printed_and_written(tmp_path: Path):
+def test_a_search_is_printed_and_written(tmp_path: Path) -> None:
     result = plan(CONFIGS / "8b.toml", "--gpus", 16, "--search", "--json", "plan.json", cwd=tmp_path)
     assert "layouts fit; the fastest:" in result.stdout
     assert "GiB of 76.2" in result.stdout  # why others do not
@@ -180,7 +180,7 @@ def test_a_search_is_printed_and_written(tmp_path: Path):
     assert found["memory_bytes"] == first["memory_bytes"]
 
 
-def test_time_follows_the_lengths_of_phases():
+def test_time_follows_the_lengths_of_phases() -> None:
     plain = load_config(CONFIGS / "8b.toml")
     halves = load_config(
         CONFIGS / "8b.toml", ["data.phases=[{ from_sequence = 61_440_000, weights = [1], seq_len = 16384 }]"]

@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmark_scripts import benchmark
@@ -18,11 +19,11 @@ published = benchmark("plan")
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_tables_in_the_docs_are_what_the_script_prints():
+def test_the_tables_in_the_docs_are_what_the_script_prints() -> None:
     assert published.tables() in (ROOT / "docs" / "plan.md").read_text()
 
 
-def test_what_was_not_fitted_is_predicted():
+def test_what_was_not_fitted_is_predicted() -> None:
     errors = [
         abs(row.predicted_mfu(published.PROGRAMS[row.program]) / row.mfu - 1)
         for row in published.rows()
@@ -40,7 +41,7 @@ def step_s(*overrides: str, gpus: int = 256) -> float:
     return speed(work(*overrides, gpus=gpus), GPUS["h100"]).step_s
 
 
-def test_a_step_is_never_faster_than_its_flops():
+def test_a_step_is_never_faster_than_its_flops() -> None:
     found = speed(work(), GPUS["h100"], replace(OURS, products=1, attention=1, memory=1, node=1, network=1))
     assert 0 < found.mfu < 1
     assert found.tokens_per_s * found.step_s == pytest.approx(1024 * 4096)
@@ -58,21 +59,21 @@ def test_a_step_is_never_faster_than_its_flops():
         (("training.precision=fp32",), ()),
     ],
 )
-def test_what_makes_a_step_slower(slower, faster):
+def test_what_makes_a_step_slower(slower: dict[str, Any], faster: dict[str, Any]) -> None:
     assert step_s(*slower) > step_s(*faster)
 
 
-def test_twice_the_gpus_take_a_little_more_than_half_of_the_time():
+def test_twice_the_gpus_take_a_little_more_than_half_of_the_time() -> None:
     assert 0.5 < step_s(gpus=512) / step_s(gpus=256) < 0.6
 
 
-def test_a_slow_network_shows_in_the_traffic_over_dp_alone():
+def test_a_slow_network_shows_in_the_traffic_over_dp_alone() -> None:
     slow = GPUS["h100"].model_copy(update={"network_gb_per_s": 5})
     fast, held_up = speed(work(), GPUS["h100"]), speed(work(), slow)
     assert held_up.data_s > 5 * fast.data_s
     assert held_up.tensor_s == fast.tensor_s
 
 
-def test_tensor_parallel_traffic_leaves_the_machine_where_tp_does():
+def test_tensor_parallel_traffic_leaves_the_machine_where_tp_does() -> None:
     small = GPUS["h100"].model_copy(update={"gpus_per_node": 4})
     assert speed(work(), small).tensor_s > 1.5 * speed(work(), GPUS["h100"]).tensor_s

@@ -98,7 +98,7 @@ PartitionName=closed Nodes=ALL DefaultTime=60 State=INACTIVE
 class Cluster:
     """Four nodes; `n3` and `n4` claim two GPUs each, in partition `gpu`."""
 
-    def __init__(self, folder: Path, proctrack: str = "linuxproc"):
+    def __init__(self, folder: Path, proctrack: str = "linuxproc") -> None:
         self.folder = folder
         (folder / "state").mkdir(parents=True)
         (folder / "munge").mkdir()

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 
 from triplane.checkpoint.folder import latest
 from triplane.checkpoint.reader import Checkpoint
+from triplane.data.loader import SequenceDataset
 from triplane.launcher.run import train_on
+from triplane.model.batch import Batch
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine, StepLoss
@@ -36,7 +39,7 @@ from triplane.training.replicas import differing_ranks
 from triplane.training.state import State
 from triplane.training.verdicts import Verdict
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {"dp": 1, "zero": 0},
     "zero 1": {"dp": 2},
     "zero 2 pp": {"dp": 1, "pp": 2, "zero": 2},
@@ -119,7 +122,7 @@ def test_a_gradient_that_is_no_number_sends_the_run_back_and_past_its_batch(
     monkeypatch.undo()
     steps_of = Feed.steps
 
-    def without(feed: Feed, dataset, size: int, consumed: int, n: int):
+    def without(feed: Feed, dataset: SequenceDataset, size: int, consumed: int, n: int) -> Iterator[list[Batch]]:
         assert n == 8 or consumed != 0
         yield from steps_of(feed, dataset, size, consumed, min(n, 4))
         yield from steps_of(feed, dataset, size, consumed + 5 * size, n - 4)
@@ -160,7 +163,7 @@ def test_a_spike_is_skipped_alike_by_a_run_that_is_interrupted(
     """One batch of the corpus has targets that are noise."""
     steps_of = Feed.steps
 
-    def noisy(feed: Feed, dataset, size: int, consumed: int, n: int):
+    def noisy(feed: Feed, dataset: SequenceDataset, size: int, consumed: int, n: int) -> Iterator[list[Batch]]:
         for number, batches in enumerate(steps_of(feed, dataset, size, consumed, n)):
             if consumed + number * size == 96 and n <= 16:  # not the validation, which begins at 0
                 for batch in batches:
@@ -227,7 +230,10 @@ def _flip_a_bit(mesh: Mesh, layout: ParallelConfig, flipped: int) -> list[list[i
     return [before, differing_ranks(engine)]
 
 
-REPLICAS = {"of three": ({"dp": 3, "zero": 0}, [2]), "of two": ({"dp": 2, "tp": 2}, [0, 2])}
+REPLICAS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "of three": ({"dp": 3, "zero": 0}, [2]),
+    "of two": ({"dp": 2, "tp": 2}, [0, 2]),
+}
 
 
 @pytest.mark.parametrize("name", REPLICAS)
@@ -304,7 +310,7 @@ def _kernels_allowed(mesh: Mesh) -> tuple[list[tuple[bool, bool, bool]], tuple[b
 
     def look() -> tuple[bool, bool, bool]:
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
-        return torch.are_deterministic_algorithms_enabled(), warns, deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), warns, deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
     def update() -> None:
         seen.append(look())
@@ -325,7 +331,7 @@ def test_a_step_is_repeated_with_kernels_that_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_arithmetic_that_errs_in_the_repeated_step_is_seen(stage: int) -> None:
-    config = ParallelConfig(dp=2, zero=stage)
+    config = ParallelConfig.model_validate({"dp": 2, "zero": stage})
     for told, same in run_ranks(config, 2, _step_twice, config, 1):
         assert "gave two states on ranks [" in told and not same
 

@@ -7,7 +7,7 @@ from triplane.training.config import OptimizerConfig
 from triplane.training.optimizer import adamw
 
 
-def test_without_gradient_only_matrices_shrink():
+def test_without_gradient_only_matrices_shrink() -> None:
     module = nn.ModuleDict({"linear": nn.Linear(3, 3, bias=False), "norm": nn.RMSNorm(3)})
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = adamw(OptimizerConfig(lr=0.5, weight_decay=0.1), ((p, p.shape) for p in module.parameters()))
@@ -18,7 +18,7 @@ def test_without_gradient_only_matrices_shrink():
     torch.testing.assert_close(module["norm"].weight.data, before["norm.weight"])
 
 
-def test_adam_is_as_configured():
+def test_adam_is_as_configured() -> None:
     config = OptimizerConfig(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-3)
     optimizer = adamw(config, ((p, p.shape) for p in nn.Linear(2, 2).parameters()))
     for group in optimizer.param_groups:

@@ -24,7 +24,7 @@ def run(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_a_log_gets_plain_lines():
+def test_a_log_gets_plain_lines() -> None:
     assert run(Console(file=io.StringIO(), width=80)).splitlines() == [
         "step 239998/480000  loss 3.0000",
         "saved [bold] step 239999 in runs/a-rather-long-name/checkpoints/step_239999: 12.3 GiB, 4.5 s",
@@ -32,7 +32,7 @@ def test_a_log_gets_plain_lines():
     ]
 
 
-def test_a_terminal_shows_one_line_of_80_columns():
+def test_a_terminal_shows_one_line_of_80_columns() -> None:
     screen = run(Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, legacy_windows=False))
     shown = screen.rsplit("\x1b[2K", 1)[1].split("\n")[0]
     line = "step 240000/480000  loss 2.1034  1.23 M tokens/s  MFU 41.2 %  5 d 13 h left "
@@ -40,7 +40,7 @@ def test_a_terminal_shows_one_line_of_80_columns():
     assert "saved [bold] step 239999" in screen
 
 
-def test_training_goes_on_when_nobody_reads():
+def test_training_goes_on_when_nobody_reads() -> None:
     code = (
         "import sys; from triplane.training.progress import Progress; progress = Progress(9)\n"
         "sys.stdin.read(1)\n"
@@ -59,7 +59,7 @@ def test_training_goes_on_when_nobody_reads():
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 m 0 s"), (80, "1 m 20 s"), (3600, "1 h 0 m"), (86_399, "23 h 59 m"), (97_200, "1 d 3 h")],
 )
-def test_durations(seconds, text):
+def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
@@ -75,5 +75,5 @@ def test_durations(seconds, text):
         (1e13, "10.0 T"),
     ],
 )
-def test_counts(count, text):
+def test_counts(count: float, text: str) -> None:
     assert format_count(count) == text

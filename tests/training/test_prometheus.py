@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -37,13 +38,13 @@ def _train_and_scrape(mesh: Mesh, config: RunConfig) -> str:
     """What the endpoint says after step 7."""
     metrics, answers = Report.metrics, []
 
-    def and_scrape(report: Report, step: int, values: dict[str, float]) -> None:
+    def and_scrape(report: Report, step: int, values: Mapping[str, float]) -> None:
         metrics(report, step, values)
         if step == 7:
             with urlopen(_url(config), timeout=10) as answer:
                 answers.append(answer.read().decode())
 
-    Report.metrics = and_scrape
+    Report.metrics = and_scrape  # type: ignore[assignment]
     train_on(mesh, config)
     with pytest.raises(URLError, match="refused"):
         urlopen(_url(config), timeout=10)

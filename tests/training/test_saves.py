@@ -1,6 +1,7 @@
 """Saves as a run sees them: what is kept, what is recorded, and a disk that is full."""
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import sleep
@@ -35,7 +36,7 @@ def _train_until_the_disk_is_full(mesh: Mesh, config: RunConfig, ballast: Path) 
     """From step 2 on not a byte is free, until a save has failed."""
     metrics, saved = Report.metrics, Report.saved
 
-    def fill_disk(report: Report, step: int, values: dict[str, float]) -> None:
+    def fill_disk(report: Report, step: int, values: Mapping[str, float]) -> None:
         metrics(report, step, values)
         if step == 2 and mesh.rank == 0:
             with open(ballast, "wb", buffering=0) as file, suppress(OSError):
@@ -47,7 +48,7 @@ def _train_until_the_disk_is_full(mesh: Mesh, config: RunConfig, ballast: Path) 
         if save.error and mesh.rank == 0:
             ballast.unlink()
 
-    Report.metrics, Report.saved = fill_disk, make_room
+    Report.metrics, Report.saved = fill_disk, make_room  # type: ignore[assignment]
     train_on(mesh, config)
 
 
@@ -81,7 +82,7 @@ def _train_with_slow_copies(mesh: Mesh, config: RunConfig) -> None:
         sleep(0.3)  # many steps
         return take(*arguments)
 
-    Snapshot.take = take_slowly
+    Snapshot.take = take_slowly  # type: ignore[assignment]
     train_on(mesh, config)
 
 

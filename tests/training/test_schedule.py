@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -29,12 +30,12 @@ def rates(schedule: ScheduleConfig, steps: int, warmup: int) -> list[float]:
         ("wsd", [2, 4, 6, 8, 8, 8, 5, 2]),
     ],
 )
-def test_values_by_hand(kind, expected):
+def test_values_by_hand(kind: Any, expected: list[float]) -> None:
     schedule = ScheduleConfig(kind=kind, final_lr_fraction=0.25, decay_fraction=0.25)
     assert rates(schedule, steps=8, warmup=4) == pytest.approx(expected, rel=1e-12)
 
 
-def test_no_warm_up_falls_from_the_first_step():
+def test_no_warm_up_falls_from_the_first_step() -> None:
     assert rates(ScheduleConfig(kind="linear", final_lr_fraction=0), steps=4, warmup=0) == [6, 4, 2, 0]
 
 
@@ -44,7 +45,9 @@ def test_no_warm_up_falls_from_the_first_step():
     st.floats(0.01, 1),
     st.integers(1, 300).flatmap(lambda steps: st.tuples(st.just(steps), st.integers(0, steps - 1))),
 )
-def test_every_schedule_rises_to_the_peak_and_falls_to_the_exact_end(kind, final, decay, steps_warmup):
+def test_every_schedule_rises_to_the_peak_and_falls_to_the_exact_end(
+    kind: Any, final: float, decay: float, steps_warmup: tuple[int, int]
+) -> None:
     steps, warmup = steps_warmup
     schedule = ScheduleConfig(kind=kind, final_lr_fraction=final, decay_fraction=decay)
     if kind == "wsd":
@@ -59,12 +62,12 @@ def test_every_schedule_rises_to_the_peak_and_falls_to_the_exact_end(kind, final
     assert course[-1] == (PEAK if kind == "constant" else PEAK * final)
 
 
-def test_a_step_outside_of_the_run_is_a_mistake_of_ours():
+def test_a_step_outside_of_the_run_is_a_mistake_of_ours() -> None:
     for step in (0, 5):
         with pytest.raises(AssertionError):
             learning_rate(ScheduleConfig(), PEAK, step, 4, 1)
 
 
-def test_warm_up_in_tokens_is_rounded_up_to_steps():
+def test_warm_up_in_tokens_is_rounded_up_to_steps() -> None:
     assert [warmup_steps(ScheduleConfig(warmup_tokens=n), 100) for n in (0, 1, 100, 101)] == [0, 1, 1, 2]
     assert warmup_steps(ScheduleConfig(warmup_steps=7), 100) == 7

@@ -55,8 +55,8 @@ def tell_batches_and_spoil_gradients() -> None:
         lines.write(json.dumps({"time": time.time(), "step": step, "position": position, **read}) + "\n")
         put(agreement, step, position, *others)
 
-    Engine.forward_backward = trained
-    Agreement.put = agreed
+    Engine.forward_backward = trained  # type: ignore[assignment]
+    Agreement.put = agreed  # type: ignore[assignment]
 
 
 def skip(batches: list[list[int]]) -> None:
@@ -67,7 +67,7 @@ def skip(batches: list[list[int]]) -> None:
     state = State()
     for start, stop in batches:
         state = state.skipping(start, stop - start)
-    run.State = type("SkippingState", (), {"__new__": lambda _: state, "load": State.load})
+    run.State = type("SkippingState", (), {"__new__": lambda _: state, "load": State.load})  # type: ignore[misc, assignment]
 
 
 if "RANK" in os.environ or "CHAOS_ALONE" in os.environ:
