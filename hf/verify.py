@@ -70,7 +70,7 @@ def probe_logits(
     tokens_T = tokens_BS.flatten()
     batch = Batch.build(tokens_T, tokens_T, range(0, sequences * length + 1, length))
     last_T = torch.arange(len(tokens_T)).view(sequences, length)[:, -_PROBE_TOKENS:].flatten()
-    return streamed_logits(config, weights, rounded_to, batch, last_T)
+    return streamed_logits(config, weights, batch, rounded_to=rounded_to, rows_T=last_T)
 
 
 def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer | None) -> ExportReport:

@@ -132,7 +132,15 @@ def generate(
     tokenizer = trained.tokenizer(tokenizer_path)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     model, _ = trained.load()
-    added = generate_tokens(next_logits(model), ids, tokens, temperature, top_k, seed, tokenizer.eos_id)
+    added = generate_tokens(
+        next_logits(model),
+        ids,
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+    )
     _print(prompt + tokenizer.decode(added))
 
 

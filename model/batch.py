@@ -1,7 +1,7 @@
-"""What the model reads: one micro-batch, flattened over batch and sequence.
+"""One micro-batch as the model reads it, flattened over batch and sequence.
 
 Shape suffixes in this package: T tokens (batch x sequence), D dim, F hidden_dim, H query heads,
-G key/value heads, K head_dim, V vocabulary, B sequences, S tokens in a sequence.
+G key/value heads, K head_dim, V vocabulary, B sequences, S tokens per sequence.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 IGNORED_TARGET = -100
-"""A position with this target has no loss."""
+"""Positions with this target have no loss."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """T tokens in segments that cannot see each other.
 
-    Segment i holds the tokens `bounds[i]` to `bounds[i + 1]`, and attends causally within itself. `bounds`,
+    Segment i holds the tokens `bounds[i]` to `bounds[i + 1]` and attends causally within itself. `bounds`,
     `longest` and `uniform` are on the host, so that attention needs no device sync; the last two are stored,
-    so that a compiled block that needs no more is not compiled anew for each number of segments.
+    so that a compiled block that reads only them is not recompiled for each number of segments.
     """
 
     tokens_T: Tensor
@@ -31,7 +31,7 @@ class Batch:
     longest: int
     """Tokens in the longest segment."""
     uniform: bool
-    """True if all segments have one length."""
+    """True if all segments have the same length."""
 
     @classmethod
     def build(cls, tokens_T: Tensor, targets_T: Tensor, bounds: Sequence[int]) -> "Batch":
@@ -43,14 +43,22 @@ class Batch:
         positions_T = torch.arange(len(tokens_T), dtype=torch.int32) - starts_T
         longest = int(lengths.max())
         uniform = longest * len(lengths) == len(tokens_T)
-        return cls(tokens_T, targets_T, positions_T, tuple(bounds), bounds_int32, longest, uniform)
+        return cls(
+            tokens_T=tokens_T,
+            targets_T=targets_T,
+            positions_T=positions_T,
+            bounds=tuple(bounds),
+            bounds_int32=bounds_int32,
+            longest=longest,
+            uniform=uniform,
+        )
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; the copy is asynchronous where the source is pinned."""
+        """Copies the batch to `device`, asynchronously if it is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        """Copies the batch to page-locked memory, from which a GPU copies on its own."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":

@@ -1,4 +1,4 @@
-"""A whole model on one device, filled with given weights; or its logits, without ever holding it."""
+"""Builds a whole model from given weights on one device, or computes its logits without ever holding it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,10 +13,10 @@ from triplane.storage.errors import ModelError
 
 
 def load_model(config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Transformer:
-    """The model on the CPU with `weights` (by parameter name, no `head.weight` if tied) cast to `dtype`.
+    """Builds the model on the CPU with `weights` (by parameter name, no `head.weight` if tied) cast to `dtype`.
 
     Reads one weight at a time, so `weights` may load lazily. Raises ModelError if the names or
-    shapes are not those of `config`.
+    shapes differ from those of `config`.
     """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
@@ -36,15 +36,14 @@ def load_model(config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.
 def streamed_logits(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
-    rounded_to: torch.dtype,
     batch: Batch,
+    *,
+    rounded_to: torch.dtype,
     rows_T: Tensor | slice = slice(None),
 ) -> Tensor:
-    """Scores of the tokens `rows_T` of the batch, (T, V), by `weights` rounded to a dtype, computed in fp32.
+    """Returns the logits of the tokens `rows_T`, (T, V), computed in fp32 from `weights` rounded to a dtype.
 
-    Holds the weights of one layer at a time.
-
-    Raises ModelError as `load_model` does.
+    Holds the weights of one layer at a time. Raises ModelError as `load_model` does.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -65,8 +64,7 @@ def streamed_logits(
             module.register_forward_hook(drop)
     hidden_TD = model.hidden(batch)[rows_T]
     assert model.norm is not None and model.head is not None
-    logits_TV: Tensor = model.head(model.norm(hidden_TD))
-    return logits_TV
+    return model.head(model.norm(hidden_TD))
 
 
 def _check_names(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:

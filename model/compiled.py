@@ -1,4 +1,4 @@
-"""Blocks as compiled graphs: torch.compile fuses what stands between matrix products and attention."""
+"""Compiles blocks: torch.compile fuses the operations between matrix products and attention."""
 
 import shutil
 
@@ -8,15 +8,15 @@ from triplane.model.transformer import Transformer
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compiles each block in place, at its first call; names of modules and parameters stay.
+    """Compiles each block in place, at its first call; module and parameter names stay.
 
-    Blocks share their code, so one compilation serves all, and a second one any number of tokens.
-    Call it after modules have been swapped.
+    Blocks share their code, so one compilation serves all, and a second one serves any number of tokens.
+    Call it after swapping modules.
     """
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 
 def has_compiler() -> bool:
-    """Whether the C++ compiler is here that torch.compile needs on a CPU."""
+    """Returns True if there is a C++ compiler, which torch.compile needs on a CPU."""
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

@@ -1,6 +1,6 @@
-"""Attention over documents of any lengths as one operator, which a compiler takes as it is.
+"""Attention over documents of any length as one operator, which the compiler does not trace.
 
-Traced instead, each set of bounds would be another graph.
+Traced, each set of bounds would give another graph.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from triplane.model import flash
 def attend_documents(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, bounds_int32: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention (T, H, K) within each run of tokens between `bounds_int32`, and its lse, as in flash.py."""
+    """Computes causal attention (T, H, K) and its lse within each segment of `bounds_int32`, as in flash.py."""
     return flash.forward(q_THK, k_TGK, v_TGK, flash.Segments(bounds_int32, longest))
 
 

@@ -1,4 +1,4 @@
-"""Flash attention that also gives the log-sum-exp of each query's scores, by which partial results merge.
+"""Flash attention that also returns the log-sum-exp of each query's scores, needed to merge partial results.
 
 Shapes are those of model/batch.py, with S keys; lse is (H, T), fp32 or wider. There is no fp32 kernel on a GPU.
 """
@@ -17,13 +17,13 @@ class Segments(NamedTuple):
 
     bounds_int32: Tensor
     longest: int
-    """At least the tokens of the longest."""
+    """At least the length of the longest segment."""
 
 
 def forward(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """Attention (T, H, K) and its lse; without `segments` each query sees each key."""
+    """Returns attention (T, H, K) and its lse; without `segments` each query sees each key."""
     if q_THK.is_cuda:
-        assert q_THK.dtype != torch.float32, "no flash kernel of a GPU takes fp32"
+        assert q_THK.dtype != torch.float32, "no flash kernel on a GPU takes fp32"
         lengths = _lengths(q_THK, k_SGK, segments)
         out_THK, lse_HT, *_ = _aten._flash_attention_forward(
             q_THK, k_SGK, v_SGK, *lengths, 0.0, segments is not None, False
@@ -47,16 +47,15 @@ def backward(
     lse_HT: Tensor,
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; with a merged `out` and `lse`, what these keys and values add to them."""
+    """Returns the gradients of q, k and v; with a merged `out` and `lse`, the part due to these keys and values."""
     if q_THK.is_cuda:
         lengths = _lengths(q_THK, k_SGK, segments)
-        # The state of a generator that no dropout uses.
+        # The kernel requires a generator state, even without dropout.
         seed, offset = q_THK.new_zeros(2, dtype=torch.uint64), q_THK.new_empty(0)
-        grads: tuple[Tensor, Tensor, Tensor] = _aten._flash_attention_backward(
+        return _aten._flash_attention_backward(
             *(grad_THK, q_THK, k_SGK, v_SGK, out_THK, lse_HT.contiguous()),
             *(*lengths, 0.0, segments is not None, seed, offset),
         )
-        return grads
     parts = [
         _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(_heads_first(x[span]) for x in (grad_THK, q_THK, k_SGK, v_SGK, out_THK)),
@@ -83,10 +82,10 @@ def _tokens_first(x_1HTK: Tensor) -> Tensor:
 
 
 def _lengths(q_THK: Tensor, k_SGK: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor, int, int]:
-    """Bounds of the queries' and keys' segments, and the longest of each."""
+    """Returns the bounds of the queries' and the keys' segments, and the longest of each."""
     if segments is not None:
         return segments.bounds_int32, segments.bounds_int32, segments.longest, segments.longest
     queries, keys = len(q_THK), len(k_SGK)
-    # A range is made on the device: a copy from the host would wait for it.
+    # Built on the device, since a copy from the host would wait for it.
     one_q, one_k = (torch.arange(0, n + 1, n, dtype=torch.int32, device=q_THK.device) for n in (queries, keys))
     return one_q, one_k, queries, keys

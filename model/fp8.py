@@ -1,8 +1,8 @@
-"""Linear layers whose products take 8-bit floats, scaled by each tensor's largest magnitude at the moment of use.
+"""Linear layers that multiply in 8-bit floats, scaled by each tensor's largest magnitude at each use.
 
 Activations and weights have more mantissa (e4m3), gradients more range (e5m2), as in Micikevicius et al. 2022.
-Products come out in the dtype that went in; weights stay as they are. Gradients accumulate in fp32; forward, the
-GPU's tensor cores accumulate in fewer bits, which is twice as fast there and no worse than what e4m3 has lost.
+Products have the dtype of their inputs; weights are unchanged. Gradients accumulate in fp32; in forward the GPU's
+tensor cores accumulate in fewer bits, which is twice as fast and loses no more than e4m3 already has.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from triplane.model.transformer import Transformer
 
-_MULTIPLE = 16  # of the contracted and the output dim, for the GPU's kernel
+_MULTIPLE = 16  # the GPU's kernel requires contracted and output dims to be multiples of it
 
 
 def use_fp8(model: Transformer) -> None:
@@ -26,7 +26,7 @@ def use_fp8(model: Transformer) -> None:
 
 
 class Float8Linear(nn.Linear):
-    """`linear`, its product forward and backward in fp8; a backward needs a multiple of 16 tokens on a GPU."""
+    """`linear` with fp8 products in forward and backward; backward on a GPU requires a multiple of 16 tokens."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
@@ -34,7 +34,7 @@ class Float8Linear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        out: Tensor = _Float8Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
+        out = _Float8Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias
 
 
@@ -58,7 +58,7 @@ class _Float8Product(torch.autograd.Function):
 
 
 def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale in `dtype`, and the scale, by which the largest magnitude is the largest number of `dtype`."""
+    """Returns x / scale in `dtype`, and the scale, which maps x's largest magnitude to the dtype's."""
     scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     return (x / scale).to(dtype), scale
 
@@ -66,6 +66,6 @@ def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _product(
     a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """a @ b.T; the kernel wants K to be the contiguous dim of both."""
+    """Returns a @ b.T; the kernel requires K to be the contiguous dim of both."""
     a_MK, b_KN = a_MK.contiguous(), b_NK.contiguous().T
     return torch._scaled_mm(a_MK, b_KN, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)

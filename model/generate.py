@@ -10,26 +10,27 @@ from triplane.model.transformer import Transformer
 from triplane.storage.errors import ModelError
 
 LENGTH_MULTIPLE = 64
-"""Tokens are padded to a multiple of it: on a GPU each length is another plan, and compiled, another graph."""
+"""Tokens are padded to a multiple of this: each length costs a GPU another plan, and the compiler another graph."""
 
 NextLogits = Callable[[list[int]], Tensor]
-"""Scores of the token that follows the given ones, (V,): `next_logits(model)`, or a spread model's engine."""
+"""Maps tokens to the scores of the next one, (V,): `next_logits(model)`, or `Engine.next_logits`."""
 
 
 def generate(
     next_logits: NextLogits,
     prompt: list[int],
+    *,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     seed: int,
     eos_id: int | None,
 ) -> list[int]:
-    """The new tokens, up to and with `eos_id`; a pure function of its arguments.
+    """Returns the new tokens, up to and including `eos_id`; a pure function of its arguments.
 
-    Temperature 0 takes the likeliest token; otherwise one is drawn from the `top_k` likeliest (None:
-    all). Keeps no cache: each token costs a forward pass over all before it, which suits samples
-    during training, not serving. Raises ModelError on an empty prompt.
+    Temperature 0 takes the likeliest token; otherwise draws from the `top_k` likeliest (None: all).
+    Keeps no cache: each token costs a forward pass over all previous ones, which suits samples during
+    training, not serving. Raises ModelError on an empty prompt.
     """
     if not prompt:
         raise ModelError("The prompt has no tokens; give at least one, such as the beginning-of-sequence id.")
@@ -43,17 +44,16 @@ def generate(
 
 
 def next_logits(model: Transformer) -> NextLogits:
-    """Scores by a whole model on one device."""
+    """Returns the scoring function of a whole model on one device."""
     device = next(model.parameters()).device
 
     @torch.inference_mode()
     def score(tokens: list[int]) -> Tensor:
         assert model.norm is not None and model.head is not None
-        # What follows the last token changes nothing before it.
+        # Causal attention ignores padding after the last token.
         tokens_T = torch.tensor([*tokens, *[0] * (-len(tokens) % LENGTH_MULTIPLE)])
         batch = Batch.build(tokens_T, tokens_T, (0, len(tokens_T))).to(device)
-        logits_V: Tensor = model.head(model.norm(model.hidden(batch)[len(tokens) - 1]))
-        return logits_V
+        return model.head(model.norm(model.hidden(batch)[len(tokens) - 1]))
 
     return score
 

@@ -1,7 +1,7 @@
-"""The output head and its loss, a chunk of tokens at a time, so that (T, V) logits never stand in memory.
+"""The output head and its loss, in chunks of tokens, so that (T, V) logits never exist in memory.
 
-A chunk's gradients are taken while its logits are at hand, in the forward pass (as Liger Kernel does, Hsu et
-al. 2024): nothing is computed twice, and what stays is the gradient of x and of the weight.
+Forward computes a chunk's gradients while it has the logits (as Liger Kernel does, Hsu et al. 2024): nothing is
+computed twice, and only the gradients of x and of the weight are kept.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ class Loss(NamedTuple):
     """Sums over the positions that have a target; nats. The caller divides by the tokens of the global batch."""
 
     objective: Tensor
-    """What is minimised: cross-entropy plus z. The only one with a gradient."""
+    """The training objective, cross-entropy plus z; the only one with a gradient."""
     cross_entropy: Tensor
     z: Tensor
-    """Sum of the squared log-partition times its weight; zero where the weight is."""
+    """Sum of the squared log-partition times its weight."""
 
 
 class Head(nn.Module):
@@ -37,14 +37,14 @@ class Head(nn.Module):
         self.z_loss_weight = config.z_loss_weight
 
     def forward(self, x_TD: Tensor, targets_T: Tensor | None = None) -> Loss | Tensor:
-        """The loss, or the logits (T, V) where no targets are given."""
+        """Returns the loss, or the logits (T, V) without targets."""
         if targets_T is None:
             return F.linear(x_TD, self.weight)
         chunk = max(1, CHUNK_LOGITS[x_TD.device.type] // len(self.weight))
         return Loss(*_Chunked.apply(x_TD, self.weight, targets_T, chunk, self.losses))  # type: ignore[no-untyped-call]
 
     def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of cross-entropy and z-loss over tokens; overwrites fp32 logits."""
+        """Returns the sums of cross-entropy and z-loss over tokens; overwrites fp32 logits."""
         cross_entropy, z = _CrossEntropy.apply(logits_TV.float(), targets_T, self.z_loss_weight)  # type: ignore[no-untyped-call]
         return cross_entropy, z
 
@@ -90,7 +90,7 @@ class _Chunked(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """In the memory of the logits, which become their own gradient; one exponential each."""
+    """Computes in the memory of the logits, which becomes their gradient, with one exponential per logit."""
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Initial weights as a pure function of (seed, name, position), so that every layout starts from the same numbers."""
+"""Initial weights as a pure function of (seed, name, position), so that every layout starts from the same ones."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ from torch import Tensor
 from triplane.model.config import ModelConfig
 
 _ROWS = 1024
-"""Rows drawn from one generator: a rank draws only the rows that it holds."""
+"""Rows per generator, so that a rank draws only about the rows it holds."""
 
 _RESIDUAL_WRITERS = ("attention.wo.weight", "feed_forward.w_down.weight")
 
@@ -18,14 +18,15 @@ def initial_weight(
     config: ModelConfig,
     seed: int,
     name: str,
+    *,
     shape: torch.Size,
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> Tensor:
-    """The part of parameter `name` that starts at `offsets` and spans `sizes`; fp32 on the host.
+    """Returns the part of parameter `name` that starts at `offsets` and spans `sizes`; fp32 on the host.
 
-    Norms are ones, biases zeros. Matrices are normal with `init_std`, scaled by 1 / sqrt(2 n_layers) where they
-    write to the residual stream (GPT-2).
+    Norms are ones, biases zeros. Matrices are normal with `init_std`, scaled by 1 / sqrt(2 n_layers) if they write
+    to the residual stream (GPT-2).
     """
     if name.endswith(".bias"):
         return torch.zeros(sizes)

@@ -1,7 +1,7 @@
 """The network: embedding, blocks, norm, head. Plain torch on flattened tokens (legend in batch.py).
 
 Everything but attention works token by token, so tokens are one dim, (T, D), and documents of any
-length pack without padding. Build it under `torch.device("meta")`; `init.py` gives the weights.
+length pack without padding. Build it under `torch.device("meta")`; `init.py` sets the weights.
 """
 
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ class FeedForward(nn.Module):
         self.w_down = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        out: Tensor = self.w_down(F.silu(self.w_gate(x_TD)) * self.w_up(x_TD))
-        return out
+        return self.w_down(F.silu(self.w_gate(x_TD)) * self.w_up(x_TD))
 
 
 class Block(nn.Module):
@@ -40,8 +39,7 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_sin, batch)
-        out: Tensor = x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
-        return out
+        return x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
 
 
 class Transformer(nn.Module):
@@ -62,7 +60,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def hidden(self, batch: Batch, x_TD: Tensor | None = None) -> Tensor:
-        """The residual stream after the blocks here; `x_TD` stands in where there is no embedding."""
+        """Returns the residual stream after this model's blocks; starts from `x_TD` without an embedding."""
         if self.embedding is not None:
             x_TD = self.embedding(batch.tokens_T)
         assert x_TD is not None, "a model without an embedding continues from x_TD"
@@ -72,15 +70,13 @@ class Transformer(nn.Module):
         return x_TD
 
     def logits(self, batch: Batch, x_TD: Tensor | None = None) -> Tensor:
-        """Scores of each token's successor, (T, V)."""
+        """Returns the scores of each token's successor, (T, V)."""
         assert self.norm is not None and self.head is not None, "the head is on another stage"
-        logits_TV: Tensor = self.head(self.norm(self.hidden(batch, x_TD)))
-        return logits_TV
+        return self.head(self.norm(self.hidden(batch, x_TD)))
 
     def forward(self, batch: Batch, x_TD: Tensor | None = None) -> Loss | Tensor:
-        """The loss where the head is, else the residual stream (T, D) for the model that continues."""
+        """Returns the loss if this model has the head, else the residual stream (T, D) for the next stage."""
         x_TD = self.hidden(batch, x_TD)
         if self.norm is None or self.head is None:
             return x_TD
-        loss: Loss = self.head(self.norm(x_TD), batch.targets_T)
-        return loss
+        return self.head(self.norm(x_TD), batch.targets_T)

@@ -234,7 +234,7 @@ class Trainer:
         tokens = generate(
             self.engine.next_logits,
             [tokenizer.bos_id],
-            _SAMPLE_TOKENS,
+            max_new_tokens=_SAMPLE_TOKENS,
             temperature=0.8,
             top_k=50,
             seed=state.step,

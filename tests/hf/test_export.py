@@ -101,7 +101,15 @@ def test_transformers_generates_the_same_text(publish: Callable[..., Any], token
     theirs = reference.generate(
         torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ours = generate(next_logits(load_model(config, weights, torch.float32)), prompt, 16, 0, None, 0, None)
+    ours = generate(
+        next_logits(load_model(config, weights, torch.float32)),
+        prompt,
+        max_new_tokens=16,
+        temperature=0,
+        top_k=None,
+        seed=0,
+        eos_id=None,
+    )
     assert theirs[0, len(prompt) :].tolist() == ours
 
 

@@ -14,9 +14,9 @@ CONFIG = small_config(tie_embeddings=True)
 PROMPT = [1, 17, 42, 5]
 
 
-def sample(**changes: Any) -> list[int]:
+def sample(prompt: list[int] = PROMPT, **changes: Any) -> list[int]:
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": None, "seed": 0, "eos_id": None}
-    return generate(next_logits(small_model(CONFIG)), PROMPT, **(options | changes))
+    return generate(next_logits(small_model(CONFIG)), prompt, **(options | changes))
 
 
 def test_greedy_is_transformers_greedy() -> None:
@@ -44,7 +44,8 @@ def test_sampling_follows_the_distribution() -> None:
         logits_V = llama(CONFIG, random_weights(CONFIG))(torch.tensor([PROMPT])).logits[0, -1]
     likeliest = int(logits_V.argmax())
     scores, n = next_logits(small_model(CONFIG)), 500
-    hits = sum(generate(scores, PROMPT, 1, 0.5, None, seed, None) == [likeliest] for seed in range(n))
+    options: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0.5, "top_k": None, "eos_id": None}
+    hits = sum(generate(scores, PROMPT, seed=seed, **options) == [likeliest] for seed in range(n))
     expected = (logits_V / 0.5).softmax(dim=-1)[likeliest].item()
     assert hits / n == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
 
@@ -56,7 +57,7 @@ def test_it_stops_at_the_end_token() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ModelError, match="no tokens"):
-        generate(next_logits(small_model(CONFIG)), [], 1, 0, None, 0, None)
+        sample(prompt=[])
 
 
 def test_lengths_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,12 +137,12 @@ def test_streamed_logits_hold_a_layer_at_a_time(tied: bool) -> None:
 
     with torch.no_grad():
         expected = load_model(config, weights, torch.float32).logits(batch)
-    assert torch.equal(streamed_logits(config, Counted(weights), torch.float32, batch), expected)
+    assert torch.equal(streamed_logits(config, Counted(weights), batch, rounded_to=torch.float32), expected)
     assert most <= 2 < len(weights)
     rounded = {name: weight.bfloat16() for name, weight in weights.items()}
     with torch.no_grad():
         expected = load_model(config, rounded, torch.float32).logits(batch)
-    assert torch.equal(streamed_logits(config, weights, torch.bfloat16, batch), expected)
+    assert torch.equal(streamed_logits(config, weights, batch, rounded_to=torch.bfloat16), expected)
 
 
 def test_load_model_refuses_weights_of_another_model() -> None:
