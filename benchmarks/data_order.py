@@ -51,7 +51,7 @@ def _corpus(folder: Path, tokens: int) -> Corpus:
             size += length
         stored = io.BytesIO(np.concatenate(documents).tobytes())
         lengths = np.array([len(document) for document in documents], np.uint32)
-        shards.append(write_shard(folder, number, stored, lengths, np.dtype(np.uint16)))
+        shards.append(write_shard(folder, number, tokens=stored, lengths=lengths, dtype=np.dtype(np.uint16)))
     digest = "0" * 64
     Manifest(tokenizer_digest=digest, vocab_size=_VOCAB_SIZE, bos_id=1, text_bytes=1, shards=tuple(shards)).save(folder)
     return Corpus(folder)
@@ -87,7 +87,9 @@ def triplane_without_thread(folder: Path) -> Callable[[], Iterator[int]]:
 
 def _dataset(folder: Path) -> SequenceDataset:
     corpus = Corpus(folder / "triplane")
-    plan = TrainingPlan([Phase(0, [1.0], [Even(corpus.tokens, _SEQ_LEN, 64 * _SEQ_LEN)], _SEQ_LEN)], 0, 64, 1)
+    cut = Even(corpus.tokens, _SEQ_LEN, 64 * _SEQ_LEN)
+    phase = Phase(start=0, weights=[1.0], cuts=[cut], seq_len=_SEQ_LEN)
+    plan = TrainingPlan([phase], 0, window_runs=64, lanes=1)
     return SequenceDataset([corpus], plan, document_mask=True)
 
 
@@ -174,7 +176,8 @@ def _cold_start() -> tuple[float, float]:
     """Milliseconds and MiB to open a plan of 10^12 sequences and find what is at position 10^12, in a fresh process."""
     started, held_kib = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cut = Even(10**12 * _SEQ_LEN, _SEQ_LEN, 64 * _SEQ_LEN)
-    TrainingPlan([Phase(0, [1.0, 2.0], [cut, cut], _SEQ_LEN)], 0, 64, 1).chunk(10**12)
+    phase = Phase(start=0, weights=[1.0, 2.0], cuts=[cut, cut], seq_len=_SEQ_LEN)
+    TrainingPlan([phase], 0, window_runs=64, lanes=1).chunk(10**12)
     taken_ms = 1e3 * (time.process_time() - started)
     return taken_ms, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held_kib) / 1024
 

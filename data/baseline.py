@@ -1,4 +1,4 @@
-"""The loss of a model that knows only how frequent each token is: what a trained one must beat."""
+"""Computes the unigram loss: that of a model that knows only token frequencies, which training must beat."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ _CHUNK_TOKENS = 1 << 22
 
 
 def unigram_loss(train: Sequence[Corpus], validation: Sequence[Corpus]) -> float:
-    """Nats per validation target under the add-one-smoothed frequencies of `train`.
+    """Returns nats per validation target under the add-one-smoothed token frequencies of `train`.
 
-    The first token of a document is no target, so it counts in neither.
+    The first token of a document is not a target and counts in neither.
     """
     assert len({corpus.tokenizer_digest for corpus in (*train, *validation)}) == 1
     counts = 1 + sum(map(_count_targets, train))

@@ -1,37 +1,37 @@
-"""A text as blocks that can be encoded one at a time: memory is bounded by the block, not by the document."""
+"""Cuts a text into blocks that are encoded one at a time, so that the block, not the document, bounds memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 BLOCK_CHARS = 1 << 17
-"""Characters after which a cut is looked for."""
+"""Characters after which to look for a cut."""
 AHEAD_CHARS = 1 << 10
-"""What is known of the text after a cut."""
+"""Characters of lookahead after a cut."""
 _MOST_CHARS = 1 << 21
-"""A block grows up to this size where the text has no place for a cut, as in a run of one character."""
+"""Largest block where the text has no place for a cut, as in a run of one character."""
 
 FindCut = Callable[[str, int, int], int | None]
-"""(text, start, stop) -> the last place in (start, stop] where a cut changes no token; None if there is none."""
+"""(text, start, stop) -> the last place in (start, stop] where a cut changes no token, or None."""
 
 
 class UncuttableError(ValueError):
-    """The text holds more characters without a place for a cut than may be encoded at once; the message is a reason."""
+    """The text has no place for a cut within the largest block; the message is a reason."""
 
 
 class Block(NamedTuple):
-    """A part of a text, and what is before it."""
+    """A part of a text, with its context."""
 
     context: str
-    """The end of the text before the block: tokenizers treat the start of a text in a way of their own."""
+    """End of the text before the block; needed because tokenizers treat the start of a text specially."""
     text: str
     start: int
-    """Characters of the whole text before the block."""
+    """Offset of the block in the whole text, in characters."""
 
 
 def blocks(
-    pieces: Iterable[str], find_cut: FindCut, context_chars: int, block_chars: int = BLOCK_CHARS
+    pieces: Iterable[str], find_cut: FindCut, *, context_chars: int, block_chars: int = BLOCK_CHARS
 ) -> Iterator[Block]:
-    """Cuts the text that `pieces` make, which may be of any size; raises UncuttableError."""
+    """Cuts the concatenation of `pieces`, which may have any size; raises UncuttableError."""
     context, text, start, searched = "", "", 0, 0
     for piece in pieces:
         text += piece
@@ -51,13 +51,13 @@ def blocks(
 
 
 class SafePairs:
-    """Cuts between two characters that stand side by side in no token: merging never crosses such a place.
+    """Cuts between two characters that are adjacent in no token, where no merge can cross.
 
-    Holds for a tokenizer that joins characters to tokens and has no other rule, and then without exception.
+    Exact for a tokenizer whose only rule is to merge characters into tokens.
     """
 
     def __init__(self, tokens: Iterable[str]):
-        """`tokens` are those of the vocabulary that are text; a space may be written as U+2581."""
+        """`tokens` are the vocabulary's text tokens; U+2581 may stand for a space."""
         spaced = (token.replace("\u2581", " ") for token in tokens)
         self._joined = {token[i : i + 2] for token in spaced for i in range(len(token) - 1)}
 

@@ -1,4 +1,4 @@
-"""Remote files on the local disk: fetched once for all processes of a node, never more than a limit of them."""
+"""Caches remote files on the local disk, fetched once for all processes of a node, within a size limit."""
 
 import fcntl
 import hashlib
@@ -26,9 +26,9 @@ _POLL_S = 0.02
 class Cache:
     """A folder of verified files, each named by its SHA-256; several processes and corpora may share it.
 
-    A file that is being fetched has a temporary name, its full size from the start, so that it counts, and a lock
-    that dies with its process. Beyond the limit the files that were opened longest ago are removed; who has one
-    mapped reads on, and its space is free when the last of them lets go.
+    A file in transfer has a temporary name, its full size from the start, so that it counts, and a lock that ends
+    with its process. Beyond the limit, the least recently opened files are removed; a process that has mapped one can
+    still read it, and its space is freed with the last mapping.
     """
 
     folder: Path
@@ -37,12 +37,12 @@ class Cache:
 
     @classmethod
     def of(cls, config: DataConfig) -> "Cache":
-        """The cache that a config describes."""
+        """Returns the cache that a config describes."""
         retry = Retry(config.download_retries, config.download_timeout_s)
         return cls(Path(config.cache_dir).expanduser(), int(config.cache_gib * 2**30), retry)
 
     def open(self, url: str, file: StoredFile) -> BufferedReader:
-        """The content of `url`, which is known to be `file`, fetched first if it is not here."""
+        """Opens the cached copy of `url`, whose content is `file`; fetches it first if needed."""
         path = self.folder / file.sha256
         while True:
             with suppress(FileNotFoundError):
@@ -56,7 +56,7 @@ class Cache:
                         download(url, out, self.retry, sha256=file.sha256, size_bytes=file.bytes)
 
     def add(self, content: bytes) -> Path:
-        """Keeps a small file that was fetched already; returns where it is."""
+        """Stores the content of a small file; returns its path."""
         path = self.folder / hashlib.sha256(content).hexdigest()
         self._make_folder()
         with _locked(_lock_of(path)):
@@ -70,10 +70,10 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{self.folder}: cannot be made: {error.strerror}: set another data.cache_dir") from error
+            raise DataError(f"{self.folder}: cannot create it: {error.strerror}: set another data.cache_dir") from error
 
     def _reserve(self, out: BinaryIO, size_bytes: int) -> None:
-        """Gives the empty `out` its size when there is room for it, which may mean to wait for others' transfers."""
+        """Extends the empty `out` to its size once there is room, which may require waiting for other transfers."""
         if size_bytes > self.limit_bytes:
             raise DataError(
                 f"{self.folder}: a file of {size_bytes:,} bytes does not fit into the cache of {self.limit_bytes:,}: "
@@ -85,14 +85,14 @@ class Cache:
             out.truncate(size_bytes)
 
     def _make_room(self, size_bytes: int) -> bool:
-        """Removes what was opened longest ago until `size_bytes` fit; False if what is being fetched is in the way."""
+        """Removes the least recently opened files until `size_bytes` fit; False if files in transfer take the room."""
         held = []
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 with suppress(FileNotFoundError):
                     found = path.stat()
                     if path.suffix == ".tmp" and _remove(path):
-                        continue  # its process is dead
+                        continue  # its process has died
                     held.append((found.st_mtime_ns, found.st_size, path))
         excess = sum(size for _, size, _ in held) + size_bytes - self.limit_bytes
         for _, size, path in sorted(held):
@@ -104,7 +104,7 @@ class Cache:
 
 
 def _remove(path: Path) -> bool:
-    """Removes a file, but not one that a living process is fetching."""
+    """Removes a file unless a running process is fetching it."""
     if path.suffix != ".tmp":
         path.unlink(missing_ok=True)
         return True
@@ -122,16 +122,16 @@ def _lock_of(path: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path, flags: int = 0) -> Iterator[None]:
-    """Holds a lock among processes and threads; the kernel lets go of it when its process dies."""
+    """Holds a lock against other processes and threads; the kernel releases it when the process dies."""
     while True:
         with open(path, "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | flags)
             if not os.fstat(lock.fileno()).st_nlink:
-                continue  # its last holder removed it while this one waited
+                continue  # the last holder removed the file while this process waited
             try:
                 yield
             finally:
                 path.unlink()
-                # A process that was forked meanwhile shares the lock: closing would not let go of it.
+                # A process forked in the meantime shares the lock, so closing the file would not release it.
                 fcntl.flock(lock, fcntl.LOCK_UN)
             return

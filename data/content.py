@@ -1,4 +1,4 @@
-"""The content of a document, in memory if it is short and in a file without a name if it is long, up to a limit."""
+"""Reads a document's content up to a limit: into memory if short, into an unnamed file if long."""
 
 import io
 import tempfile
@@ -11,20 +11,20 @@ from triplane.data.records import Content, Unread
 from triplane.storage.files import disk_full_is_an_error
 
 LONG_BYTES = 1 << 22
-"""Longer documents are never in memory whole."""
+"""Longer documents are never held in memory as a whole."""
 ROW_BYTES = 1 << 26
-"""JSON rows and values of tables are; the text of one may take four times as much, twice."""
+"""Limit for JSON rows and table values, which are; the text of one may take four times as much, twice."""
 _CHUNK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
 class Limits(NamedTuple):
-    """What reading may take."""
+    """Limits on what reading may use."""
 
     document_bytes: int = 256 << 20
-    """Longer documents are left out, and named."""
+    """Longer documents are rejected."""
     folder: Path | None = None
-    """Where long contents wait; None: the system's folder for temporary files."""
+    """Folder for long contents; None: the system's temporary folder."""
 
     @property
     def row_bytes(self) -> int:
@@ -35,7 +35,7 @@ DEFAULT_LIMITS = Limits()
 
 
 def read_content(stream: IO[bytes], limits: Limits) -> Content:
-    """What is left of `stream`."""
+    """Reads the rest of `stream`."""
     start = read_fully(stream, LONG_BYTES + 1)
     if len(start) <= min(LONG_BYTES, limits.document_bytes):
         return start
@@ -53,7 +53,7 @@ def read_content(stream: IO[bytes], limits: Limits) -> Content:
 
 @contextmanager
 def unnamed_file(limits: Limits) -> Iterator[BinaryIO]:
-    """A file to write, which stays open for its readers and is gone with the last; DataError if the disk is full."""
+    """Yields a file to write, which stays open for its readers; raises StorageError if the disk is full."""
     folder = limits.folder or Path(tempfile.gettempdir())
     with disk_full_is_an_error(folder / "a temporary file"):
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - its readers close it
@@ -62,13 +62,13 @@ def unnamed_file(limits: Limits) -> Iterator[BinaryIO]:
 
 
 def read_row(stream: IO[bytes], limits: Limits) -> Content:
-    """What is left of `stream`, a JSON document, without a byte order mark."""
+    """Reads the rest of `stream`, a JSON document, without a byte order mark."""
     content = read_fully(stream, limits.row_bytes + 1)
     return too_long(limits.row_bytes) if len(content) > limits.row_bytes else content.removeprefix(_BOM)
 
 
 def read_line(stream: IO[bytes], limits: Limits) -> Content:
-    """The next line; empty at the end."""
+    """Reads the next line; empty at the end."""
     line = stream.readline(limits.row_bytes + 1)
     if len(line) <= limits.row_bytes:
         return line
@@ -78,7 +78,7 @@ def read_line(stream: IO[bytes], limits: Limits) -> Content:
 
 
 def read_fully(stream: IO[bytes], size: int) -> bytes:
-    """`size` bytes, or fewer if the stream ends; its own `read` may return early."""
+    """Reads `size` bytes, or fewer if the stream ends, where its own `read` may return early."""
     buffer = io.BytesIO()
     while buffer.tell() < size and (chunk := stream.read(min(_CHUNK_BYTES, size - buffer.tell()))):
         buffer.write(chunk)

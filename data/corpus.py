@@ -1,4 +1,4 @@
-"""Random access to the tokens of one split, memory-mapped and checked."""
+"""Gives random access to the tokens of one split, memory-mapped and verified."""
 
 import hashlib
 import io
@@ -24,26 +24,26 @@ from triplane.storage.errors import DataError
 
 
 class DocumentPart(NamedTuple):
-    """What a read covers of one document."""
+    """The part of one document that a read covers."""
 
     shard: str
     document: int
-    """Its number in the shard."""
+    """Number in the shard."""
     start: int
-    """Token of the document."""
+    """First token, counted from the document's start."""
     stop: int
 
 
 class Corpus:
     """The tokens of a split as one sequence, in stored order.
 
-    Opening a folder checks that every file is there in its full size. Of a corpus at a URL only the manifest is
-    fetched then; a shard comes into the `cache` with its index when it is first read. The checksum of a block is
-    checked when it is first read. Nothing damaged is ever skipped: DataError says where it is.
+    Opening a folder checks that every file exists in full size. For a corpus at a URL only the manifest is fetched;
+    each shard enters the `cache` with its index on first read. The checksum of a block is verified on its first read.
+    Damaged data is never skipped: DataError says where it is.
     """
 
     def __init__(self, location: Path | str, cache: Cache | None = None):
-        """`location` is a path, or an fsspec URL, for which a cache is needed."""
+        """`location` is a path, or an fsspec URL, which requires a cache."""
         self.location = location
         self.cache = cache
         self._folder = folder_at(location, cache)
@@ -62,7 +62,7 @@ class Corpus:
 
     @classmethod
     def open_splits(cls, location: Path | str, cache: Cache | None = None) -> tuple["Corpus", "Corpus"]:
-        """The training and the validation split of a prepared corpus; DataError if one is in the other's place."""
+        """Opens the training and validation splits of a prepared corpus; raises DataError if they are swapped."""
         train, validation = (cls._open_split(location, split, cache) for split in ("train", "validation"))
         return train, validation
 
@@ -70,16 +70,16 @@ class Corpus:
     def _open_split(cls, location: Path | str, split: Split, cache: Cache | None) -> "Corpus":
         corpus = cls(join(location, split), cache)
         if (found := corpus.manifest.split) not in (None, split):
-            raise DataError(f"{corpus.location}: holds the {found} split: give each split its own folder back")
+            raise DataError(f"{corpus.location}: contains the {found} split: move each split back to its own folder")
         return corpus
 
     def open_tokenizer(self) -> Tokenizer:
-        """What the corpus was tokenized with, from beside its splits; DataError if that is another one now."""
+        """Opens the tokenizer stored beside the splits; raises DataError if the corpus was made with another."""
         parent = str(self.location).rstrip("/").rpartition("/")[0] if self.is_remote else Path(self.location).parent
         names = self.manifest.tokenizer_files or (SENTENCEPIECE_NAME,)
         folder = folder_at(parent, self.cache)
         where = join(parent, names[0])
-        sha256 = self.tokenizer_digest if len(names) == 1 else None  # of one file it is the checksum
+        sha256 = self.tokenizer_digest if len(names) == 1 else None  # the digest of a single file is its checksum
         tokenizer = tokenizer_of({name: folder.read(name, sha256) for name in names}, where)
         if tokenizer.digest != self.tokenizer_digest:
             raise DataError(
@@ -90,15 +90,15 @@ class Corpus:
 
     @property
     def is_remote(self) -> bool:
-        """True if its shards must be fetched."""
+        """True if shards must be fetched."""
         return isinstance(self._folder, RemoteFolder)
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path | str, Cache | None]]:
-        # Another process maps the files itself.
+        # Every process maps the files itself.
         return Corpus, (self.location, self.cache)
 
     def read(self, start: int, count: int) -> tuple[Tokens, NDArray[np.int64]]:
-        """Tokens `start` to `start + count`, and the offsets in (0, count) at which a document starts."""
+        """Reads tokens `start` to `start + count`, and the offsets in (0, count) at which a document starts."""
         assert start >= 0 and count > 0 and start + count <= self.tokens, (start, count, self.tokens)
         tokens = np.empty(count, self.manifest.dtype)
         boundaries: list[NDArray[np.int64]] = []
@@ -109,7 +109,7 @@ class Corpus:
             local = start + filled - int(self._starts[number])
             end = min(local + count - filled, shard.size)
             shard.read(local, tokens[filled : filled + end - local])
-            # The first token that is read is no boundary; the first of a further shard is one.
+            # The first token read is not a boundary; the first token of each further shard is.
             first, last = shard.document_starts.searchsorted((local + (filled == 0), end))
             boundaries.append(shard.document_starts[first:last] - local + filled)
             filled += end - local
@@ -117,47 +117,51 @@ class Corpus:
         return tokens, np.concatenate(boundaries)
 
     def view(self, start: int, count: int) -> Tokens:
-        """Tokens `start` to `start + count`, not to be written to; not copied if they are in one block."""
+        """Returns tokens `start` to `start + count`, read-only, without a copy if they are in one block."""
         number = bisect_right(self._stops, start)
         tokens = self._shard(number).view(start - int(self._starts[number]), count)
         return self.read(start, count)[0] if tokens is None else tokens
 
     def parts(self, start: int, count: int) -> Iterator[DocumentPart]:
-        """The documents that hold the tokens `start` to `start + count`."""
+        """Yields the parts of documents that make up tokens `start` to `start + count`."""
         while count > 0:
             number = int(self._starts.searchsorted(start, "right")) - 1
             local = start - int(self._starts[number])
             document, first, stop = self._shard(number).document_at(local)
             taken = min(count, stop - local)
-            yield DocumentPart(self.manifest.shards[number].data.name, document, local - first, local - first + taken)
+            yield DocumentPart(
+                shard=self.manifest.shards[number].data.name,
+                document=document,
+                start=local - first,
+                stop=local - first + taken,
+            )
             start, count = start + taken, count - taken
 
     def document_lengths(self) -> NDArray[np.uint32]:
-        """Tokens of each document, (documents,), in stored order."""
+        """Returns the tokens of each document, (documents,), in stored order."""
         return np.concatenate(list(self.document_lengths_by_shard()))
 
     def document_lengths_by_shard(self) -> Iterator[NDArray[np.uint32]]:
-        """Tokens of each document of a shard, one shard after the other."""
+        """Yields for each shard the tokens of each of its documents."""
         return (_load_index(self._folder, shard, self.manifest.dtype).lengths for shard in self.manifest.shards)
 
     def shards_of(self, starts: NDArray[np.int64], counts: NDArray[np.int64] | int) -> list[int]:
-        """Numbers of the shards that reads of `counts` tokens from `starts` on touch, ascending."""
+        """Returns, ascending, the numbers of the shards touched by reads of `counts` tokens at `starts`."""
         first = self._starts.searchsorted(starts, "right") - 1
         last = self._starts.searchsorted(np.minimum(starts + counts, self.tokens) - 1, "right") - 1
         touched = np.zeros(len(self.manifest.shards) + 1, np.int64)
         np.add.at(touched, first, 1)
         np.add.at(touched, last + 1, -1)
-        numbers: list[int] = np.flatnonzero(np.cumsum(touched)[:-1]).tolist()
-        return numbers
+        return np.flatnonzero(np.cumsum(touched)[:-1]).tolist()
 
     def fetch(self, number: int) -> None:
-        """Makes shard `number` local, if it is not, and the one that was used last."""
+        """Makes shard `number` local if needed, and marks it as most recently used."""
         shard = self.manifest.shards[number]
         for file in (shard.index, shard.data):
             self._folder.open(file).close()
 
     def verify(self) -> None:
-        """Reads every byte; raises DataError at the first file that is not what was written, or not a corpus's."""
+        """Reads every byte; raises DataError at the first damaged or invalid file."""
         for number, shard in enumerate(self.manifest.shards):
             for file in (shard.data, shard.index):
                 with self._folder.open(file) as content:
@@ -167,7 +171,7 @@ class Corpus:
     def _shard(self, number: int) -> "_OpenShard":
         if number not in self._open:
             if self.is_remote:
-                # Of a shard that left the cache, the space is free only when it is unmapped.
+                # The space of an evicted shard is freed only when it is unmapped.
                 self._open = {other: shard for other, shard in self._open.items() if not shard.is_evicted()}
             self._open[number] = _OpenShard(self._folder, self.manifest.shards[number], self.manifest)
         return self._open[number]
@@ -195,14 +199,14 @@ class _OpenShard:
         self.document_starts = _starts(self._index.lengths)[:-1]
 
     def is_evicted(self) -> bool:
-        """True if the name is gone, or stands for another copy."""
+        """Returns whether the file was removed, or replaced by another copy."""
         try:
             return os.stat(self._path).st_ino != self._inode
         except FileNotFoundError:
             return True
 
     def read(self, start: int, out: Tokens) -> None:
-        """Fills `out` with the tokens from `start` on."""
+        """Fills `out` with the tokens starting at `start`."""
         block = int(self._block_starts.searchsorted(start, "right")) - 1
         filled = 0
         while filled < len(out):
@@ -216,7 +220,7 @@ class _OpenShard:
             block += 1
 
     def view(self, start: int, count: int) -> Tokens | None:
-        """The tokens from `start` on where they lie; None if they are not in one block."""
+        """Returns the tokens without a copy; None if they are not in one block."""
         block = bisect_right(self._block_stops, start)
         if start + count > self._block_stops[block]:
             return None
@@ -228,13 +232,13 @@ class _OpenShard:
         return self._views[block][start : start + count]
 
     def document_at(self, token: int) -> tuple[int, int, int]:
-        """Number, first token and end of the document that holds `token`."""
+        """Returns number, first token and end of the document that contains `token`."""
         document = int(self.document_starts.searchsorted(token, "right")) - 1
         bounds = [*self.document_starts[document : document + 2].tolist(), self.size]
         return document, bounds[0], bounds[1]
 
     def verify(self) -> None:
-        """Checks every block."""
+        """Verifies every block."""
         for block in range(len(self._index.tokens)):
             self._verify(block)
 
@@ -271,7 +275,7 @@ def _check(file: StoredFile, found_sha256: str, folder: LocalFolder | RemoteFold
 
 
 def _starts(sizes: NDArray[np.integer] | list[int]) -> NDArray[np.int64]:
-    """(N + 1,) where each of N parts starts, and where the last one ends."""
+    """Returns (N + 1,) where each of N parts starts, and where the last one ends."""
     starts = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])
     return starts

@@ -1,4 +1,4 @@
-"""How a source is cut into sequences, and in which order they are read, also where their length changes."""
+"""Cuts a source into sequences, and orders them across changes of their length."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
@@ -10,9 +10,9 @@ from triplane.data.order import Order
 from triplane.storage.errors import DataError
 
 Piece = tuple[int, int]
-"""Token of the source at which it starts, and how many of the tokens after that one it predicts."""
+"""First token in the source, and the number of following tokens that it predicts."""
 Pieces = tuple[Piece, ...]
-"""A sequence: pieces laid end to end, which do not see each other."""
+"""A sequence: pieces end to end, which do not attend to each other."""
 
 
 class Cut(Protocol):
@@ -22,14 +22,14 @@ class Cut(Protocol):
     def n_sequences(self) -> int: ...
     @property
     def run(self) -> int:
-        """Sequences in a run, which is shuffled as a whole."""
+        """Sequences in a run, the unit that is shuffled as a whole."""
 
     @property
     def n_runs(self) -> int:
         """Whole runs."""
 
     def pieces(self, numbers: NDArray[np.int64]) -> list[Pieces]:
-        """What these sequences are made of."""
+        """Returns the pieces of these sequences."""
 
 
 class Even(NamedTuple):
@@ -38,7 +38,7 @@ class Even(NamedTuple):
     tokens: int
     seq_len: int
     run_tokens: int
-    """A multiple of `seq_len`, and the same for all lengths of a run: where a run starts does not depend on them."""
+    """A multiple of `seq_len`, the same for all lengths of a source, so that runs always start at the same tokens."""
 
     @property
     def n_sequences(self) -> int:
@@ -59,7 +59,7 @@ class Even(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """From its sequence `first` on, a source is read in `order`, whose position then is `base`."""
+    """Reads a source in `order`, starting with its sequence `first` at the order's position `base`."""
 
     first: int
     base: int
@@ -74,9 +74,9 @@ class _Stretch(NamedTuple):
 
 
 class _Rest(NamedTuple):
-    """From its sequence `first` on, what an old order has at the positions `base` to `stop` in another length.
+    """Reads positions `base` to `stop` of an old order in a new length, starting with sequence `first` of the source.
 
-    Old sequences are joined, or cut into parts; either length divides the other.
+    Joins old sequences, or cuts them into parts; one length divides the other.
     """
 
     first: int
@@ -116,21 +116,29 @@ class _Rest(NamedTuple):
 
 
 class Reading:
-    """The k-th sequence of a source, k counting on through all epochs.
+    """Maps k to the k-th sequence read from a source, counted through all epochs.
 
-    Where the length changes, the window that has been begun is finished in its old sequences, joined or cut to the
-    new length and never seeing each other; from the next window on the text is cut to the new length. So each epoch
-    still has every target once. A window holds the same text in every length.
+    When the length changes, the current window is finished with its old sequences, joined or cut to the new length,
+    which do not attend to each other; from the next window on the text is cut to the new length. Each epoch thus still
+    visits every target once. A window covers the same text in every length.
     """
 
-    def __init__(self, cuts: Mapping[int, Cut], window_runs: int, lanes: int, key: np.uint64):
-        """`cuts` are what is read from the k of each on, ascending from 0; all are `Even` if they are several.
+    def __init__(self, cuts: Mapping[int, Cut], *, window_runs: int, lanes: int, key: np.uint64):
+        """`cuts` maps the k at which each cut starts to the cut, ascending from 0; several must all be `Even`.
 
-        Raises DataError if the length changes again before it has changed.
+        Raises DataError if the length changes again before the previous change is complete.
         """
 
         def stretch(first: int, base: int, cut: Cut) -> _Stretch:
-            return _Stretch(first, base, cut, Order(cut.n_sequences, cut.n_runs, cut.run, window_runs, lanes, key))
+            order = Order(
+                n_sequences=cut.n_sequences,
+                n_runs=cut.n_runs,
+                run=cut.run,
+                window_runs=window_runs,
+                lanes=lanes,
+                key=key,
+            )
+            return _Stretch(first=first, base=base, cut=cut, order=order)
 
         last = stretch(0, 0, cuts[0])
         self._stretches: list[_Stretch | _Rest] = [last]
@@ -138,16 +146,16 @@ class Reading:
             assert isinstance(last.cut, Even) and isinstance(cut, Even)
             if k < last.first:
                 raise DataError(
-                    f"data.phases: seq_len becomes {cut.seq_len} at sequence {k:,} of a source, in the window that is "
-                    f"still finished after the change to {last.cut.seq_len}: let it change {last.first - k:,} "
-                    f"sequences of this source later"
+                    f"data.phases: seq_len changes to {cut.seq_len} at sequence {k:,} of a source, before the window "
+                    f"of the change to {last.cut.seq_len} is finished: change it {last.first - k:,} sequences of this "
+                    f"source later"
                 )
             base = last.base + k - last.first
             n_sequences, window = last.order.n_sequences, last.order.window
             epoch, position = divmod(base, n_sequences)
             number = -(-position // window)
             stop = min(epoch * n_sequences + number * window, (epoch + 1) * n_sequences)
-            rest = _Rest(k, base, stop, last, last.cut.seq_len, cut.seq_len)
+            rest = _Rest(first=k, base=base, stop=stop, old=last, old_len=last.cut.seq_len, new_len=cut.seq_len)
             if rest.sequences:
                 self._stretches.append(rest)
             if stop == (epoch + 1) * n_sequences:
@@ -157,12 +165,12 @@ class Reading:
             self._stretches.append(last)
 
     def epochs(self, k: int) -> float:
-        """How often the source was read before its sequence `k`."""
+        """Returns the epochs completed before sequence `k`."""
         stretch = next(stretch for stretch in reversed(self._stretches) if stretch.first <= k)
         return stretch.epochs(k)
 
     def read(self, first: int, stop: int) -> list[Pieces]:
-        """What the sequences `first` to `stop` are made of."""
+        """Returns the pieces of sequences `first` to `stop`."""
         ends = [stretch.first for stretch in self._stretches[1:]] + [stop]
         pieces: list[Pieces] = []
         for stretch, end in zip(self._stretches, ends):

@@ -1,4 +1,4 @@
-"""Compressed files, read to their end: what is damaged, or follows the last stream, raises."""
+"""Decompresses files to their end; damage, or data after the last stream, raises."""
 
 import bz2
 import io
@@ -10,10 +10,10 @@ from fsspec.compression import compr
 
 _CHUNK_BYTES = 1 << 16
 _LZMA_MEMORY_BYTES = 1 << 28
-"""For a dictionary, whose size the file itself tells; `xz -9` needs a quarter of it."""
+"""Limit for the dictionary, whose size the file chooses; `xz -9` uses a quarter of it."""
 
 COMPRESSIONS = {".bz2": "bz2", ".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
-"""Suffixes, and fsspec's names of what they stand for."""
+"""Suffix to fsspec's name of the compression."""
 
 
 class _Decompressor(Protocol):
@@ -27,26 +27,25 @@ class _Decompressor(Protocol):
 
 
 def decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
-    """The content of `raw`, whose name ends in `suffix`."""
+    """Returns the decompressed content of `raw`, whose name ends in `suffix`."""
     match suffix:
         case ".bz2":
             return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor))
         case ".xz":
             return io.BufferedReader(_Streams(raw, lambda: lzma.LZMADecompressor(memlimit=_LZMA_MEMORY_BYTES)))
         case ".gz" | ".zst":
-            stream: IO[bytes] = compr[COMPRESSIONS[suffix]](raw, mode="rb")
-            return stream
+            return compr[COMPRESSIONS[suffix]](raw, mode="rb")
     return raw
 
 
 class _Streams(io.RawIOBase):
-    """Compressed streams end to end. Python's own readers of these formats take damage after the first for the end."""
+    """Compressed streams end to end; Python's own readers mistake damage after the first stream for the end."""
 
     def __init__(self, raw: IO[bytes], new: Callable[[], _Decompressor]):
         self._raw = raw
         self._new = new
         self._decompressor = new()
-        self._is_begun = False
+        self._has_started = False
 
     def readable(self) -> bool:
         return True
@@ -70,9 +69,9 @@ class _Streams(io.RawIOBase):
             else:
                 chunk = self._raw.read(_CHUNK_BYTES) if decompressor.needs_input else b""
                 if not chunk and decompressor.needs_input:
-                    if not self._is_begun:
+                    if not self._has_started:
                         return b""  # an empty file
-                    raise EOFError("it is cut: the compressed stream has no end")
-            self._is_begun = True
+                    raise EOFError("truncated: the compressed stream has no end")
+            self._has_started = True
             if content := decompressor.decompress(chunk, size):
                 return content

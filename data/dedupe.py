@@ -1,4 +1,4 @@
-"""Documents that were seen before, exactly or nearly."""
+"""Finds exact and near duplicates among documents."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -16,17 +16,17 @@ _SIGNATURE_BYTES = 4 * _PERMUTATIONS
 _SHINGLE_WORDS = 5
 _WORD_CHARS = 1 << 16
 _SIMILARITY = 0.8
-"""Two documents are near when they share this part of their runs of five words (Jaccard, estimated by MinHash)."""
+"""Documents are near duplicates from this Jaccard similarity of their five-word runs on, estimated by MinHash."""
 
 
 class Duplicates:
-    """The documents kept so far; the first of several is the one that stays.
+    """The documents kept so far; of several duplicates, the first is kept.
 
-    Takes about 100 bytes of memory for each document kept, and 4 KiB for `near`.
+    Uses about 100 bytes of memory per document kept, or 4 KiB with `near`.
     """
 
     def __init__(self, journal: Journal, mode: Dedupe):
-        """Goes on from the journal's last commit."""
+        """Resumes from the journal's last commit."""
         self._mode = mode
         if mode == "none":
             return
@@ -41,7 +41,7 @@ class Duplicates:
                 self._index.insert(i, _as_minhash(stored[i : i + _SIGNATURE_BYTES]), check_duplication=False)
 
     def find(self, content_hash: bytes, signature: bytes) -> str | None:
-        """Why the document is a duplicate; None: it is none, and is remembered."""
+        """Returns why the document is a duplicate; if it is not one, remembers it and returns None."""
         if self._mode == "none":
             return None
         if content_hash in self._hashes:
@@ -62,7 +62,7 @@ class Duplicates:
 
 
 def minhash_signature(pieces: Iterable[str]) -> bytes:
-    """The MinHash of the runs of five words in the text that `pieces` make."""
+    """Returns the MinHash of the five-word runs in the concatenation of `pieces`."""
     minhash = _new_minhash()
     words: list[str] = []
     is_whole = True
@@ -73,8 +73,7 @@ def minhash_signature(pieces: Iterable[str]) -> bytes:
             words, is_whole = words[-_SHINGLE_WORDS + 1 :], False
     if is_whole:
         _add_runs(minhash, words)
-    signature: bytes = minhash.hashvalues.astype(np.uint32).tobytes()
-    return signature
+    return minhash.hashvalues.astype(np.uint32).tobytes()
 
 
 def _add_runs(minhash: Any, words: list[str]) -> None:
@@ -83,7 +82,7 @@ def _add_runs(minhash: Any, words: list[str]) -> None:
 
 
 def _at_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that end between words; a word of more than 64 Ki characters may be cut."""
+    """Yields the text in pieces that end between words; a word of over 64 Ki characters may be cut."""
     rest = ""
     for piece in pieces:
         text = rest + piece
@@ -99,7 +98,7 @@ def _at_words(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def check_library(mode: Dedupe) -> None:
-    """Raises DataError if `mode` needs a library that is not installed."""
+    """Raises DataError if the library for `mode` is not installed."""
     if mode == "near":
         _minhash_library()
 
@@ -116,5 +115,5 @@ def _minhash_library() -> Any:
     try:
         import datasketch
     except ImportError as error:
-        raise DataError("removing near duplicates needs datasketch: pip install 'triplane[dedupe]'") from error
+        raise DataError("removing near duplicates requires datasketch: pip install 'triplane[dedupe]'") from error
     return datasketch

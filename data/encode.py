@@ -1,4 +1,4 @@
-"""Records to tokens in parallel processes."""
+"""Encodes records to tokens in parallel processes."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ from triplane.data.tokenizer import Tokenizer
 from triplane.storage.errors import DataError, TriplaneError
 
 _CHUNK_BYTES = 1 << 18
-"""Stored text that a process encodes at once."""
+"""Stored text that a process encodes per call."""
 _CHUNK_RECORDS = 1024
 _OWN_FILES = 40
 _PIECE_CHARS = 1 << 16
@@ -38,17 +38,17 @@ class Encoded(NamedTuple):
     """A document in tokens."""
 
     parts: Iterable[Tokens]
-    """bos, those of the text, eos; those of a long document are made as they are taken."""
+    """bos, the text's tokens, eos; a long document is encoded while this is iterated over."""
     text_bytes: int
     """UTF-8 bytes of the text."""
     content_hash: bytes
     """16 bytes, the same for the same text."""
     signature: bytes
-    """What near duplicates share much of; empty if it is not asked for."""
+    """MinHash for finding near duplicates; empty unless requested."""
 
 
 class Encoding(NamedTuple):
-    """How records become tokens."""
+    """Settings for encoding records."""
 
     tokenizer: Path
     text_field: str
@@ -57,15 +57,15 @@ class Encoding(NamedTuple):
 
 
 Outcome = Encoded | str
-"""A document in tokens, or the reason why there is none."""
+"""An encoded document, or the reason why there is none."""
 
 
 def check_open_files(processes: int) -> None:
-    """Raises DataError if this process may not open the files that so many others need."""
+    """Raises DataError if the limit on open files is too low for so many processes."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < (needed := _OWN_FILES + 2 * processes):
         raise DataError(
-            f"{processes} processes need {needed} open files, the limit is {most}: raise it (`ulimit -n`), or "
+            f"{processes} processes need {needed} open files, but the limit is {most}: raise it (`ulimit -n`), or "
             f"use fewer --processes"
         )
 
@@ -73,9 +73,9 @@ def check_open_files(processes: int) -> None:
 def encode_records(
     records: Iterable[Record], encoding: Encoding, processes: int
 ) -> Iterator[list[tuple[Record, Outcome]]]:
-    """Yields all records, in order, in lists; reads ahead only what keeps `processes` busy.
+    """Yields all records in order, in lists; reads ahead only as far as keeps `processes` busy.
 
-    The parts of a long document must be taken before the next list is asked for. Raises DataError if the tokenizer
+    The parts of a long document must be consumed before the next list is requested. Raises DataError if the tokenizer
     alters a text.
     """
     running: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
@@ -90,7 +90,7 @@ def encode_records(
             if _is_long(chunk[0]):
                 while running:
                     yield finish_oldest()
-                yield [(chunk[0], _encode_long(pool, encoding, chunk[0], 2 * processes))]
+                yield [(chunk[0], _encode_long(pool, encoding, chunk[0], ahead=2 * processes))]
                 continue
             running.append((chunk, pool.submit(_encode, encoding, chunk)))
             if len(running) > 2 * processes:
@@ -108,7 +108,7 @@ def _killed_is_an_error() -> Iterator[None]:
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records together, but a long one alone."""
+    """Groups records, each long one alone."""
     chunk: list[Record] = []
     size = 0
     for record in records:
@@ -144,15 +144,15 @@ def _encode_one(encoding: Encoding, record: Record) -> Outcome:
         return str(error)
     content = text.encode()
     return Encoded(
-        (np.concatenate(list(_framed(model, parts))),),
-        len(content),
-        hashlib.blake2b(content, digest_size=HASH_BYTES).digest(),
-        minhash_signature([text]) if encoding.with_signature else b"",
+        parts=(np.concatenate(list(_framed(model, parts))),),
+        text_bytes=len(content),
+        content_hash=hashlib.blake2b(content, digest_size=HASH_BYTES).digest(),
+        signature=minhash_signature([text]) if encoding.with_signature else b"",
     )
 
 
-def _encode_long(pool: ProcessPoolExecutor, encoding: Encoding, record: Record, ahead: int) -> Outcome:
-    """Writes the text to a file, since what becomes of a document depends on all of it, then encodes it from there."""
+def _encode_long(pool: ProcessPoolExecutor, encoding: Encoding, record: Record, *, ahead: int) -> Outcome:
+    """Writes the text to a file, since accepting a document depends on all of it, then encodes it from there."""
     model = load_tokenizer(encoding.tokenizer)
     hasher = hashlib.blake2b(digest_size=HASH_BYTES)
     try:
@@ -163,21 +163,21 @@ def _encode_long(pool: ProcessPoolExecutor, encoding: Encoding, record: Record, 
                     hasher.update(content)
                     text.write(content)
         size = text.tell()
-        if size > encoding.limits.document_bytes:  # in another encoding it was shorter
+        if size > encoding.limits.document_bytes:  # its original encoding was shorter
             return too_long(encoding.limits.document_bytes).reason
         for _ in model.blocks(_pieces(text)):
-            pass  # raises if it cannot be cut, while nothing is written yet
+            pass  # raises if the text cannot be cut, before anything is written
     except ValueError as error:
         if isinstance(error, TriplaneError):
             raise
         return str(error)
-    parts = _encode_parts(pool, encoding, record.name, model.blocks(_pieces(text)), ahead)
+    parts = _encode_parts(pool, encoding, name=record.name, blocks=model.blocks(_pieces(text)), ahead=ahead)
     signature = minhash_signature(_pieces(text)) if encoding.with_signature else b""
-    return Encoded(_framed(model, parts), size, hasher.digest(), signature)
+    return Encoded(parts=_framed(model, parts), text_bytes=size, content_hash=hasher.digest(), signature=signature)
 
 
 def _encode_parts(
-    pool: ProcessPoolExecutor, encoding: Encoding, name: str, blocks: Iterator[Block], ahead: int
+    pool: ProcessPoolExecutor, encoding: Encoding, *, name: str, blocks: Iterator[Block], ahead: int
 ) -> Iterator[Tokens]:
     running: deque[Future[Tokens]] = deque()
     with _killed_is_an_error():
@@ -201,7 +201,7 @@ def _framed(model: Tokenizer, parts: Iterable[Tokens]) -> Iterator[Tokens]:
 
 
 def _pieces(file: BinaryIO) -> Iterator[str]:
-    """The text of a UTF-8 file from its start on."""
+    """Yields the text of a UTF-8 file from its start."""
     file.seek(0)
     reader = io.TextIOWrapper(file, "utf-8", newline="")
     try:
@@ -217,7 +217,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _follow_parent() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it: a worker whose parent is killed would wait for work forever."""
+    """Leaves Ctrl-C to the parent, and exits with it: an orphaned worker would wait for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:

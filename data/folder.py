@@ -1,4 +1,4 @@
-"""Where the files of a corpus are: in a folder of this machine, or at a URL."""
+"""Reads the files of a corpus from a local folder or a URL."""
 
 from dataclasses import dataclass
 from io import BufferedReader
@@ -10,17 +10,17 @@ from triplane.storage.errors import DataError
 from triplane.storage.remote import is_url, read_url
 
 _MOST_BYTES = 1 << 28
-"""Of a file that is read into memory before its checksum is known: a manifest, or one of a tokenizer's."""
+"""Limit for files that are read into memory before their checksum is known: manifests and tokenizers."""
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """Files that are read in place."""
+    """Files to read in place."""
 
     path: Path
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
-        """The content of a small file; the caller checks it."""
+        """Returns the content of a small file, unverified."""
         path = self.path / name
         try:
             if path.exists() and not path.is_file():
@@ -38,7 +38,7 @@ class LocalFolder:
         file.check_size(self.path)
 
     def open(self, file: StoredFile) -> BufferedReader:
-        """The file, to be mapped."""
+        """Opens the file for mapping."""
         file.check_size(self.path)
         try:
             return open(self.path / file.name, "rb")
@@ -46,35 +46,35 @@ class LocalFolder:
             raise DataError(f"{self.path / file.name}: cannot be read: {error.strerror}") from error
 
     def where(self, file: StoredFile) -> str:
-        """How an error about its content names the file."""
+        """Names the file for an error about its content."""
         return str(self.path / file.name)
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """Files that are fetched when they are first opened."""
+    """Files to fetch when first opened."""
 
     url: str
     cache: Cache
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
-        """The content of a small file, which is not kept; one without this checksum is fetched again."""
+        """Returns the content of a small file, uncached; retries if it does not match the checksum."""
         return read_url(f"{self.url}/{name}", self.cache.retry, most_bytes=_MOST_BYTES, sha256=sha256)
 
     def check_size(self, file: StoredFile) -> None:
-        """Nothing: to ask for each of many files would take long, and each is verified when it is fetched."""
+        """Does nothing: a request per file would take long, and each file is verified when fetched."""
 
     def open(self, file: StoredFile) -> BufferedReader:
-        """The verified file in the cache, to be mapped."""
+        """Opens the verified file in the cache for mapping."""
         return self.cache.open(f"{self.url}/{file.name}", file)
 
     def where(self, file: StoredFile) -> str:
-        """How an error about its content names the file: it was whole when it was fetched, so the disk is to blame."""
+        """Names the cached file for an error about its content: it was intact when fetched, so the disk is at fault."""
         return f"{self.cache.folder / file.sha256} (fetched from {self.url}/{file.name}; remove it)"
 
 
 def folder_at(location: Path | str, cache: Cache | None) -> LocalFolder | RemoteFolder:
-    """The folder at a path, or at a URL, for which a cache is needed."""
+    """Returns the folder at a path, or at a URL, which requires a cache."""
     if not is_url(location):
         return LocalFolder(Path(location))
     assert cache is not None, f"{location}: no cache"
@@ -82,5 +82,5 @@ def folder_at(location: Path | str, cache: Cache | None) -> LocalFolder | Remote
 
 
 def join(location: Path | str, name: str) -> Path | str:
-    """What is called `name` in a folder at a path or URL."""
+    """Joins a path or URL and `name`."""
     return f"{str(location).rstrip('/')}/{name}" if is_url(location) else Path(location) / name

@@ -1,4 +1,4 @@
-"""A document for a split that would be empty: small inputs have none that falls into it by its content."""
+"""Holds out a document for a split that small inputs would leave empty."""
 
 import numpy as np
 
@@ -7,14 +7,14 @@ from triplane.data.shards import SplitWriter
 from triplane.data.tokenizer import Tokenizer
 
 _MOST_TOKENS = 1 << 22
-"""Of a single document that is cut in two."""
+"""Largest single document to cut in two."""
 
 
 def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, fraction: float) -> None:
-    """Moves the last document of one split, with its copies, to the other; of a single document, holds out its end.
+    """Moves the last document of one split, with its copies, to the other; cuts a single document in two.
 
-    `fraction` is that of the text which is held out. Does nothing if neither is possible, nor if a shard is finished,
-    which could hold further copies.
+    `fraction` is the held-out share of a single document. Does nothing if neither is possible, or if a shard is
+    finished, which could contain further copies.
     """
     full, empty = (train, validation) if train.counts.documents else (validation, train)
     if full.has_shards:
@@ -29,7 +29,7 @@ def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, 
     text = tokenizer.decode(taken[0].tolist()) if len(taken) == 1 and len(taken[0]) <= _MOST_TOKENS else ""
     cut = _cut(text, round(len(text) * (1 - fraction)))
     if cut is None:
-        return  # what was taken is not written, nor is anything else: an empty split is an error
+        return  # nothing is lost: the caller reports the empty split and writes no corpus
     full.counts.add(len(taken[0]), len(text.encode()), -1)
     for split, part in ((train, text[:cut]), (validation, text[cut:])):
         document = _encoded(part, tokenizer)
@@ -45,7 +45,7 @@ def _move(document: Tokens, full: SplitWriter, empty: SplitWriter, tokenizer: To
 
 
 def _cut(text: str, near: int) -> int | None:
-    """The last line end, else space, else character before `near`, with text on both sides."""
+    """Finds the last line end, else space, else character before `near`, with text on both sides."""
     near = min(max(near, 1), len(text) - 1)
     places = (text.rfind("\n", 0, near) + 1, text.rfind(" ", 0, near), near)
     return next((at for at in places if 0 < at < len(text)), None)

@@ -1,4 +1,4 @@
-"""The index of a shard: where each token and document is, and the checksums that prove it."""
+"""Reads and writes the index of a shard: where each token and document is, and checksums."""
 
 import io
 import itertools
@@ -17,16 +17,16 @@ from triplane.storage.files import write_whole
 
 _CHUNK_BYTES = 1 << 20
 _ENTRY_BYTES = 3 * 8 + 4 + 4
-"""Of all arrays for a document that has a block of its own."""
+"""Index size per document, if each has its own block."""
 _HEADER_BYTES = 1 << 16
 _KINDS = {"extents": "<i8", "offsets": "<i8", "tokens": "<i8", "crc32": "<u4", "lengths": "<u4"}
 
 
 class ShardIndex(NamedTuple):
-    """Where things are in a tar of N blocks and D documents."""
+    """Locations in a tar of N blocks and D documents."""
 
     extents: NDArray[np.int64]
-    """(N + 1,) block i, headers and padding too, is the bytes `extents[i]` to `extents[i + 1]`."""
+    """(N + 1,) block i, with headers and padding, spans bytes `extents[i]` to `extents[i + 1]`."""
     offsets: NDArray[np.int64]
     """(N,) byte of each block's first token."""
     tokens: NDArray[np.int64]
@@ -38,7 +38,7 @@ class ShardIndex(NamedTuple):
 
     @classmethod
     def load(cls, file: Path | BinaryIO, documents: int | None = None) -> "ShardIndex":
-        """Reads what `save` wrote; raises ValueError if it is another file, or larger than one of `documents`."""
+        """Reads what `save` wrote; raises ValueError for other content, or more than `documents` could take."""
         try:
             with zipfile.ZipFile(file) as archive:
                 if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in cls._fields):
@@ -52,12 +52,12 @@ class ShardIndex(NamedTuple):
                     )
                 return cls(*(_array(archive, name) for name in cls._fields))
         except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"no index: {error}") from error
+            raise ValueError(f"not an index: {error}") from error
         except MemoryError as error:
             raise ValueError("an array that does not fit into memory") from error
 
     def check(self, size_bytes: int, tokens: int, documents: int, itemsize: int) -> None:
-        """Raises ValueError if this is no index of a tar of `size_bytes` with so many tokens and documents."""
+        """Raises ValueError if this cannot index a tar of `size_bytes` with so many tokens and documents."""
         blocks = len(self.tokens)
         shapes = [len(self.extents) - 1, len(self.offsets), len(self.crc32)]
         if blocks == 0 or shapes != [blocks] * 3 or len(self.lengths) != documents:
@@ -72,7 +72,7 @@ class ShardIndex(NamedTuple):
                 raise ValueError(f"{name} from {array.min()} to {array.max()}, not from {least} to {most}")
         ends = self.offsets + self.tokens * itemsize
         if not ((self.extents[:-1] <= self.offsets) & (ends <= self.extents[1:])).all():
-            raise ValueError("tokens outside of their block")
+            raise ValueError("tokens outside their block")
         bounds, starts = np.cumsum(self.tokens), np.cumsum(self.lengths, dtype=np.int64)
         if bounds[-1] != tokens or starts[-1] != tokens or not np.isin(bounds, starts).all():
             raise ValueError(
@@ -80,14 +80,14 @@ class ShardIndex(NamedTuple):
             )
 
     def save(self, path: Path) -> None:
-        """Writes an `.npz`; the same index gives the same bytes."""
+        """Writes an `.npz`, whose bytes depend on the index alone."""
         buffer = io.BytesIO()
         np.savez(buffer, **self._asdict())
         write_whole(path, buffer.getvalue())
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """A one-dimensional array; its size is bounded by the archive, which a header's shape may exceed."""
+    """Reads a one-dimensional array no larger than the archive, whatever shape its header claims."""
     with archive.open(f"{name}.npy") as file:
         content = io.BytesIO(file.read())
     if np.lib.format.read_magic(content) != (1, 0):
@@ -95,7 +95,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     try:
         shape, _, dtype = np.lib.format.read_array_header_1_0(content)
     except (SyntaxError, TypeError, tokenize.TokenError) as error:
-        raise ValueError(f"{name}: no header of an array") from error
+        raise ValueError(f"{name}: invalid array header") from error
     left = len(content.getbuffer()) - content.tell()
     if dtype != np.dtype(_KINDS[name]) or len(shape) != 1 or shape[0] * dtype.itemsize != left:
         raise ValueError(f"{name}: {dtype} of shape {shape} in {left:,} bytes")
@@ -103,7 +103,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Reads the index off a tar as it is on the disk."""
+    """Builds the index of a tar from its content on the disk."""
     extents, offsets, counts, lengths = [], [], [], []
     with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -120,12 +120,15 @@ def index_shard(path: Path) -> ShardIndex:
         file.seek(extents[0])
         crc32 = [_crc32(file, end - start) for start, end in itertools.pairwise(extents)]
     return ShardIndex(
-        np.array(extents), np.array(offsets), np.array(counts), np.array(crc32, np.uint32), np.concatenate(lengths)
+        extents=np.array(extents),
+        offsets=np.array(offsets),
+        tokens=np.array(counts),
+        crc32=np.array(crc32, np.uint32),
+        lengths=np.concatenate(lengths),
     )
 
 
 def _crc32(file: BinaryIO, size: int) -> int:
-    """Of the next `size` bytes."""
     found = 0
     while size > 0:
         chunk = file.read(min(size, _CHUNK_BYTES))

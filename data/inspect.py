@@ -1,4 +1,4 @@
-"""What is in a prepared corpus."""
+"""Describes the content of a prepared corpus."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ _PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
 def describe(folder: Path, show_documents: int = 0) -> dict[str, Any]:
-    """Counts, digests and document lengths of each split of the corpus that `prepare` wrote to `folder`.
+    """Returns counts, digests and document lengths of each split of the corpus that `prepare` wrote to `folder`.
 
-    With `show_documents`, the text of that many first documents of each split too. Raises DataError if a file is
-    missing, damaged or from another tokenizer.
+    Includes the text of the first `show_documents` documents of each split. Raises DataError if a file is missing,
+    damaged or from another tokenizer.
     """
     train, validation = Corpus.open_splits(folder)
     tokenizer = train.open_tokenizer()
@@ -53,9 +53,9 @@ def _describe_split(corpus: Corpus, tokenizer: Tokenizer, show_documents: int) -
 
 
 def describe_batch(
-    plan: Plan, names: Sequence[str], corpora: Sequence[Corpus], tokenizer: Tokenizer, positions: Sequence[int]
+    plan: Plan, *, names: Sequence[str], corpora: Sequence[Corpus], tokenizer: Tokenizer, positions: Sequence[int]
 ) -> Iterator[str]:
-    """Lines on each of `positions`: the documents that it holds, where they are stored, and their text."""
+    """Yields lines on each of `positions`: its documents, where they are stored, and their text."""
     for position in positions:
         chunk = plan.chunk(position)
         offset = position - chunk.start
@@ -63,7 +63,7 @@ def describe_batch(
         padding = chunk.seq_len - sum(count for _, count in pieces)
         yield f"== sequence {position:,}: {names[source]}" + (f", {padding:,} of padding" if padding else "")
         for start, count in pieces:
-            # One token more is read than is predicted from: the last one is only a target.
+            # One token more than is predicted from: the last one is only a target.
             for part in corpora[source].parts(start, count + 1):
                 length = part.stop - part.start
                 yield f"-- {part.shard}, document {part.document:,}, tokens {part.start:,} to {part.stop:,}"

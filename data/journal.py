@@ -1,4 +1,4 @@
-"""Append-only files and a state that reach the disk together: a killed program goes on from its last commit."""
+"""Commits append-only files and a state to the disk together, so that a killed program resumes from the last commit."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ class Log:
     """A file that is only appended to."""
 
     def __init__(self, path: Path, size: int):
-        """Cuts what was appended after the last commit, at which there were `size` bytes."""
+        """Truncates the file to `size`, its length at the last commit."""
         self.path = path
         self.size = size
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close
@@ -25,45 +25,45 @@ class Log:
         self.cut()
 
     def append(self, content: bytes) -> None:
-        """The content may stay in memory until the next commit."""
+        """Appends `content`, which may stay in memory until the next commit."""
         with disk_full_is_an_error(self.path, len(content)):
             self._file.write(content)
         self.size += len(content)
 
     def read(self, start: int = 0, size: int = -1) -> bytes:
-        """Bytes from `start` on, those that were just appended too."""
+        """Reads `size` bytes from `start`, including those just appended."""
         self.flush()
         with open(self.path, "rb") as file:
             file.seek(start)
             return file.read(size)
 
     def open(self) -> BinaryIO:
-        """The file, with what was just appended; what is after `size` does not count."""
+        """Opens the file for reading; content beyond `self.size` is invalid."""
         self.flush()
         return open(self.path, "rb")
 
     def flush(self) -> None:
-        """Other readers of the file see everything from here on."""
+        """Makes all content visible to other readers of the file."""
         with disk_full_is_an_error(self.path, self.size):
             self._file.flush()
 
     def restart(self) -> None:
-        """Drops the content once the next commit has been made."""
+        """Drops the content with the next commit."""
         self.size = 0
 
     def sync(self) -> None:
-        """Puts everything on the disk."""
+        """Flushes everything to the disk."""
         self.flush()
         os.fsync(self._file.fileno())
 
     def cut(self) -> None:
-        """Drops what is after `size`."""
+        """Truncates the file to `size`."""
         self._file.flush()
         if os.fstat(self._file.fileno()).st_size > self.size:
             self._file.truncate(self.size)
 
     def close(self) -> None:
-        """Puts everything on the disk and closes the file."""
+        """Flushes everything to the disk and closes the file."""
         self.sync()
         self._file.close()
 
@@ -74,10 +74,10 @@ class _Saved(BaseModel, extra="forbid", frozen=True):
 
 
 class Journal:
-    """The logs and the state of a piece of work, in its folder."""
+    """The logs and state of an ongoing task, in its folder."""
 
     def __init__(self, folder: Path):
-        """`state` is that of the last commit, None if there was none."""
+        """`state` is that of the last commit, or None."""
         self.folder = folder
         self._path = folder / _NAME
         saved = (
@@ -89,7 +89,7 @@ class Journal:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether there is a commit to go on from."""
+        """Returns whether there is a commit to resume from."""
         return (folder / _NAME).exists()
 
     @staticmethod
@@ -98,13 +98,13 @@ class Journal:
         (folder / _NAME).unlink(missing_ok=True)
 
     def log(self, name: str) -> Log:
-        """The log of that name, as it was at the last commit."""
+        """Opens the log of that name, as it was at the last commit."""
         assert name not in self._logs
         self._logs[name] = Log(self.folder / name, self._sizes.get(name, 0))
         return self._logs[name]
 
     def commit(self, state: BaseModel) -> None:
-        """From here on, a new Journal has this state and everything that is in the logs."""
+        """Commits this state and the content of the logs, from which a new Journal then resumes."""
         for log in self._logs.values():
             log.sync()
         saved = _Saved(logs={name: log.size for name, log in self._logs.items()}, state=state.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""A Hugging Face `tokenizer.json` as a tokenizer, by the `tokenizers` library."""
+"""Wraps a Hugging Face `tokenizer.json` as a tokenizer, using the `tokenizers` library."""
 
 import hashlib
 import json
@@ -17,21 +17,21 @@ CONFIG_NAME = "tokenizer_config.json"
 MAP_NAME = "special_tokens_map.json"
 
 _KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
-"""What well-known tokenizers call the end of a text, asked for only where no file says it."""
+"""End-of-text tokens of well-known tokenizers, for when no file names one."""
 _CUTS = [re.compile(cut) for cut in (r"(?<=\S\n)(?=\S)", r"(?<=\w)(?=\s)", r"(?<=\w)(?=[^\w\s])")]
-"""Where words are split by the rules in use, best first: line ends, words before spaces, other ends of words."""
+"""Places where common rules split words, best first: line ends, words before spaces, other ends of words."""
 _TRIES = 32
 _SEARCHED_CHARS = 1 << 13
 
 
 class JsonTokenizer(Tokenizer):
-    """Special tokens that are spelled out in text stay text."""
+    """Treats special tokens that are spelled out in text as text."""
 
     context_chars = AHEAD_CHARS // 4
 
     def __init__(self, files: Mapping[str, bytes], where: str):
         """`files` are JSON_NAME and, if they exist, CONFIG_NAME and MAP_NAME. Raises DataError, which names `where`,
-        if the library cannot read them, or nothing that it holds is told to end a text."""
+        if the library cannot read them, or if no token ends a text."""
         try:
             self._library = tokenizers.Tokenizer.from_buffer(files[JSON_NAME])
         except ValueError as error:
@@ -43,7 +43,7 @@ class JsonTokenizer(Tokenizer):
             self._library.model.dropout = None
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        content = json.loads(self._library.to_str())  # with the keys that the file may leave out
+        content = json.loads(self._library.to_str())  # includes keys that the file may omit
         config, map_ = (_object(files.get(name, b"{}"), f"{where}: {name}") for name in (CONFIG_NAME, MAP_NAME))
         special = {token["content"] for token in content["added_tokens"] if token["special"]}
         begin, end = _template_ends(content["post_processor"])
@@ -61,22 +61,20 @@ class JsonTokenizer(Tokenizer):
         for token in (bos, eos):
             if token not in special or vocabulary[token] in self.encode_whole(token):
                 raise DataError(
-                    f"{where}: {token}, which begins or ends a text, can be read from text that spells it out: mark it "
-                    f'as "special" among the "added_tokens" of tokenizer.json'
+                    f"{where}: {token}, which starts or ends a text, is also encoded from text that spells it out: "
+                    'mark it as "special" among the "added_tokens" of tokenizer.json'
                 )
         told = json.dumps({**config, "bos_token": bos, "eos_token": eos}, indent=1) + "\n"
         self.files = {JSON_NAME: files[JSON_NAME], CONFIG_NAME: told.encode()}
         self.digest = hashlib.sha256(files[JSON_NAME] + f"{bos}\n{eos}".encode()).hexdigest()
-        # Without words, tokens are joined over the whole text: a cut must be where no token could be.
+        # Without words, merges may span the whole text: a cut must be where no token could be.
         self._pairs = None if content["pre_tokenizer"] else SafePairs(vocabulary)
 
     def encode_whole(self, text: str) -> list[int]:
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self._library.decode(ids, skip_special_tokens=True)
-        return text
+        return self._library.decode(ids, skip_special_tokens=True)
 
     def find_cut(self, text: str, start: int, stop: int) -> int | None:
         if self._pairs:
@@ -85,7 +83,7 @@ class JsonTokenizer(Tokenizer):
         return next((cut for cut in _candidates(text, start, stop) if self._is_unseen(text, cut)), None)
 
     def _is_unseen(self, text: str, cut: int) -> bool:
-        """Whether the tokens around the cut are those of the text."""
+        """Returns whether the cut leaves the tokens around it unchanged."""
         before = self.encode_whole(text[max(0, cut - self.context_chars) : cut])
         around = self.encode_whole(text[max(0, cut - self.context_chars) : cut + AHEAD_CHARS])
         return around[: len(before)] == before
@@ -109,7 +107,7 @@ def _object(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _named(config: Mapping[str, Any], key: str) -> object:
-    """The token's text, which may stand in an object of its own; None if there is none."""
+    """Returns the token's text, which may be nested in an object, or None."""
     token = config.get(key)
     if isinstance(token, dict):
         token = token.get("content")
@@ -117,7 +115,7 @@ def _named(config: Mapping[str, Any], key: str) -> object:
 
 
 def _template_ends(post_processor: Any) -> tuple[str | None, str | None]:
-    """What the template for one text puts before and after it."""
+    """Returns the tokens that the template for one text puts before and after it."""
     if not isinstance(post_processor, dict):
         return None, None
     for processor in (post_processor, *post_processor.get("processors", ())):

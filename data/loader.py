@@ -1,4 +1,4 @@
-"""Batches as a function of (corpora, plan, position): ranks and workers divide the work and never change it."""
+"""Loads batches as a function of (corpora, plan, position), however ranks and workers divide the work."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ from triplane.data.prefetch import Prefetcher
 from triplane.storage.errors import DataError, TriplaneError
 
 IGNORED_TARGET = -100
-"""A position with this target has no loss."""
+"""Target of positions without a loss."""
 
 _CANNOT_SEND = 74
 """Exit status of a data worker, EX_IOERR."""
@@ -43,25 +43,25 @@ _LACKS = {
         (errno.EACCES, errno.ENOENT, errno.EROFS), "let /dev/shm be writable shared memory, or set data.num_workers=0"
     ),
 }
-"""What the queues, processes and shared memory of workers may find missing, and what to do."""
+"""Remedies for errors of the workers' queues, processes and shared memory."""
 _AHEAD_TOKENS = 1 << 18
-"""Read at once by the thread that reads ahead: a millisecond's work, beside which handing it over is little."""
+"""Tokens per task of the read-ahead thread: a millisecond of work, against which the handover is cheap."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences end to end: T = sequences x L."""
+    """Sequences of L tokens end to end: T = sequences x L."""
 
     tokens_T: Tensor
     """(T,) int64."""
     targets_T: Tensor
     """(T,) int64, the next tokens, or IGNORED_TARGET."""
     bounds: tuple[int, ...]
-    """0, where further sequences, pieces of them or documents start, T."""
+    """0, the start of each further sequence, piece or document, and T."""
 
 
 class SequenceDataset(Dataset[MicroBatch]):
-    """Positions -> their sequences end to end."""
+    """Maps positions to their sequences, end to end."""
 
     def __init__(self, corpora: Sequence[Corpus], plan: Plan, document_mask: bool):
         self.corpora = corpora
@@ -69,14 +69,14 @@ class SequenceDataset(Dataset[MicroBatch]):
         self._document_mask = document_mask
         self._bos_id = corpora[0].manifest.bos_id
         self._bos_is_eos = self._bos_id == corpora[0].manifest.eos_id
-        self._chunk = Chunk(0, 0, 0, [], [])
+        self._chunk = Chunk(start=0, stop=0, seq_len=0, sources=[], pieces=[])
 
     def __len__(self) -> int:
         """Sequences in one pass over all sources."""
         return self._plan.n_sequences
 
     def __getitem__(self, positions: Sequence[int]) -> MicroBatch:
-        """All of `positions` must have sequences of one length."""
+        """Reads the sequences at `positions`, which must all have the same length."""
         seq_len = self._around(positions[0]).seq_len
         size = len(positions) * seq_len
         tokens_T = torch.empty(size, dtype=torch.int64)
@@ -96,28 +96,28 @@ class SequenceDataset(Dataset[MicroBatch]):
                 targets[at : at + count] = stored[1:]
                 at += count
             if at < end:
-                # Padding sees nothing and is a document of its own.
+                # Padding attends to nothing else: it is a document of its own.
                 joints.append(at)
                 tokens[at:end] = 0
                 targets[at:end] = IGNORED_TARGET
         bounds = {*joints, size}
         if self._document_mask:
-            # Each document begins with bos, which nothing predicts; nothing else is bos, except perhaps the last token
-            # of the document before, which a bos never follows otherwise.
-            begins = targets == self._bos_id
+            # Each document starts with bos, which must not be a target. If bos is also eos, it ends documents too, but
+            # only at a document's start does it follow another one.
+            is_start = targets == self._bos_id
             if self._bos_is_eos:
-                begins &= tokens == self._bos_id
-            (starts,) = begins.nonzero()
+                is_start &= tokens == self._bos_id
+            (starts,) = is_start.nonzero()
             targets[starts] = IGNORED_TARGET
             bounds.update((starts + 1).tolist())
         return MicroBatch(tokens_T, targets_T, tuple(sorted(bounds)))
 
     def seq_len_at(self, position: int) -> int:
-        """Tokens in the sequence at `position`."""
+        """Returns the tokens in the sequence at `position`."""
         return self._around(position).seq_len
 
     def count_tokens(self, positions: Sequence[int]) -> int:
-        """Tokens in these sequences; padding is none."""
+        """Counts the tokens in these sequences, without padding."""
         total = 0
         for position in positions:
             chunk = self._around(position)
@@ -125,7 +125,7 @@ class SequenceDataset(Dataset[MicroBatch]):
         return total
 
     def shards(self, source: int, positions: Sequence[int]) -> list[int]:
-        """Numbers of the shards of corpus `source` that `positions` read, ascending."""
+        """Returns, ascending, the numbers of the shards of corpus `source` that `positions` read."""
         pieces: list[Piece] = []
         for position in positions:
             chunk = self._around(position)
@@ -155,11 +155,11 @@ def batches(
     num_workers: int,
     local_ranks: int = 1,
 ) -> Iterator[MicroBatch]:
-    """Yields the micro-batches of `dp_rank` for `steps` steps, step after step.
+    """Yields the micro-batches of `dp_rank` for `steps` steps.
 
-    Step s of this call reads the positions `consumed_sequences + s * global_batch_size` and on, of which each dp rank
-    has every `dp_size`-th. Shards at URLs are fetched ahead, with the share of the cache that one of `local_ranks`
-    has. Raises DataError, from workers too, if a corpus is damaged.
+    Step s of this call reads `global_batch_size` positions from `consumed_sequences + s * global_batch_size`, every
+    `dp_size`-th of them on this rank. Shards at URLs are prefetched within 1 / `local_ranks` of the cache. Raises
+    DataError, from workers too, if a corpus is damaged.
     """
     share, rest = divmod(global_batch_size, dp_size)
     assert rest == 0 and share % micro_batch_size == 0, (global_batch_size, dp_size, micro_batch_size)
@@ -170,9 +170,9 @@ def batches(
         return (range(start, start + stride, dp_size) for start in starts)
 
     with ExitStack() as stack:
-        # Before the prefetchers, since workers are forked and threads are not.
+        # Before the prefetchers, since workers are forked, and threads do not survive a fork.
         micro_batches = _in_workers(dataset, positions(), num_workers) if num_workers else _ahead(dataset, positions())
-        prefetchers = [stack.enter_context(one) for one in _prefetchers(dataset, positions, local_ranks)]
+        prefetchers = [stack.enter_context(each) for each in _prefetchers(dataset, positions, local_ranks)]
         for micro_batch in micro_batches:
             for prefetcher in prefetchers:
                 prefetcher.next_step()
@@ -180,7 +180,7 @@ def batches(
 
 
 def _ahead(dataset: SequenceDataset, positions: Iterator[range]) -> Iterator[MicroBatch]:
-    """Reads the next groups of micro-batches in a thread while those of the current one are trained on."""
+    """Reads the next groups of micro-batches in a thread during training on the current group."""
     first = next(positions, None)
     if first is None:
         return
@@ -204,10 +204,10 @@ def _in_workers(dataset: SequenceDataset, positions: Iterator[range], num_worker
         dataset,
         sampler=positions,
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers,
-        worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # else it draws from the global one
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # by default it would draw from the global one
     )
     with _worker_errors():
         micro_batches = iter(loader)
@@ -221,7 +221,7 @@ def _unwrapped(micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
 
 @contextmanager
 def _worker_errors() -> Iterator[None]:
-    """Makes DataErrors of what workers raise, and of what they lack."""
+    """Turns exceptions of workers, and of missing resources for them, into DataErrors."""
     try:
         yield
     except TriplaneError as error:
@@ -232,7 +232,7 @@ def _worker_errors() -> Iterator[None]:
             raise
         raise DataError(f"a data worker could not hand over its batch, as its last line says: {_MORE_SHM}") from error
     except (EOFError, ConnectionError):
-        # If a worker was killed while it sent: SIGCHLD is on its way, for which DataLoader raises what names it.
+        # A worker was killed while sending; SIGCHLD will arrive, for which DataLoader raises an error that names it.
         time.sleep(1.0)
         raise
     except OSError as error:
@@ -241,33 +241,33 @@ def _worker_errors() -> Iterator[None]:
         raise DataError(f"data workers: {error.strerror}: {_LACKS[error.errno]}") from error
 
 
-def _begin_worker(worker: int) -> None:
-    """Leaves signals to the rank, and ends if a batch cannot be sent, for which the rank would wait for ever."""
+def _start_worker(worker: int) -> None:
+    """Leaves signals to the rank, and exits if a batch cannot be sent, since the rank would wait for it forever."""
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
-    # Slurm and terminals send them to every process; the rank needs its data until it has saved.
+    # Slurm and terminals signal every process, but the rank needs its data until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end_worker(error: Exception, batch: object) -> None:
-    # In one piece: other workers write too.
+    # In a single write, since other workers write too.
     sys.stderr.write(f"data worker {os.getpid()}: cannot send a batch: {error}\n")
     sys.stderr.flush()
     os._exit(_CANNOT_SEND)
 
 
-def _as_it_is(micro_batch: Any) -> Any:
+def _unchanged(micro_batch: Any) -> Any:
     return micro_batch
 
 
 def _prefetchers(
     dataset: SequenceDataset, positions: Callable[[], Iterator[range]], local_ranks: int
 ) -> list[Prefetcher]:
-    """One for each corpus at a URL; together they keep within this rank's share of the cache."""
+    """Returns a prefetcher per corpus at a URL; together they stay within this rank's share of the cache."""
     remote = [number for number, corpus in enumerate(dataset.corpora) if corpus.is_remote]
     prefetchers = []
     for number in remote:
-        corpus, own = dataset.corpora[number], copy(dataset)  # its place in the plan is the thread's own
+        corpus, own = dataset.corpora[number], copy(dataset)  # each thread has its own position in the plan
         assert corpus.cache is not None
         budget_bytes = corpus.cache.limit_bytes // (local_ranks * len(remote))
         plan = map(partial(own.shards, number), positions())

@@ -1,4 +1,4 @@
-"""The list of a split's files: what a corpus is made of, and by its digest which corpus it is."""
+"""Lists the files of a split; the list's digest identifies the corpus."""
 
 import hashlib
 from functools import cached_property
@@ -14,13 +14,13 @@ from triplane.storage.errors import DataError, printable
 from triplane.storage.files import write_whole
 
 Tokens = NDArray[np.unsignedinteger]
-"""Ids as they are stored."""
+"""Token ids as stored."""
 
 MANIFEST_NAME = "manifest.json"
 Split = Literal["train", "validation"]
 
 _FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
-"""A bare name: a corpus from elsewhere reaches no file outside of its folder."""
+"""A bare name, so that a foreign corpus cannot refer to files outside its folder."""
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(gt=0, lt=1 << 50)]
 """Bytes, tokens or documents; sums of counts stay within 64 bits."""
@@ -28,7 +28,7 @@ _Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class StoredFile(BaseModel, extra="forbid", frozen=True, strict=True):
-    """A file beside the manifest."""
+    """A file in the manifest's folder."""
 
     name: _FileName
     bytes: _Count
@@ -36,7 +36,7 @@ class StoredFile(BaseModel, extra="forbid", frozen=True, strict=True):
 
     @classmethod
     def of(cls, path: Path) -> "StoredFile":
-        """Describes `path` as it is on the disk."""
+        """Describes a file on the disk."""
         return cls(name=path.name, bytes=path.stat().st_size, sha256=_sha256(path))
 
     def check_size(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class StoredFile(BaseModel, extra="forbid", frozen=True, strict=True):
             raise damaged(path, expected, found)
 
     def check_content(self, folder: Path) -> None:
-        """Reads the whole file; raises DataError if it is not what was written."""
+        """Reads the whole file; raises DataError if it is damaged."""
         self.check_size(folder)
         found = _sha256(folder / self.name)
         if found != self.sha256:
@@ -59,7 +59,7 @@ class StoredFile(BaseModel, extra="forbid", frozen=True, strict=True):
 
 
 class Shard(BaseModel, extra="forbid", frozen=True, strict=True):
-    """A tar of tokens, its index, and how much is in it."""
+    """A tar of tokens, its index, and their size."""
 
     data: StoredFile
     index: StoredFile
@@ -68,21 +68,21 @@ class Shard(BaseModel, extra="forbid", frozen=True, strict=True):
 
 
 class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
-    """One split of a corpus. Stored order is the order of `shards`.
+    """One split of a corpus; `shards` are in stored order.
 
-    Fields that default to None are absent from corpora that an earlier release wrote.
+    Fields that default to None are absent from corpora of earlier releases.
     """
 
     format: Literal[1] = 1
     split: Split | None = None
     tokenizer_digest: _Sha256
     tokenizer_files: Annotated[tuple[_FileName, ...], Field(min_length=1)] | None = None
-    """Names of the tokenizer's files beside the splits; None: a sentencepiece model."""
+    """Names of the tokenizer's files beside the splits; None means a sentencepiece model."""
     vocab_size: _Id
     bos_id: _Id
     """The first token of each document."""
     eos_id: _Id | None = None
-    """The last token of each document, which may be `bos_id`; None: another one than `bos_id`."""
+    """The last token of each document, which may be `bos_id`; None means that it differs from `bos_id`."""
     text_bytes: _Count
     """UTF-8 bytes of all documents."""
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
@@ -109,22 +109,22 @@ class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
 
     @property
     def tokens(self) -> int:
-        """Tokens in all shards, bos and eos of each document among them."""
+        """Tokens in all shards, including bos and eos."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """Of the stored tokens."""
+        """Type of the stored tokens."""
         return token_dtype(self.vocab_size)
 
     @cached_property
     def digest(self) -> str:
-        """The corpus's identity: another text, order or tokenizer has another one."""
+        """Identity of the corpus, which depends on text, order and tokenizer."""
         return hashlib.sha256(self._json()).hexdigest()
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> "Manifest":
-        """Raises DataError, which names `where`, if this release can't read it."""
+        """Parses a manifest; raises DataError, which names `where`, if this release cannot read it."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
@@ -136,7 +136,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Written last: a split without it is unfinished."""
+        """Writes the manifest; do so last, since a split without one counts as unfinished."""
         write_whole(folder / MANIFEST_NAME, self._json())
 
     def _json(self) -> bytes:
@@ -144,12 +144,12 @@ class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """The smallest unsigned type that holds all ids."""
+    """Returns the smallest unsigned type that fits all ids."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def damaged(where: object, expected: str, found: str) -> DataError:
-    """The error for stored data that is not what was written."""
+    """Returns the error for stored data that differs from what was written."""
     return DataError(f"{where}: damaged: expected {expected}, found {found}: copy it again or prepare the corpus again")
 
 

@@ -12,14 +12,14 @@ _MOST_BYTES = 1 << 28
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer at `path`: a sentencepiece model, a Hugging Face `tokenizer.json`, or a folder with one of them.
+    """Opens a sentencepiece model, a Hugging Face `tokenizer.json`, or a folder with one of them.
 
-    Raises DataError if it is neither, or if it does not say where texts start and end.
+    Raises DataError if `path` is none of these, or if the tokenizer has no bos or eos.
     """
     if path.is_dir():
         found = [path / name for name in (JSON_NAME, SENTENCEPIECE_NAME) if (path / name).exists()]
         if not found:
-            raise DataError(f"{path}: neither {JSON_NAME} nor {SENTENCEPIECE_NAME} is in this folder")
+            raise DataError(f"{path}: contains neither {JSON_NAME} nor {SENTENCEPIECE_NAME}")
         path = found[0]
     content = _read(path)
     if not content.lstrip().startswith(b"{"):
@@ -31,7 +31,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenizer_of(files: Mapping[str, bytes], where: object) -> Tokenizer:
-    """The tokenizer with these `Tokenizer.files`; raises DataError if it cannot be read."""
+    """Opens the tokenizer with these `Tokenizer.files`; raises DataError if it is unreadable."""
     if JSON_NAME in files:
         return JsonTokenizer(files, str(where))
     if SENTENCEPIECE_NAME not in files:

@@ -1,4 +1,4 @@
-"""From a data config to its corpora, and to datasets that read them."""
+"""Opens the corpora of a data config, and plans the order in which to read them."""
 
 import os
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ class Sources:
 
     @property
     def digests(self) -> list[str]:
-        """Of the training split of each source."""
+        """Digest of the training split of each source."""
         return [corpus.digest for corpus in self.train]
 
 
 def open_sources(config: DataConfig, tokenized: Path) -> Sources:
-    """Raises DataError, a line for each source that is absent, damaged or made with another tokenizer.
+    """Opens all corpora; raises DataError with a line per source that is missing, damaged or differently tokenized.
 
-    Sources that are tars are tokenized into folders in `tokenized` unless they are there. That may take long: call it
-    before the ranks wait for each other.
+    First tokenizes tars into folders in `tokenized` unless that is done. That may take hours, so call it before the
+    ranks wait for each other.
     """
     problems: list[str] = []
     train: list[Corpus] = []
@@ -71,34 +71,39 @@ def _corpus_folder(config: DataConfig, source: SourceConfig, tokenized: Path) ->
     if not source.is_tars:
         return source.corpus
     if config.tokenizer is None:
-        raise DataError(
-            f"{source.corpus}: tars need data.tokenizer, a sentencepiece model or tokenizer.json to tokenize them with"
-        )
+        raise DataError(f"{source.corpus}: tars need data.tokenizer, a sentencepiece model or tokenizer.json")
     processes = len(os.sched_getaffinity(0))
     return str(ensure_corpus([source.corpus], tokenized, Path(config.tokenizer), processes=processes))
 
 
 def find_tokenizer(config: DataConfig, tokenized: Path) -> Tokenizer:
-    """The tokenizer of all sources."""
-    return Corpus.open_splits(_corpus_folder(config, config.sources[0], tokenized), Cache.of(config))[
-        0
-    ].open_tokenizer()
+    """Opens the tokenizer that all sources share."""
+    train, _ = Corpus.open_splits(_corpus_folder(config, config.sources[0], tokenized), Cache.of(config))
+    return train.open_tokenizer()
 
 
 def training_plan(config: DataConfig, corpora: Sequence[Corpus], seed: int, packed: Path) -> TrainingPlan:
-    """The order in which a run reads; the plans of best-fit packing are kept in the folder `packed`."""
+    """Returns the order in which a run reads; plans of best-fit packing are stored in the folder `packed`."""
     if config.packing == "best_fit":
         run = config.run_tokens // config.seq_len
-        cuts = [packing(corpus, config.seq_len, run, packed) for corpus in corpora]
-        phases = [Phase(start, weights, cuts, seq_len) for start, weights, seq_len in config.timeline()]
-    else:
+        cuts = [packing(corpus, config.seq_len, run=run, folder=packed) for corpus in corpora]
         phases = [
-            Phase(start, weights, [Even(corpus.tokens, seq_len, config.run_tokens) for corpus in corpora], seq_len)
+            Phase(start=start, weights=weights, cuts=cuts, seq_len=seq_len)
             for start, weights, seq_len in config.timeline()
         ]
-    return TrainingPlan(phases, seed, config.window_runs, config.lanes)
+    else:
+        phases = [
+            Phase(
+                start=start,
+                weights=weights,
+                cuts=[Even(corpus.tokens, seq_len, config.run_tokens) for corpus in corpora],
+                seq_len=seq_len,
+            )
+            for start, weights, seq_len in config.timeline()
+        ]
+    return TrainingPlan(phases, seed, window_runs=config.window_runs, lanes=config.lanes)
 
 
 def validation_plan(config: DataConfig, corpora: Sequence[Corpus]) -> StoredPlan:
-    """The validation sequences of `corpora`, by turns."""
+    """Returns the validation sequences of `corpora`, alternating between them."""
     return StoredPlan([Even(corpus.tokens, config.seq_len, config.run_tokens) for corpus in corpora], config.seq_len)

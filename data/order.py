@@ -1,4 +1,4 @@
-"""A keyed shuffle of a source's sequences, epoch after epoch, in closed form: the order has no state."""
+"""Shuffles a source's sequences anew each epoch, as a stateless function of position and key."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Order:
-    """Position in a source's reading -> sequence. Each epoch visits every sequence exactly once, in another order.
+    """Maps positions to sequences. Each epoch visits every sequence exactly once, in another order.
 
-    Whole runs of `run` consecutive sequences are dealt at random to windows of `window_runs` runs, and within a
-    window the sequences are shuffled: neighbours share shards, which matters where a shard must be fetched first.
-    Position p of a whole window belongs to lane p mod `lanes`, and each lane reads runs that no other lane reads in
-    this window: nodes that read different lanes fetch different shards.
+    Whole runs of `run` consecutive sequences are assigned at random to windows of `window_runs` runs, and the
+    sequences of a window are shuffled: neighbours share shards, which matters where shards must be fetched first.
+    Position p of a whole window belongs to lane p mod `lanes`, and no two lanes of a window share a run, so nodes that
+    read different lanes fetch different shards.
     """
 
     n_sequences: int
     n_runs: int
-    """Whole runs; what is left after them stays at the end of the epoch."""
+    """Whole runs; the remaining sequences stay at the end of the epoch."""
     run: int
     window_runs: int
     """A multiple of `lanes`."""
@@ -35,37 +35,48 @@ class Order:
         return self.run * self.window_runs
 
     def sequences(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequences that are read at `positions`, which count on through all epochs."""
-        n_sequences, run_size, lanes = map(np.uint64, (self.n_sequences, self.run, self.lanes))
-        window_size = np.uint64(self.window)
-        unsigned = positions.astype(np.uint64)
-        epoch, position = unsigned // n_sequences, unsigned % n_sequences
+        """Returns the sequences read at `positions`, which are counted through all epochs."""
+        epoch, position = np.divmod(positions.astype(np.uint64), np.uint64(self.n_sequences))
         epoch_key = mix(self.key + epoch * _GOLDEN)
-        window, offset = position // window_size, position % window_size
-        size = np.minimum(window_size, n_sequences - window * window_size)
-        n_lanes = np.where(size == window_size, lanes, np.uint64(1))
-        lane, lane_size = offset % n_lanes, size // n_lanes
+        slot = self._shuffled_in_window(position, epoch_key)
+        return self._with_shuffled_runs(slot, epoch_key).astype(np.int64)
+
+    def _shuffled_in_window(self, position: NDArray[np.uint64], epoch_key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Deals each window's positions to its lanes, and permutes each lane; a shorter last window has one lane.
+
+        A lane is a range of slots, that is of whole runs.
+        """
+        whole = np.uint64(self.window)
+        window, offset = np.divmod(position, whole)
+        start = window * whole
+        size = np.minimum(whole, np.uint64(self.n_sequences) - start)
+        n_lanes = np.where(size == whole, np.uint64(self.lanes), np.uint64(1))
+        lane_size = size // n_lanes
+        place, lane = np.divmod(offset, n_lanes)
         key = mix(mix(epoch_key + ~window) + lane)
-        slot = window * window_size + lane * lane_size + permute(offset // n_lanes, lane_size, key)
-        run, offset = slot // run_size, slot % run_size
+        return start + lane * lane_size + permute(place, lane_size, key)
+
+    def _with_shuffled_runs(self, slot: NDArray[np.uint64], epoch_key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Permutes the whole runs of the epoch, which spreads each window over the source."""
+        run_size = np.uint64(self.run)
+        run, offset = np.divmod(slot, run_size)
         n_runs = np.full_like(run, self.n_runs)
-        whole = run < n_runs
-        run[whole] = permute(run[whole], n_runs[whole], epoch_key[whole])
-        sequences: NDArray[np.int64] = (run * run_size + offset).astype(np.int64)
-        return sequences
+        is_whole = run < n_runs
+        run[is_whole] = permute(run[is_whole], n_runs[is_whole], epoch_key[is_whole])
+        return run * run_size + offset
 
 
 def key_of(*parts: object) -> np.uint64:
-    """A key that depends on each part."""
+    """Returns a key that depends on every part."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
 
 
 def permute(index: NDArray[np.uint64], size: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Where each `index` goes under the permutation of range(`size`) that its `key` names; equal shapes.
+    """Applies the permutation of range(`size`) that `key` selects to `index`, elementwise over equal shapes.
 
-    A Feistel network permutes the next power of four, and is applied until it leads back into the range (cycle
-    walking; Black and Rogaway 2002).
+    A Feistel network permutes the next power of four, and is repeated until the result is in the range (cycle walking;
+    Black and Rogaway 2002).
     """
     assert (index < size).all() and (size < 1 << 52).all()
     bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
@@ -79,7 +90,7 @@ def permute(index: NDArray[np.uint64], size: NDArray[np.uint64], key: NDArray[np
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: each bit of x changes half of the bits of the result."""
+    """Applies the finalizer of splitmix64: each bit of x flips about half of the result's bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Best-fit packing: which documents share a sequence, so that none that fits in one is cut.
+"""Packs documents into sequences by best fit, cutting only those longer than a sequence.
 
 Each shard is packed by itself, so that a sequence reads one shard. The plan is a file: making it takes a pass over
 all document lengths, and reading it is a memory map.
@@ -21,8 +21,8 @@ from triplane.storage.files import write_whole
 class Packing:
     """The sequences of a best-fit plan."""
 
-    def __init__(self, pieces: NDArray[np.int64], bounds: NDArray[np.int64], seq_len: int, run: int):
-        """`pieces` (P, 2), of which those from `bounds[i]` to `bounds[i + 1]` make sequence i."""
+    def __init__(self, pieces: NDArray[np.int64], bounds: NDArray[np.int64], *, seq_len: int, run: int):
+        """`pieces` is (P, 2); rows `bounds[i]` to `bounds[i + 1]` make up sequence i."""
         self._pieces = pieces
         self._bounds = bounds
         self.n_sequences = len(bounds) - 1
@@ -31,18 +31,18 @@ class Packing:
         self.seq_len = seq_len
 
     def pieces(self, numbers: NDArray[np.int64]) -> list[Pieces]:
-        """What these sequences are made of."""
+        """Returns the pieces of these sequences."""
         ends = zip(self._bounds[numbers].tolist(), self._bounds[numbers + 1].tolist())
         return [tuple(map(tuple, self._pieces[start:end].tolist())) for start, end in ends]
 
     @property
     def padding(self) -> float:
-        """The fraction of all positions that is empty."""
+        """Fraction of all positions that is padding."""
         return 1 - int(self._pieces[:, 1].sum()) / (self.n_sequences * self.seq_len)
 
 
-def packing(corpus: Corpus, seq_len: int, run: int, folder: Path) -> Packing:
-    """The plan in `folder` for this corpus and length; made and written first if there is none.
+def packing(corpus: Corpus, seq_len: int, *, run: int, folder: Path) -> Packing:
+    """Loads the plan in `folder` for this corpus and length; first makes it if missing.
 
     Raises DataError if the plan there is damaged or the disk is full.
     """
@@ -52,15 +52,15 @@ def packing(corpus: Corpus, seq_len: int, run: int, folder: Path) -> Packing:
         _write(path, corpus, seq_len)
     header, pieces, bounds = _load(path)
     if header != (expected := _header(corpus, seq_len, pieces, bounds)):
-        raise DataError(f"{path}: damaged: expected {expected}, found {header}: remove it; it is made again")
-    return Packing(pieces, bounds, seq_len, run)
+        raise DataError(f"{path}: damaged: expected {expected}, found {header}: remove it; it will be rebuilt")
+    return Packing(pieces, bounds, seq_len=seq_len, run=run)
 
 
 def pack(lengths: NDArray[np.uint32], seq_len: int) -> list[list[Piece]]:
-    """Sequences of a shard with documents of `lengths` tokens; pieces start at the shard's tokens.
+    """Packs a shard with documents of `lengths` tokens; pieces start at tokens of the shard.
 
-    A document of n tokens predicts n - 1. What exceeds `seq_len` is cut into full sequences; the rest of it, and each
-    document that fits, goes whole into the fullest sequence that has room, longest first.
+    A document of n tokens predicts n - 1. A longer one is cut into full sequences; its remainder, and each document
+    that fits, goes whole into the fullest sequence that has room, longest first.
     """
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     targets = lengths.astype(np.int64) - 1
@@ -72,9 +72,9 @@ def pack(lengths: NDArray[np.uint32], seq_len: int) -> list[list[Piece]]:
     ]
     rests = targets % seq_len
     open_at: list[list[list[Piece]]] = [[] for _ in range(seq_len + 1)]
-    """By how much room they have."""
+    """Unfilled sequences by free room."""
     rooms: list[int] = []
-    """Ascending, those of which there are sequences."""
+    """Rooms that unfilled sequences have, ascending."""
     for document in np.argsort(-rests, kind="stable")[: np.count_nonzero(rests)].tolist():
         count = int(rests[document])
         at = bisect_left(rooms, count)
@@ -91,7 +91,7 @@ def pack(lengths: NDArray[np.uint32], seq_len: int) -> list[list[Piece]]:
         if not open_at[room]:
             insort(rooms, room)
         open_at[room].append(sequence)
-    # In stored order, else long documents would come first.
+    # In stored order; otherwise long documents would come first.
     return sorted(sorted(sequence) for sequence in sequences)
 
 
@@ -129,5 +129,5 @@ def _load(path: Path) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
                 arrays.append(np.memmap(path, dtype, "r", file.tell(), shape))
                 file.seek(arrays[-1].nbytes, io.SEEK_CUR)
     except (AssertionError, ValueError, OSError) as error:
-        raise DataError(f"{path}: damaged: {error}: remove it; it is made again") from error
+        raise DataError(f"{path}: damaged: {error}: remove it; it will be rebuilt") from error
     return header, arrays[0], arrays[1]

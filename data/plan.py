@@ -1,4 +1,4 @@
-"""What the sequence at each position of a run is made of: a function of the config and the corpora, without state."""
+"""Plans the sequence at each position of a run, as a stateless function of the config and the corpora."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from triplane.data.order import key_of
 
 
 class Chunk(NamedTuple):
-    """The positions `start` to `stop`, planned at once; one at a time is many times slower."""
+    """Positions `start` to `stop`, planned together: one at a time is many times slower."""
 
     start: int
     stop: int
@@ -22,31 +22,31 @@ class Chunk(NamedTuple):
 
 
 class Plan(Protocol):
-    """Position -> source and pieces."""
+    """Maps positions to sources and pieces."""
 
     @property
     def n_sequences(self) -> int:
-        """In one pass over all sources, by the first length."""
+        """Sequences in one pass over all sources, at the first length."""
 
     def chunk(self, position: int) -> Chunk:
-        """Some positions around `position`."""
+        """Plans some positions around `position`."""
 
 
 class Phase(NamedTuple):
-    """What is drawn from position `start` on."""
+    """What is read from position `start` on."""
 
     start: int
     weights: Sequence[float]
     cuts: Sequence[Cut]
-    """Of each source."""
+    """One per source."""
     seq_len: int
 
 
 class TrainingPlan:
     """Sources mixed by weight, each shuffled epoch after epoch."""
 
-    def __init__(self, phases: Sequence[Phase], seed: int, window_runs: int, lanes: int):
-        """Raises DataError if a weight is too small, or a length changes again before it has changed."""
+    def __init__(self, phases: Sequence[Phase], seed: int, *, window_runs: int, lanes: int):
+        """Raises DataError if a weight is too small, or if the length changes again before a change is complete."""
         self._phases = phases
         self.n_sequences = sum(cut.n_sequences for cut in phases[0].cuts)
         self._mixture = Mixture([(phase.start, phase.weights) for phase in phases], seed, lanes)
@@ -57,7 +57,8 @@ class TrainingPlan:
             for phase, before in zip(phases, consumed):
                 if not cuts or list(cuts.values())[-1] != phase.cuts[source]:
                     cuts[int(before[source])] = phase.cuts[source]
-            self._readings.append(Reading(cuts, window_runs, lanes, key_of("order", seed, source)))
+            key = key_of("order", seed, source)
+            self._readings.append(Reading(cuts, window_runs=window_runs, lanes=lanes, key=key))
 
     def chunk(self, position: int) -> Chunk:
         draw = self._mixture.draw(position)
@@ -68,16 +69,16 @@ class TrainingPlan:
             for i, sequence in zip(at.tolist(), self._readings[source].read(int(numbers[0]), int(numbers[-1]) + 1)):
                 pieces[i] = sequence
         seq_len = self._phases[bisect_right(self._phases, position, key=lambda phase: phase.start) - 1].seq_len
-        return Chunk(draw.start, draw.stop, seq_len, draw.sources.tolist(), pieces)
+        return Chunk(start=draw.start, stop=draw.stop, seq_len=seq_len, sources=draw.sources.tolist(), pieces=pieces)
 
     def epochs(self, position: int) -> list[float]:
-        """How often each source was read before `position`."""
+        """Returns the epochs of each source completed before `position`."""
         counts = self._mixture.consumed(position).tolist()
         return [reading.epochs(count) for reading, count in zip(self._readings, counts)]
 
 
 class StoredPlan:
-    """Sequences in stored order, the sources by turns until each is at its end; then empty ones."""
+    """Sequences in stored order, alternating between the sources until each ends; then empty ones."""
 
     def __init__(self, cuts: Sequence[Cut], seq_len: int):
         self._cuts = cuts
@@ -88,10 +89,16 @@ class StoredPlan:
         start = position // BLOCK * BLOCK
         located = [self._locate(p) for p in range(start, start + BLOCK)]
         pieces = [self._cuts[source].pieces(np.array([n]))[0] if n >= 0 else () for source, n in located]
-        return Chunk(start, start + BLOCK, self._seq_len, [source for source, _ in located], pieces)
+        return Chunk(
+            start=start,
+            stop=start + BLOCK,
+            seq_len=self._seq_len,
+            sources=[source for source, _ in located],
+            pieces=pieces,
+        )
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """Source and sequence; -1 past the end."""
+        """Returns source and sequence, -1 past the end."""
         turn = 0
         left = list(range(len(self._cuts)))
         while left:

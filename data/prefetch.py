@@ -1,4 +1,4 @@
-"""Shards of the next steps, fetched in the background while the current one is trained."""
+"""Prefetches the shards of the next steps in the background during the current one."""
 
 import threading
 from collections import Counter, deque
@@ -10,12 +10,12 @@ from triplane.storage.errors import DataError
 
 
 class Prefetcher:
-    """Fetches what a plan says in its order, as far ahead as a budget allows.
+    """Fetches shards in the order of a plan, as far ahead as a budget allows.
 
-    The plan is the numbers of the shards that each step reads, step after step, a function of the position alone.
-    Of the steps that are current or fetched ahead, the distinct shards stay within `budget_bytes`: if the budgets of
-    all processes fit into the cache, none evicts what another will still read. Processes with the same plan fetch
-    nothing twice, since the cache lets one fetch while the others wait.
+    The plan yields for each step the numbers of the shards that it reads. The distinct shards of the current step and
+    those fetched ahead stay within `budget_bytes`: if the budgets of all processes fit into the cache, none evicts what
+    another will still read. Processes with the same plan fetch nothing twice, since the cache lets one fetch while the
+    others wait.
     """
 
     def __init__(self, corpus: Corpus, plan: Iterable[Sequence[int]], budget_bytes: int):
@@ -24,7 +24,7 @@ class Prefetcher:
         self._budget_bytes = budget_bytes
         self._sizes = [shard.data.bytes + shard.index.bytes for shard in corpus.manifest.shards]
         self._changed = threading.Condition()
-        # All below is read and written with the condition held.
+        # The condition guards everything below.
         self._window: deque[Sequence[int]] = deque()
         self._held: Counter[int] = Counter()
         self._held_bytes = 0
@@ -40,16 +40,16 @@ class Prefetcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stops after the transfer that is under way."""
+        """Stops after the transfer in progress."""
         with self._changed:
             self._is_ended = True
             self._changed.notify_all()
         self._thread.join()
 
     def next_step(self) -> None:
-        """The reader is done with its step and begins the next: returns when the shards of that are local.
+        """Finishes the reader's current step, and returns when the shards of the next one are local.
 
-        Raises what the thread met, DataError if a step does not fit into the budget.
+        Raises the exceptions of the thread, DataError if a step does not fit into the budget.
         """
         with self._changed:
             if self._is_current:
@@ -70,7 +70,7 @@ class Prefetcher:
                 with self._changed:
                     self._window.append(step)
                     self._changed.notify_all()
-        except BaseException as error:  # the reader's to raise
+        except BaseException as error:  # the reader raises it
             self._error = error
         with self._changed:
             self._is_ended = True
@@ -81,7 +81,7 @@ class Prefetcher:
         needed = sum(self._sizes[number] for number in step)
         if needed > self._budget_bytes:
             raise DataError(
-                f"{self._corpus.location}: a step reads {len(step)} shards of together {needed / 2**30:.3g} GiB, more "
+                f"{self._corpus.location}: a step reads {len(step)} shards of {needed / 2**30:.3g} GiB in total, more "
                 f"than this process's {self._budget_bytes / 2**30:.3g} GiB of the cache: raise data.cache_gib, lower "
                 f"data.shuffle_window or prepare smaller shards"
             )

@@ -1,6 +1,6 @@
-"""Text to corpus: reads, splits, tokenizes in parallel and writes, with one result for any number of processes.
+"""Prepares a corpus from text: reads, splits, tokenizes in parallel and writes, whatever the number of processes.
 
-A run that was killed goes on from the last shard that it finished, and the result is the same to the byte.
+A run that was killed resumes from its last finished shard, and the result is the same to the byte.
 """
 
 import hashlib
@@ -33,25 +33,25 @@ _REPORT_NAME = "report.json"
 
 
 class Progress(NamedTuple):
-    """How far a preparation is, earlier runs of it included."""
+    """Progress of a preparation, including its interrupted runs."""
 
     documents: int
     text_bytes: int
     tokens: int
     read_bytes: int
     total_bytes: int | None
-    """Of all input files, None if a server does not tell."""
+    """Size of all input files, None if a server does not report it."""
 
 
 def prepare(
     inputs: Sequence[str],
     out: Path,
     tokenizer: Path,
+    *,
     validation_fraction: float,
     shard_tokens: int,
     processes: int,
     progress: Callable[[Progress], object] | None = None,
-    *,
     text_field: str = "text",
     dedupe: Dedupe = "none",
     max_document_bytes: int = DEFAULT_LIMITS.document_bytes,
@@ -60,14 +60,13 @@ def prepare(
     """Writes the documents of `inputs` (see find_files) to `out`: the tokenizer's files, `train/`, `validation/`,
     `report.json`, and `rejected.jsonl`, which names each input that is not in the corpus.
 
-    `text_field` is the field of JSON rows and the column of tables that holds the text. A document of more than
-    `max_document_bytes` is left out. Which split a document is in depends on its content alone, so copies of it are all
-    in one; but if one split would be empty and no shard of the other is finished, the last document and its copies move
-    there, or the end of a single one. `out` appears when all of it is written; until then what is finished stays in
-    `out` with `.partial` added, and the same call goes on from there. If another process is writing there, `wait` says
-    whether to wait for its corpus. Raises DataError if `out` holds something else or
-    was begun with other inputs or settings, an input can't be read, a split is empty, the tokenizer alters a text or
-    the disk is full.
+    `text_field` is the field of JSON rows and the column of tables with the text. Documents of more than
+    `max_document_bytes` are rejected. The split of a document depends on its content alone, so all its copies are in
+    one; but if one split would be empty and no shard of the other is finished, the last document and its copies move
+    there, or the end of a single one. `out` appears when it is complete; until then finished shards stay in `out` with
+    `.partial` appended, and the same call resumes from there. If another process is writing there, `wait` says whether
+    to wait for its corpus. Raises DataError if `out` has other content or was started with other inputs or settings, an
+    input is unreadable, a split is empty, or the tokenizer alters a text, and StorageError if the disk is full.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction must be between 0 and 1, is {validation_fraction}")
@@ -93,13 +92,15 @@ def prepare(
                 if not _is_taken(out):
                     build = _Build(partial, recipe, model, skipped)
                     limits = Limits(max_document_bytes, partial)
-                    records = read_records(files, text_field, build.state.position, limits)
-                    encoding = Encoding(tokenizer, text_field, dedupe == "near", limits)
+                    records = read_records(files, text_field, build.state.position, limits=limits)
+                    encoding = Encoding(
+                        tokenizer=tokenizer, text_field=text_field, with_signature=dedupe == "near", limits=limits
+                    )
                     chunks = encode_records(records, encoding, processes)
                     build.fill(chunks, _sum_sizes(files), progress)
                     return build.finish(out)
             finally:
-                if _is_taken(out) or not Journal.exists(partial):  # nothing to go on from
+                if _is_taken(out) or not Journal.exists(partial):  # nothing to resume from
                     shutil.rmtree(partial)
     return _reuse(out, recipe)
 
@@ -107,7 +108,7 @@ def prepare(
 def read_documents(
     inputs: Sequence[str], reject: Callable[[Rejection], object], text_field: str = "text"
 ) -> Iterator[tuple[str, str]]:
-    """Yields name and text of the documents of `inputs`, in the order of `prepare`; what holds none goes to `reject`.
+    """Yields name and text of the documents of `inputs` in the order of `prepare`; passes others to `reject`.
 
     Raises DataError as `prepare` does.
     """
@@ -119,7 +120,7 @@ def read_documents(
 
 
 class _State(BaseModel, extra="forbid"):
-    """What is known at a commit."""
+    """The state at a commit."""
 
     recipe: Recipe
     position: Position = Position()
@@ -129,27 +130,37 @@ class _State(BaseModel, extra="forbid"):
 
 
 class _Build:
-    """A corpus that is being written, in its own folder."""
+    """An unfinished corpus, in its own folder."""
 
     def __init__(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer, skipped: Sequence[Rejection]):
-        """Goes on from the last commit in `folder`, if there was one; DataError if it was of another recipe."""
+        """Resumes from the last commit in `folder`, if any; raises DataError if it has another recipe."""
         self._folder = folder
         self._tokenizer = tokenizer
         self._journal = Journal(folder)
         self.state = _State(recipe=recipe)
         if self._journal.state is not None:
             if difference := recipe.difference(self._journal.state["recipe"]):
-                raise DataError(f"{folder}: was begun with {difference}: remove it or name another folder")
+                raise DataError(f"{folder}: was started with {difference}: remove it or name another folder")
             self.state = _State.model_validate(self._journal.state)
         self._corpus = folder / "corpus"
         self._corpus.mkdir(exist_ok=True)
         self._rejections = self._journal.log("rejected.jsonl")
         self._duplicates = Duplicates(self._journal, recipe.dedupe)
         self._train = SplitWriter(
-            self._corpus, "train", self._journal, tokenizer, recipe.shard_tokens, self.state.train
+            self._corpus,
+            "train",
+            self._journal,
+            tokenizer=tokenizer,
+            shard_tokens=recipe.shard_tokens,
+            counts=self.state.train,
         )
         self._validation = SplitWriter(
-            self._corpus, "validation", self._journal, tokenizer, recipe.shard_tokens, self.state.validation
+            self._corpus,
+            "validation",
+            self._journal,
+            tokenizer=tokenizer,
+            shard_tokens=recipe.shard_tokens,
+            counts=self.state.validation,
         )
         if self._journal.state is None:
             for rejection in skipped:
@@ -161,7 +172,7 @@ class _Build:
         total_bytes: int | None,
         progress: Callable[[Progress], object] | None,
     ) -> None:
-        """Adds all documents, with a commit after each shard."""
+        """Adds all documents, and commits after each shard."""
         for chunk in chunks:
             for record, outcome in chunk:
                 if self._add(record, outcome):
@@ -172,10 +183,18 @@ class _Build:
                 documents, tokens, text_bytes = (
                     sum(getattr(split, key) for split in splits) for key in ("documents", "tokens", "text_bytes")
                 )
-                progress(Progress(documents, text_bytes, tokens, chunk[-1][0].read_bytes, total_bytes))
+                progress(
+                    Progress(
+                        documents=documents,
+                        text_bytes=text_bytes,
+                        tokens=tokens,
+                        read_bytes=chunk[-1][0].read_bytes,
+                        total_bytes=total_bytes,
+                    )
+                )
 
     def finish(self, out: Path) -> Report:
-        """Publishes the corpus as `out`."""
+        """Publishes the corpus at `out`."""
         train, validation, rejected = self.state.train, self.state.validation, self.state.rejected
         if not (train.documents and validation.documents):
             hold_out(self._train, self._validation, self._tokenizer, self.state.recipe.validation_fraction)
@@ -185,8 +204,8 @@ class _Build:
             if train.documents + validation.documents > 1:
                 reasons.append(f"{'raise' if train.documents else 'lower'} validation_fraction")
             raise DataError(
-                f"{out}: {train.documents} documents for training and {validation.documents} for validation, each "
-                f"needs one: {'; '.join([*reasons, 'give more text'])}"
+                f"{out}: {train.documents} documents for training and {validation.documents} for validation, but each "
+                f"split needs one: {'; '.join([*reasons, 'give more text'])}"
             )
         self._train.close()
         self._validation.close()
@@ -204,7 +223,7 @@ class _Build:
         return report
 
     def _add(self, record: Record, outcome: Outcome) -> bool:
-        """True if this finished a shard."""
+        """Returns True if this finished a shard."""
         if isinstance(outcome, str):
             self._reject(Rejection(name=record.name, reason=outcome))
             return False
@@ -230,24 +249,24 @@ def _reuse(out: Path, recipe: Recipe) -> Report:
         difference = recipe.difference(stored["recipe"])
         report = None if difference else Report.model_validate(stored)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{out}: holds something that is no finished corpus: name another folder") from error
+        raise DataError(f"{out}: is not a finished corpus: name another folder") from error
     if report is None:
-        raise DataError(f"{out}: holds a corpus with {difference}: name another folder or remove this one")
+        raise DataError(f"{out}: contains a corpus with {difference}: name another folder or remove this one")
     Corpus.open_splits(out)
     return report.model_copy(update={"reused": True})
 
 
 def _replaceable(out: Path) -> Path:
-    """The real path of `out`; DataError if a finished corpus could not take its name, which would be known last."""
+    """Returns the real path of `out`; raises DataError if a finished corpus could not be moved there."""
     try:
         real = out.resolve()
     except (OSError, RuntimeError) as error:
         raise DataError(f"{out}: cannot be written: a loop of links: name another folder") from error
     if real.is_dir() and not _is_taken(real):
         if real.is_mount():
-            raise DataError(f"{out}: is a mount point, which nothing can replace: name a folder in it")
+            raise DataError(f"{out}: is a mount point, which cannot be replaced: name a folder in it")
         if real == Path.cwd() or real in Path.cwd().parents:
-            raise DataError(f"{out}: holds the working folder, so it cannot be replaced: name a folder in it")
+            raise DataError(f"{out}: contains the working folder, so it cannot be replaced: name a folder in it")
     return real
 
 

@@ -1,4 +1,4 @@
-"""Training from WebDataset tars that the project did not make: they become a corpus once, in a cache."""
+"""Turns foreign WebDataset tars into a corpus, once, in a cache."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ def ensure_corpus(
     shard_tokens: int = 1 << 24,
     progress: Callable[[Progress], object] | None = None,
 ) -> Path:
-    """The folder in `cache` with the corpus of `tars` (paths, URLs, patterns), written if it is not there yet.
+    """Returns the folder in `cache` with the corpus of `tars` (paths, URLs, patterns); writes it first if missing.
 
-    A sample's text is its `txt` member, or the `text_field` of its `json` member. Its folder is named by the names,
-    sizes and versions of the tars, the tokenizer and the settings. Of any number of processes and machines that ask
-    at once, one writes while the others wait; a writer that was killed is taken over. Raises DataError as `prepare`.
+    A sample's text is its `txt` member, or the `text_field` of its `json` member. The folder is named after the names,
+    sizes and versions of the tars, the tokenizer and the settings. Of concurrent callers on any machines, one writes
+    while the others wait; if it is killed, another takes over. Raises DataError as `prepare`.
     """
     files = find_files(tars, lambda rejection: None)
     if others := [file.name for file in files if file.format != ".tar"]:
@@ -37,10 +37,10 @@ def ensure_corpus(
         [file.path for file in files],
         folder,
         tokenizer,
-        validation_fraction,
-        shard_tokens,
-        processes,
-        progress,
+        validation_fraction=validation_fraction,
+        shard_tokens=shard_tokens,
+        processes=processes,
+        progress=progress,
         text_field=text_field,
         wait=True,
     )

@@ -1,6 +1,6 @@
-"""The records of each kind of file, always in the same order; what is damaged raises and is never passed over.
+"""Reads the records of each file format, in a fixed order; damage raises and is never skipped.
 
-A library that only one kind of file needs is imported when there is one.
+A library for a single format is imported when first needed.
 """
 
 import io
@@ -33,21 +33,21 @@ from triplane.data.sources import SourceFile
 from triplane.storage.errors import DataError, TriplaneError, printable
 
 _Row = tuple[str, Literal["text", "python", "json"], Content]
-"""The end of its name, its kind and its content."""
+"""Suffix of its name, kind and content."""
 
 _ROWS = 64
-"""Rows of a table that are in memory at once, at least."""
+"""Rows of a table to read at once."""
 _DRAIN_BYTES = 1 << 20
 _HEADER_BYTES = 1 << 20
-"""A long name or attribute of a tar member, which is read as a whole."""
+"""Limit for a long name or attribute of a tar member, which tarfile reads into memory."""
 _HEADERS = (b"L", b"K", b"x", b"g", b"X")
 _NO_TEXT = Unread("no text: a null, or a sample without txt and json")
 
 
 def read_records(
-    files: Sequence[SourceFile], text_field: str, start: Position, limits: Limits = DEFAULT_LIMITS
+    files: Sequence[SourceFile], text_field: str, start: Position, *, limits: Limits = DEFAULT_LIMITS
 ) -> Iterator[Record]:
-    """Yields the records of `files` from `start` on; raises DataError if one can't be read to its end."""
+    """Yields the records of `files` from `start` on; raises DataError if a file cannot be read to its end."""
     before_bytes = sum(file.size or 0 for file in files[: start.file])
     for number, file in enumerate(files[start.file :], start.file):
         skipped = start.records if number == start.file else 0
@@ -55,12 +55,18 @@ def read_records(
             with _open(file.path) as raw, closing(decompressed(raw, PurePosixPath(file.path).suffix.lower())) as stream:
                 rows = itertools.islice(_reader(file)(stream, text_field, limits), skipped, None)
                 for count, (suffix, kind, content) in enumerate(rows, skipped + 1):
-                    yield Record(file.name + suffix, kind, content, Position(number, count), before_bytes + raw.tell())
+                    yield Record(
+                        name=file.name + suffix,
+                        kind=kind,
+                        content=content,
+                        end=Position(number, count),
+                        read_bytes=before_bytes + raw.tell(),
+                    )
         except TriplaneError as error:
             raise DataError(f"{file.name}: {error}") from error
         except MemoryError as error:
             raise DataError(f"{file.name}: cannot read this input: a part of it does not fit into memory") from error
-        except Exception as error:  # each format, compression and protocol has errors of its own
+        except Exception as error:  # each format, compression and protocol raises its own exceptions
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{file.name}: cannot read this input: {reason}") from error
         before_bytes += file.size or 0
@@ -68,15 +74,14 @@ def read_records(
 
 def _open(path: str) -> IO[bytes]:
     if "://" not in path:
-        # What was replaced by a pipe or device since it was found is not waited for.
+        # O_NONBLOCK: a pipe or device may have replaced the file since it was found, and would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise DataError("not a regular file")
         return open(descriptor, "rb")
     fs, path = fsspec.url_to_fs(path)
-    file: IO[bytes] = fs.open(path, "rb")
-    return file
+    return fs.open(path, "rb")
 
 
 _Reader = Callable[[IO[bytes], str, Limits], Iterator[_Row]]
@@ -92,13 +97,13 @@ def _text(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
 
 def _unknown(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
     content = read_content(stream, limits)
-    if not isinstance(content, Unread) and _begins_with_json(content):
-        raise DataError("JSON lines, though its name does not say so: call it .jsonl, or .txt if it is one text")
+    if not isinstance(content, Unread) and _starts_with_json(content):
+        raise DataError("contains JSON lines, unlike its name: rename it to .jsonl, or to .txt if it is a single text")
     yield "", "text", content
 
 
-def _begins_with_json(content: bytes | BinaryIO) -> bool:
-    """Whether the first line is a JSON object."""
+def _starts_with_json(content: bytes | BinaryIO) -> bool:
+    """Returns whether the first line is a JSON object."""
     if isinstance(content, bytes):
         line = content.partition(b"\n")[0]
     else:
@@ -115,7 +120,7 @@ def _python(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row
 
 
 def _lines(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
-    # Streams of other kinds cannot read a line up to a limit, or do it byte by byte.
+    # Other streams cannot read a line up to a limit, or read it byte by byte.
     buffered: IO[bytes] = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore
     for number in itertools.count(1):
         line = read_line(buffered, limits)
@@ -132,16 +137,16 @@ def _parquet(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Ro
     stream = _seekable(stream, limits)
     metadata = ParquetFile(stream).metadata
     _check_column(metadata.schema.to_arrow_schema(), text_field)
-    # A value that is there many times is in memory once; of a column, only the pages that are being read.
+    # Keeps a repeated value in memory only once, and of a column only the pages being read.
     file = ParquetFile(stream, metadata=metadata, read_dictionary=[text_field], buffer_size=_DRAIN_BYTES)
-    # Row groups count the leaves of nested columns, the schema the columns.
+    # Row groups index the leaves of nested columns, while the schema indexes columns.
     leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_field)
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         mean_bytes = group.column(leaf).total_uncompressed_size // max(1, group.num_rows)
         if mean_bytes > limits.row_bytes:
             raise DataError(
-                f"row group {number}: {mean_bytes:,} bytes a row, more than the {limits.row_bytes:,} that are read"
+                f"row group {number}: {mean_bytes:,} bytes a row, more than the limit of {limits.row_bytes:,}"
             )
     yield from _table_rows(file.iter_batches(_ROWS, columns=[text_field]), text_field, limits)
 
@@ -155,7 +160,7 @@ def _arrow(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]
         file = ipc.open_file(stream)
         schema, batches = file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
     else:
-        # A stream that was cut between two batches reads like a whole one, but for its end.
+        # A stream truncated between two batches differs from a complete one only in its end.
         stream.seek(-8, 2)
         if stream.read() != b"\xff\xff\xff\xff\0\0\0\0":
             raise DataError("damaged: an Arrow stream without its end")
@@ -167,7 +172,7 @@ def _arrow(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]
 
 
 def _seekable(stream: IO[bytes], limits: Limits) -> IO[bytes]:
-    """The stream, or its content in a file: the formats of tables are read from their end."""
+    """Returns the stream, or its content in a file if it cannot seek: table formats are read from their end."""
     if stream.seekable():
         return stream
     with unnamed_file(limits) as file:
@@ -181,12 +186,12 @@ def _check_column(schema: Any, text_field: str) -> None:
 
     if text_field not in schema.names:
         raise DataError(
-            f'no column "{text_field}"; there are {printable(", ".join(schema.names))}: name one as the text field'
+            f'no column "{text_field}", only {printable(", ".join(schema.names))}: name one as the text field'
         )
     kind = schema.field(text_field).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind)):
-        raise DataError(f'column "{text_field}" holds {printable(str(kind))}, not strings')
+        raise DataError(f'column "{text_field}" contains {printable(str(kind))}, not strings')
 
 
 def _table_rows(batches: Any, text_field: str, limits: Limits) -> Iterator[_Row]:
@@ -198,7 +203,7 @@ def _table_rows(batches: Any, text_field: str, limits: Limits) -> Iterator[_Row]
         indices: Any = range(len(column))
         if types.is_dictionary(column.type):
             indices, column = column.indices, column.dictionary
-        # As bytes, since not every writer checks that strings are UTF-8.
+        # As bytes, since some writers do not check that strings are UTF-8.
         values = column.cast(large_binary())
         for index in indices:
             number += 1
@@ -212,13 +217,13 @@ def _value(value: Any, limits: Limits) -> Content:
 
 
 class _StrictInfo(tarfile.TarInfo):
-    """Python takes a damaged header, or none, for the end of the archive, and reads names of any size."""
+    """Refuses what Python accepts: a damaged or missing header as the archive's end, and names of any size."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictInfo":
         info = super().frombuf(buf, encoding, errors)
         if info.type in _HEADERS and info.size > _HEADER_BYTES:
-            raise DataError(f"a header of {info.size:,} bytes, more than the {_HEADER_BYTES:,} that are read")
+            raise DataError(f"a header of {info.size:,} bytes, more than the limit of {_HEADER_BYTES:,}")
         return info
 
     @classmethod
@@ -251,7 +256,7 @@ def _tar(stream: IO[bytes], text_field: str, limits: Limits) -> Iterator[_Row]:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined] # else all headers of the archive stay in memory
+        tar.members.clear()  # type: ignore[attr-defined] # or all headers of the archive would stay in memory
         if not member.isdir():
             yield member
 
@@ -267,14 +272,14 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, limit
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str, str]:
-    """The key of the sample that a member belongs to, and its extension, by the rules of WebDataset."""
+    """Returns the key of a member's sample, and the member's extension, by the rules of WebDataset."""
     folder, slash, base = member.name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Zeros in the middle of a damaged archive look like its end, but for what follows them."""
+    """Refuses data after the end, since zeros in the middle of a damaged archive look like its end."""
     assert tar.fileobj is not None
     while rest := tar.fileobj.read(_DRAIN_BYTES):
         if rest.strip(b"\0"):
@@ -299,4 +304,4 @@ _READERS: dict[str, _Reader] = {
     **dict.fromkeys((".md", ".rst", ".tex", ".txt"), _text),
     "topics": _topics,
 }
-"""By SourceFile.format; any other file is one document of text, unless it holds JSON lines."""
+"""By SourceFile.format; any other file is one text document, unless it contains JSON lines."""

@@ -1,4 +1,4 @@
-"""One stored document: where it is, and how its bytes become text."""
+"""Decodes stored documents to text."""
 
 import codecs
 import io
@@ -13,45 +13,45 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Position(NamedTuple):
-    """How far the input has been read."""
+    """Position in the input."""
 
     file: int = 0
-    """Files before this one are finished."""
+    """Number of files that are finished."""
     records: int = 0
-    """Records of this file that are finished."""
+    """Number of records of the next file that are finished."""
 
 
 class Unread(NamedTuple):
-    """In place of a content: why there is none."""
+    """Why a record has no content."""
 
     reason: str
 
 
 Content = bytes | BinaryIO | Unread
-"""A long content is a file without a name, which is gone with its last reader."""
+"""A long content is an unnamed file, which disappears with its last reader."""
 
 
 class Record(NamedTuple):
-    """A document as it is stored."""
+    """A document as stored."""
 
     name: str
     kind: Literal["text", "python", "json"]
     content: Content
     end: Position
-    """Where to read on after it."""
+    """Position after it, from which to resume."""
     read_bytes: int
-    """Bytes of all input that have been read when it is."""
+    """Bytes of all input read so far, including it."""
 
 
 class Rejection(BaseModel, extra="forbid", frozen=True):
-    """An input that is not in the corpus, and why: a reason, and perhaps a colon and details."""
+    """An input that is not in the corpus, with the reason, which details may follow after a colon."""
 
     name: str
     reason: str
 
 
 def text_of(record: Record, text_field: str) -> str:
-    """The text of a record; raises ValueError, whose message is a reason, if it holds none."""
+    """Returns the text of a record; if it has none, raises ValueError with the reason."""
     text = "".join(text_pieces(record, text_field))
     if not text:
         raise ValueError("empty")
@@ -59,7 +59,7 @@ def text_of(record: Record, text_field: str) -> str:
 
 
 def text_pieces(record: Record, text_field: str) -> Iterator[str]:
-    """The text of a record in pieces, that of a long one without holding all of it; raises ValueError as `text_of`."""
+    """Yields the text of a record in pieces, without holding all of a long one; raises ValueError as `text_of`."""
     content = record.content
     if isinstance(content, Unread):
         raise ValueError(content.reason)
@@ -84,7 +84,7 @@ def _decoded(file: BinaryIO, encoding: str) -> Iterator[str]:
         try:
             piece = decoder.decode(chunk, final=not chunk)
             if encoding != "utf-8":
-                piece.encode()  # UTF-7 and escapes can spell half a surrogate pair, which is no text
+                piece.encode()  # UTF-7 and escapes can spell half a surrogate pair, which is not text
             yield piece
         except UnicodeDecodeError as error:
             at = read - len(pending) + error.start
@@ -113,17 +113,17 @@ def _field(content: bytes, text_field: str) -> str:
         raise ValueError(f'no string "{text_field}"')
     text: str = row[text_field]
     try:
-        text.encode()  # JSON can spell half a surrogate pair, which is no text
+        text.encode()  # JSON can spell half a surrogate pair, which is not text
     except UnicodeEncodeError as error:
         raise ValueError(f"not Unicode: half a surrogate pair at character {error.start}") from error
     return text
 
 
 def _python_encoding(file: BinaryIO) -> str:
-    """The encoding that a Python file declares."""
+    """Returns the encoding that a Python file declares."""
     try:
         encoding, _ = tokenize.detect_encoding(lambda: file.readline(_CHUNK_BYTES))
-        b"x".decode(encoding)  # raises for a codec that is not of text, as rot13
+        b"x".decode(encoding)  # raises for codecs that do not encode text, such as rot13
         codecs.getincrementaldecoder(encoding)
     except SyntaxError as error:
         raise ValueError(f"not Python: {error.msg}") from error

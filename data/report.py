@@ -1,4 +1,4 @@
-"""What a corpus was made from, and what is in it."""
+"""Records what a corpus was made from, and what it contains."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from triplane.data.dedupe import Dedupe
 
 
 class Recipe(BaseModel, extra="forbid", frozen=True):
-    """What the bytes of a corpus follow from, besides the content of its inputs."""
+    """Everything that determines the bytes of a corpus, other than the content of its inputs."""
 
     inputs_digest: str
-    """Of the names, sizes and versions of the input files."""
+    """Digest of the names, sizes and versions of the input files."""
     tokenizer_digest: str
     validation_fraction: float
     shard_tokens: int
@@ -20,7 +20,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     max_document_bytes: int = 256 << 20
 
     def difference(self, other: Any) -> str:
-        """Where `other`, as it was stored, differs."""
+        """Lists the keys in which a stored recipe `other` differs."""
         theirs = {"max_document_bytes": 256 << 20, **other} if isinstance(other, dict) else {}
         return ", ".join(f"{key} {theirs.get(key)} and not {value}" for key, value in self if theirs.get(key) != value)
 
@@ -32,15 +32,15 @@ class Counts(BaseModel, extra="forbid"):
     tokens: int = 0
     text_bytes: int = 0
     lengths: list[int] = Field(default_factory=list)
-    """Entry i: documents of at least 2^i and less than 2^(i + 1) tokens."""
+    """Entry i counts documents of at least 2^i and less than 2^(i + 1) tokens."""
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each stored token, bos and eos among them."""
+        """UTF-8 bytes of text per stored token, including bos and eos."""
         return self.text_bytes / self.tokens
 
     def add(self, tokens: int, text_bytes: int, documents: int = 1) -> None:
-        """Counts a document, or, with -1, counts it no longer."""
+        """Adds a document to the counts, or removes it with `documents` -1."""
         self.documents += documents
         self.tokens += documents * tokens
         self.text_bytes += documents * text_bytes
@@ -50,20 +50,20 @@ class Counts(BaseModel, extra="forbid"):
 
 
 class Rejected(BaseModel, extra="forbid"):
-    """Inputs that were left out for one reason."""
+    """Inputs rejected for one reason."""
 
     count: int = 0
     first: str
-    """The name of the first, and details if there are any."""
+    """Name of the first one, with details if any."""
 
 
 class Report(BaseModel, extra="forbid", frozen=True):
-    """What `prepare` did."""
+    """The result of `prepare`."""
 
     recipe: Recipe
     train: Counts
     validation: Counts
     rejected: dict[str, Rejected]
-    """Inputs that are not in the corpus, duplicates among them, by reason; `rejected.jsonl` names every one."""
+    """Inputs that are not in the corpus, including duplicates, by reason; `rejected.jsonl` lists them all."""
     reused: bool = Field(default=False, exclude=True)
-    """True: the folder held this corpus already."""
+    """True if the folder already contained this corpus."""

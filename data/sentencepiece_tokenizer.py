@@ -1,4 +1,4 @@
-"""A sentencepiece model as a tokenizer."""
+"""Wraps a sentencepiece model as a tokenizer."""
 
 import hashlib
 from functools import cached_property
@@ -11,15 +11,15 @@ from triplane.storage.errors import DataError
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 _SPACE = "\u2581"
-"""Stands for a space inside sentencepiece, which would therefore decode a real one to a space."""
+"""Sentencepiece's stand-in for a space, so it would decode a literal one to a space."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Takes BPE and unigram models; those that do not normalize text are encoded in blocks."""
+    """Supports BPE and unigram models; text is encoded in blocks unless the model normalizes it."""
 
     def __init__(self, model: bytes, where: str):
-        """Raises DataError if `model` is no sentencepiece model with bos and eos; `where` names it."""
-        if not model:  # the library takes it for no argument, and has no model then
+        """Raises DataError, which names `where`, if `model` is not a sentencepiece model with bos and eos."""
+        if not model:  # the library would take it for a missing argument, and load no model
             raise DataError(f"{where}: is empty; give a sentencepiece model or a Hugging Face tokenizer.json")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -32,7 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
         if min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{where}: the tokenizer lacks bos or eos, which mark where documents start and end")
         self._space_ids: list[int] = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        # Where text gets a leading space, a block that is not the first needs something before it that takes it.
+        # If the model adds a leading space, each block after the first needs a context that absorbs it.
         self.context_chars = 1 if self._processor.normalize("a") != "a" else 0
 
     def encode_whole(self, text: str) -> list[int]:
@@ -43,15 +43,14 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self._processor.decode(ids)
-        return text
+        return self._processor.decode(ids)
 
     def find_cut(self, text: str, start: int, stop: int) -> int | None:
         return self._pairs.find_cut(text, start, stop) if self._pairs else None
 
     @cached_property
     def _pairs(self) -> SafePairs | None:
-        """None for a model that normalizes: it may join or drop the characters around any cut."""
+        """None for a model that normalizes, which may join or drop the characters around any cut."""
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
         normalizer = ModelProto.FromString(self.files[SENTENCEPIECE_NAME]).normalizer_spec

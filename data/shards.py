@@ -1,7 +1,7 @@
-"""Shards: tars that any WebDataset reader can read, each with an index that makes every token addressable.
+"""Writes shards: tars that any WebDataset reader can read, each with an index that makes every token addressable.
 
-A sample holds up to 256 documents, since one document a sample costs 14 % in tar headers and blocks cost 0.3 %:
-`tok.npy` is their tokens end to end, `len.npy` the length of each.
+A sample holds up to 256 documents: with one document per sample tar headers would cost 14 %, with blocks 0.3 %.
+`tok.npy` contains their tokens end to end, `len.npy` their lengths.
 """
 
 import io
@@ -22,19 +22,19 @@ from triplane.storage.files import replacing
 
 _BLOCK_DOCUMENTS = 256
 _BLOCK_TOKENS = 1 << 20
-"""Bounds what one checksum covers; a longer document is a block of its own."""
+"""Bounds what one checksum covers; a longer document gets its own block."""
 
 
 class SplitWriter:
-    """Collects the documents of one split into shards of at least `shard_tokens`, and its manifest.
+    """Writes the documents of one split to shards of at least `shard_tokens`, and its manifest.
 
-    What is not in a shard yet waits in the journal's logs and not in memory.
+    Documents wait for their shard in the journal's logs, not in memory.
     """
 
     def __init__(
-        self, parent: Path, split: Split, journal: Journal, tokenizer: Tokenizer, shard_tokens: int, counts: Counts
+        self, parent: Path, split: Split, journal: Journal, *, tokenizer: Tokenizer, shard_tokens: int, counts: Counts
     ):
-        """Goes on from the journal's last commit, whose finished shards are read and compared with their checksums."""
+        """Resumes from the journal's last commit, after verifying the checksums of its finished shards."""
         folder = parent / split
         folder.mkdir(parents=True, exist_ok=True)
         self._split = split
@@ -53,9 +53,9 @@ class SplitWriter:
             shard.index.check_content(folder)
 
     def add(self, parts: Iterable[Tokens], text_bytes: int) -> bool:
-        """Appends a document: `parts` start with bos and end with eos, and came from so many bytes of text.
+        """Appends a document, whose `parts` start with bos, end with eos, and encode `text_bytes` of text.
 
-        True if this finished a shard, after which the journal should be committed.
+        Returns True if this finished a shard, after which the journal should be committed.
         """
         count = 0
         for part in parts:
@@ -71,13 +71,14 @@ class SplitWriter:
 
     @property
     def has_shards(self) -> bool:
-        """Whether a shard is finished, whose documents stay."""
+        """True if a shard is finished, whose documents cannot be taken back."""
         return bool(self._shards)
 
     def take_last(self) -> tuple[list[Tokens], bool]:
-        """Removes the last document and its copies, of a split without a finished shard; and whether others stay.
+        """Removes and returns the last document and its copies, and whether others remain.
 
-        May be called only before `close`, which then writes what stays; the journal keeps all.
+        Requires that no shard is finished. Only for use before `close`, which then writes the others; the journal keeps
+        all documents.
         """
         assert not self._shards
         lengths = np.frombuffer(self._lengths.read(), np.uint32)
@@ -89,15 +90,15 @@ class SplitWriter:
         return taken, bool(self._left)
 
     def put(self, document: Tokens) -> None:
-        """Has `close` write a document that is not in the journal."""
+        """Adds a document that is not in the journal, for `close` to write."""
         self._left = [*(self._left or ()), document]
 
     def close(self) -> Manifest:
-        """Writes the last shard, then the manifest; there must be a document."""
+        """Writes the last shard, then the manifest; requires at least one document."""
         if self._left:
             stored = io.BytesIO(np.concatenate(self._left).tobytes())
             lengths = np.array([len(document) for document in self._left], np.uint32)
-            self._shards.append(write_shard(self._folder, len(self._shards), stored, lengths, self._dtype))
+            self._write(stored, lengths)
         elif self._left is None and self._tokens.size:
             self._finish_shard()
         manifest = Manifest(
@@ -116,19 +117,23 @@ class SplitWriter:
     def _finish_shard(self) -> None:
         lengths = np.frombuffer(self._lengths.read(), np.uint32)
         with self._tokens.open() as tokens:
-            shard = write_shard(self._folder, len(self._shards), tokens, lengths, self._dtype)
-        self._shards.append(shard)
+            shard = self._write(tokens, lengths)
         self._shard_log.append(shard.model_dump_json().encode() + b"\n")
         self._tokens.restart()
         self._lengths.restart()
 
+    def _write(self, tokens: BinaryIO, lengths: NDArray[np.uint32]) -> Shard:
+        shard = write_shard(self._folder, len(self._shards), tokens=tokens, lengths=lengths, dtype=self._dtype)
+        self._shards.append(shard)
+        return shard
+
 
 def write_shard(
-    folder: Path, number: int, tokens: BinaryIO, lengths: NDArray[np.uint32], dtype: np.dtype[np.unsignedinteger]
+    folder: Path, number: int, *, tokens: BinaryIO, lengths: NDArray[np.uint32], dtype: np.dtype[np.unsignedinteger]
 ) -> Shard:
-    """Writes a shard and its index, each of which appears whole; the same documents give the same bytes.
+    """Writes a shard and its index, each atomically; their bytes depend on the documents alone.
 
-    `tokens` holds the documents end to end, which have `lengths` tokens.
+    `tokens` contains the documents, of `lengths` tokens, end to end.
     """
     import webdataset  # loads torch
 
@@ -139,7 +144,7 @@ def write_shard(
         for block in _blocks(lengths):
             key = f"{number:06d}/{written:09d}"
             tar.write({"__key__": key, "len.npy": block})
-            _write_tokens(tar, f"{key}.tok.npy", tokens, int(block.sum(dtype=np.int64)), dtype)
+            _write_tokens(tar, f"{key}.tok.npy", tokens, count=int(block.sum(dtype=np.int64)), dtype=dtype)
             written += len(block)
     index = index_shard(path)
     index_path = path.with_suffix(".idx.npz")
@@ -152,8 +157,8 @@ def write_shard(
     )
 
 
-def _write_tokens(tar: Any, name: str, tokens: BinaryIO, count: int, dtype: np.dtype[np.unsignedinteger]) -> None:
-    """The next `count` of `tokens` as an array, in the form of TarWriter, which would hold them in memory thrice."""
+def _write_tokens(tar: Any, name: str, tokens: BinaryIO, *, count: int, dtype: np.dtype[np.unsignedinteger]) -> None:
+    """Writes the next `count` of `tokens` as an array, as TarWriter would with three copies in memory."""
     header = io.BytesIO()
     kind = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": (count,)})
@@ -176,7 +181,7 @@ class _Joined:
 
 
 def _blocks(lengths: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
-    """The lengths of the documents of each block."""
+    """Yields the lengths of the documents of each block."""
     start, size = 0, 0
     for number, length in enumerate(lengths.tolist()):
         if number > start and (number - start == _BLOCK_DOCUMENTS or size + length > _BLOCK_TOKENS):

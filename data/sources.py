@@ -1,4 +1,4 @@
-"""Which files the inputs stand for, always in the same order."""
+"""Finds the files of inputs, in a fixed order."""
 
 import fnmatch
 import glob
@@ -19,14 +19,13 @@ from triplane.data.records import Rejection
 from triplane.storage.errors import DataError, TriplaneError, printable
 
 PYTHON_STDLIB = "python-stdlib"
-"""The input that every machine has: the sources and documentation of Python's standard library, about 12 MB."""
+"""Input available on every machine: sources and documentation of Python's standard library, about 12 MB."""
 
 FORMATS = (".arrow", ".jsonl", ".md", ".ndjson", ".parquet", ".py", ".rst", ".tar", ".tex", ".txt")
-"""What is read in a folder. A file that is named as an input is read whatever its suffix, as JSON lines if it
-is `.json`."""
+"""Suffixes read in folders. A file named as an input is read whatever its suffix, `.json` as JSON lines."""
 
 _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "mtime", "created")
-"""Where the stores that fsspec reaches tell that a file has changed."""
+"""Keys by which fsspec's stores show that a file has changed."""
 
 _STDLIB_SKIPPED = frozenset(("dist-packages", "idle_test", "pydoc_data", "site-packages", "test", "tests"))
 
@@ -35,29 +34,29 @@ class SourceFile(NamedTuple):
     """A file of documents."""
 
     name: str
-    """What a person calls it."""
+    """Name for people."""
     path: str
     """A local path or a URL."""
     format: str
-    """The suffix that says how it is read, without that of a compression."""
+    """The suffix that determines its reader, without that of a compression."""
     size: int | None
-    """Bytes, None if its server does not tell."""
+    """Bytes, None if the server does not report it."""
     version: str
-    """Another one when the content has changed."""
+    """Changes with the content."""
 
 
 def find_files(inputs: Sequence[str], reject: Callable[[Rejection], object]) -> list[SourceFile]:
-    """The files of each input in turn; files in folders that hold no documents go to `reject`.
+    """Returns the files of each input in turn; passes files of other formats in folders to `reject`.
 
-    An input is a file, a folder (its files in all depths, sorted; hidden ones are left out), a pattern with `*`, `?`,
-    `[...]` or `{...}`, each on this machine or as a URL that fsspec knows, or PYTHON_STDLIB. Raises DataError for an
-    input that is missing or holds no file of documents.
+    An input is a file, a folder (its files at all depths, sorted, without hidden ones) or a pattern with `*`, `?`,
+    `[...]` or `{...}`, each as a local path or an fsspec URL, or PYTHON_STDLIB. Raises DataError for an input that is
+    missing or has no file of documents.
     """
     files: list[SourceFile] = []
     for name in inputs:
         found = list(_find(name, reject))
         if not found:
-            raise DataError(f"{name}: no file in there ends in {', '.join(FORMATS)}")
+            raise DataError(f"{name}: contains no file that ends in {', '.join(FORMATS)}")
         files += found
     return files
 
@@ -82,7 +81,7 @@ def _find(name: str, reject: Callable[[Rejection], object]) -> Iterator[SourceFi
                     yield store.describe(match)
     except TriplaneError:
         raise
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store raises its own exceptions
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{getattr(error, 'filename', None) or name}: cannot read this input: {reason}") from error
 
@@ -102,18 +101,18 @@ def _described(store: "_Local | _Remote", folder: str, reject: Callable[[Rejecti
 
 
 def _spelled(path: str) -> str:
-    """A name that can be printed and stored: bytes that are not UTF-8 as `\\xff`."""
+    """Returns a name that can be printed and stored, with bytes that are not UTF-8 as `\\xff`."""
     return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def format_of(path: str) -> str:
-    """The suffix of `path` in lower case, without that of a compression."""
+    """Returns the suffix of `path` in lower case, without that of a compression."""
     pure = PurePosixPath(path.lower())
     return pure.with_suffix("").suffix if pure.suffix in COMPRESSIONS else pure.suffix
 
 
 class _Local:
-    """Files of this machine."""
+    """Local files."""
 
     def exists(self, path: str) -> bool:
         return os.path.lexists(path)
@@ -133,7 +132,7 @@ class _Local:
         return sorted(_walk(folder, set()))
 
     def problem(self, path: str) -> str | None:
-        """Why a file cannot be read; None if nothing is known."""
+        """Returns why a file cannot be read, or None if no reason is known."""
         return None if S_ISREG(os.stat(path).st_mode) else "not a regular file"
 
     def describe(self, path: str) -> SourceFile:
@@ -141,7 +140,7 @@ class _Local:
 
 
 def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """The files in all depths of `folder`, hidden ones left out; links to folders are followed, each real one once."""
+    """Yields the files at all depths of `folder`, without hidden ones; follows links, but visits each folder once."""
     stat = os.stat(folder)
     if (stat.st_dev, stat.st_ino) in seen:
         return
@@ -155,13 +154,13 @@ def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
                 below.append(entry.path)
             else:
                 yield entry.path
-    # Real folders first, so that a document is named by its own path and not by a link's.
+    # Real folders first, so that a document is named by its own path, not a link's.
     for path in sorted(below, key=lambda path: (os.path.islink(path), path)):
         yield from _walk(path, seen)
 
 
 def _deep_pattern(pattern: str) -> str:
-    """A pattern with `**`, which stands for folders in any depth, as a regular expression."""
+    """Translates a pattern in which `**` matches folders at any depth to a regular expression."""
     parts = [
         "(?:[^/.][^/]*/)*" if part == "**" else fnmatch.translate(part).removesuffix(r"\Z").replace(".*", "[^/]*") + "/"
         for part in pattern.removeprefix("./").split("/")
@@ -170,7 +169,7 @@ def _deep_pattern(pattern: str) -> str:
 
 
 class _Remote:
-    """Files of a store that fsspec reaches."""
+    """Files of an fsspec store."""
 
     def __init__(self, fs: Any):
         self._fs = fs
@@ -179,7 +178,7 @@ class _Remote:
         return bool(self._fs.exists(path))
 
     def is_folder(self, path: str) -> bool:
-        # A web server's page may look like a listing of others: a folder's URL ends in a slash there.
+        # fsspec may take a document on a web server for a folder, whose URL would end in a slash.
         return bool(self._fs.isdir(path)) and format_of(path) not in FORMATS
 
     def glob(self, pattern: str) -> list[str]:
@@ -190,19 +189,19 @@ class _Remote:
         return sorted(path for path in paths if not any(part.startswith(".") for part in path.split("/")))
 
     def problem(self, path: str) -> str | None:
-        """Nothing is known before it is read."""
+        """Returns None: nothing is known before the file is read."""
         return None
 
     def describe(self, path: str) -> SourceFile:
         info = self._fs.info(path)
         url = self._fs.unstrip_protocol(path)
         version = " ".join(str(info[key]) for key in _VERSION_KEYS if key in info)
-        return SourceFile(url, url, format_of(path), info.get("size"), version)
+        return SourceFile(name=url, path=url, format=format_of(path), size=info.get("size"), version=version)
 
 
 def _local_file(name: str, path: str, format: str) -> SourceFile:
     stat = os.stat(path)
-    return SourceFile(name, path, format, stat.st_size, str(stat.st_mtime_ns))
+    return SourceFile(name=name, path=path, format=format, size=stat.st_size, version=str(stat.st_mtime_ns))
 
 
 def _stdlib() -> Iterable[SourceFile]:

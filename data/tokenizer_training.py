@@ -1,4 +1,4 @@
-"""Trains a sentencepiece tokenizer whose decoding gives back the text exactly."""
+"""Trains a sentencepiece tokenizer that decodes to the exact text."""
 
 import hashlib
 import heapq
@@ -16,16 +16,16 @@ from triplane.storage.errors import DataError, TriplaneError
 from triplane.storage.files import write_whole
 
 _PIECE_CHARS = 1 << 16
-"""Longer documents are cut for training, so that one huge file can be sampled as well."""
+"""Longer documents are cut for training, so that a huge file can be sampled too."""
 _ODD_TEXT = "<s>a</s><unk><0x41>  b\r\n\t\0\u2581\ufeff\U0001f642e\u0301 "
-"""What tokenizers are known to alter."""
+"""Text that tokenizers are known to alter."""
 
 
 def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sample_bytes: int = 10_000_000) -> Tokenizer:
     """Trains byte-pair encoding on a sample of `documents` and writes the model to `path`.
 
-    The same documents give the same file, in whatever order they come. Raises DataError if there is no text or too
-    little for `vocab_size`, or if the tokenizer alters text.
+    The file depends on the documents, but not on their order. Raises DataError if there is no text, too little for
+    `vocab_size`, or if the tokenizer alters text.
     """
     sample = _sample(documents, sample_bytes)
     if not sample:
@@ -53,9 +53,9 @@ def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sampl
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split()).rpartition("] ")[2]  # what is before it is the place in the C++ source
+        reason = " ".join(str(error).split()).rpartition("] ")[2]  # drops the place in the C++ source
         if least := re.search(rf"required_chars\. {vocab_size} vs (\d+)", reason):
-            reason = f"its characters, the 256 bytes and the special tokens take {least[1]}; give that many or more"
+            reason = f"its characters, the 256 bytes and the special tokens take {least[1]}; give at least that many"
         raise DataError(f"{path}: no tokenizer of {vocab_size} ids from this text: {reason}") from error
     write_whole(path, model.getvalue())
     tokenizer = open_tokenizer(path)
@@ -69,7 +69,7 @@ def train_tokenizer(documents: Iterable[str], path: Path, vocab_size: int, sampl
 
 
 def _sample(documents: Iterable[str], max_bytes: int) -> list[str]:
-    """The pieces of documents whose hashes are smallest, at least one and up to `max_bytes`."""
+    """Returns the pieces of documents with the smallest hashes, at least one, up to `max_bytes`."""
     kept: list[tuple[int, bytes]] = []
     size, end = 0, 1 << 64
     for document in documents:

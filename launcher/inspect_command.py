@@ -40,5 +40,11 @@ def inspect_data(path: Path, overrides: list[str], step: int) -> None:
     for source, digest, epochs in zip(config.data.sources, sources.digests, plan.epochs(first)):
         console.print(f"{source.corpus} ({digest[:12]}): {epochs:.4f} epochs before this step", markup=False)
     names = [source.corpus for source in config.data.sources]
-    for line in describe_batch(plan, names, sources.train, sources.tokenizer, range(first, first + size)):
+    for line in describe_batch(
+        plan,
+        names=names,
+        corpora=sources.train,
+        tokenizer=sources.tokenizer,
+        positions=range(first, first + size),
+    ):
         console.print(line, markup=False)

@@ -45,5 +45,12 @@ def build_corpus(folder: Path) -> Prepared:
     source = folder / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=400)
-    report = prepare([str(source)], folder / "out", folder / "tokenizer.model", 0.1, 40_000, processes=2)
+    report = prepare(
+        [str(source)],
+        folder / "out",
+        folder / "tokenizer.model",
+        validation_fraction=0.1,
+        shard_tokens=40_000,
+        processes=2,
+    )
     return Prepared(folder / "out", source, texts, report, tokenizer)

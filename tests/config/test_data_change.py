@@ -74,7 +74,14 @@ def test_a_run_meets_another_corpus_and_goes_on_when_allowed(prepared: Prepared,
     begun = small_run(prepared, tmp_path / "run", training={"stop_at_step": 2})
     run_ranks(begun.parallel, 1, _train, begun)
     other = tmp_path / "other"
-    prepare([str(prepared.source)], other, prepared.tokenizer_path, 0.3, 40_000, processes=1)
+    prepare(
+        [str(prepared.source)],
+        other,
+        prepared.tokenizer_path,
+        validation_fraction=0.3,
+        shard_tokens=40_000,
+        processes=1,
+    )
     changed = small_run(prepared, tmp_path / "run", data={"sources": [{"corpus": str(other)}]})
     record = run_record(changed, open_sources(changed.data, changed.folder.corpora))
     (problem,) = check_run_dir(changed, record, allow_data_change=False, allow_fresh_start=False)

@@ -87,7 +87,7 @@ def test_every_problem_is_named_at_once(write: Callable[..., Path]) -> None:
         'a.toml: model.dim: "32" given; should be a valid integer',
         "a.toml: model.n_layers: true given; should be a valid integer",
         "override: model.n_headz: unknown key; did you mean n_heads?",
-        "a.toml: data.sources[0].corpus: missing. Folder that `triplane prepare` wrote, or its fsspec URL "
+        "a.toml: data.sources[0].corpus: missing. Folder written by `triplane prepare`, or its fsspec URL "
         "(`https://...`, `s3://...`, `gs://...`)",
         "a.toml: parallel.dp: 0 given; should be greater than 0 or 'auto'",
         "a.toml: parallel.zero: 4 given; should be 0, 1, 2 or 3",

@@ -94,7 +94,7 @@ def test_a_large_vocabulary_and_long_documents(tmp_path: Path) -> None:
     documents = [np.full(600_000, token, np.uint32) for token in (70_000, 1, 2, 3)]
     stored = io.BytesIO(np.concatenate(documents).tobytes())
     lengths = np.full(4, 600_000, np.uint32)
-    shard = write_shard(tmp_path, 0, stored, lengths, np.dtype(np.uint32))
+    shard = write_shard(tmp_path, 0, tokens=stored, lengths=lengths, dtype=np.dtype(np.uint32))
     Manifest(tokenizer_digest="0" * 64, vocab_size=70_001, bos_id=1, text_bytes=1, shards=(shard,)).save(tmp_path)
     tokens, starts = Corpus(tmp_path).read(0, 2_400_000)
     assert starts.tolist() == [600_000, 1_200_000, 1_800_000]
@@ -219,7 +219,7 @@ from triplane.data.shards import write_shard
 for number in range(10_000):
     lengths = 1 + np.arange(5_000, dtype=np.uint32) % 300
     tokens = io.BytesIO(np.full(lengths.sum(), number, np.uint16).tobytes())
-    write_shard(Path(sys.argv[1]), number, tokens, lengths, np.dtype(np.uint16))
+    write_shard(Path(sys.argv[1]), number, tokens=tokens, lengths=lengths, dtype=np.dtype(np.uint16))
 """
 
 

@@ -52,7 +52,9 @@ def test_a_corpus_of_it_is_read_as_documents(tmp_path: Path, pattern: str) -> No
     path = byte_level(tmp_path / "tokenizer.json", pattern)
     texts = [f"text {i} <|endoftext|>\n" for i in range(60)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare([str(tmp_path / "t.jsonl")], tmp_path / "out", path, 0.3, 1000, 1)
+    prepare(
+        [str(tmp_path / "t.jsonl")], tmp_path / "out", path, validation_fraction=0.3, shard_tokens=1000, processes=1
+    )
     corpora = Corpus.open_splits(tmp_path / "out")
     tokenizer = corpora[0].open_tokenizer()
     assert tokenizer.digest == open_tokenizer(path).digest
@@ -79,7 +81,7 @@ def test_what_is_no_tokenizer_is_told_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message) as caught:
             open_tokenizer(path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match=r"neither tokenizer\.json nor tokenizer\.model is in this folder"):
+    with pytest.raises(DataError, match=r"contains neither tokenizer\.json nor tokenizer\.model"):
         open_tokenizer(_empty(tmp_path))
     with pytest.raises(DataError, match="cannot read this tokenizer: No such file"):
         open_tokenizer(tmp_path / "nothing")
@@ -95,14 +97,14 @@ def test_a_special_token_that_text_can_spell_is_refused(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["added_tokens"][0]["special"] = False
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"<\|endoftext\|>, which begins or ends a text, can be read from text"):
+    with pytest.raises(DataError, match=r"<\|endoftext\|>, which starts or ends a text, is also encoded from text"):
         open_tokenizer(path)
 
 
 def test_a_token_of_the_vocabulary_that_is_not_special_ends_no_text(tmp_path: Path) -> None:
     path = byte_level(tmp_path / "tokenizer.json", None, ["words of text\n" * 9])
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "\u0120text"}))
-    with pytest.raises(DataError, match="\u0120text, which begins or ends a text, can be read from text"):
+    with pytest.raises(DataError, match="\u0120text, which starts or ends a text, is also encoded from text"):
         open_tokenizer(path)
 
 

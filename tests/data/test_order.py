@@ -14,7 +14,14 @@ _SEEDS = st.integers(0, 2**63)
 
 
 def _order(size: int, seed: int = 1, run: int = 64, window_runs: int = 64, lanes: int = 1) -> Order:
-    return Order(size, size // run, run, window_runs * lanes, lanes, key_of(seed))
+    return Order(
+        n_sequences=size,
+        n_runs=size // run,
+        run=run,
+        window_runs=window_runs * lanes,
+        lanes=lanes,
+        key=key_of(seed),
+    )
 
 
 def _epoch(order: Order, epoch: int) -> list[int]:

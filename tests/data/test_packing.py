@@ -29,18 +29,18 @@ def test_no_document_that_fits_is_cut_and_each_target_is_there_once(lengths: lis
 
 def test_the_plan_is_written_once_and_checked(prepared: Prepared, tmp_path: Path) -> None:
     corpus = prepared.train
-    plan = packing(corpus, 256, 4, tmp_path)
+    plan = packing(corpus, 256, run=4, folder=tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
     pieces = plan.pieces(np.arange(plan.n_sequences))
     assert sum(count for sequence in pieces for _, count in sequence) == corpus.tokens - corpus.documents
     assert 0 < plan.padding < 0.05
-    assert packing(corpus, 256, 4, tmp_path).pieces(np.arange(plan.n_sequences)) == pieces
+    assert packing(corpus, 256, run=4, folder=tmp_path).pieces(np.arange(plan.n_sequences)) == pieces
     path.unlink()
-    packing(corpus, 256, 4, tmp_path)
+    packing(corpus, 256, run=4, folder=tmp_path)
     assert path.read_bytes() == content
     damaged = bytearray(content)
     damaged[-9] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(DataError, match=rf"^{path}: damaged: .* remove it; it is made again$"):
-        packing(corpus, 256, 4, tmp_path)
+    with pytest.raises(DataError, match=rf"^{path}: damaged: .* remove it; it will be rebuilt$"):
+        packing(corpus, 256, run=4, folder=tmp_path)

@@ -77,14 +77,16 @@ def _plan(
     tokens: list[int], phases: list[tuple[int, list[float], int]], seed: int = 0, window_runs: int = 2
 ) -> TrainingPlan:
     built = [
-        Phase(start, weights, [Even(count, seq_len, _RUN_TOKENS) for count in tokens], seq_len)
+        Phase(
+            start=start, weights=weights, cuts=[Even(count, seq_len, _RUN_TOKENS) for count in tokens], seq_len=seq_len
+        )
         for start, weights, seq_len in phases
     ]
-    return TrainingPlan(built, seed, window_runs, 1)
+    return TrainingPlan(built, seed, window_runs=window_runs, lanes=1)
 
 
 def _sequences(plan: TrainingPlan, stop: int) -> list[tuple[int, int, Pieces]]:
-    chunk = Chunk(0, 0, 0, [], [])
+    chunk = Chunk(start=0, stop=0, seq_len=0, sources=[], pieces=[])
     found = []
     for position in range(stop):
         if position >= chunk.stop:
@@ -105,7 +107,7 @@ def test_every_epoch_has_each_target_once_through_changes_of_length(data: st.Dat
     try:
         plan = _plan(tokens, phases, seed)
     except DataError as error:
-        if "is still finished" not in str(error):
+        if "is finished: change it" not in str(error):
             raise
         return
     stop = phases[-1][0] + 600
@@ -135,12 +137,16 @@ def test_after_its_window_a_changed_length_is_read_in_one_piece() -> None:
 
 
 def test_a_length_that_changes_again_at_once_is_refused_with_the_reason() -> None:
-    with pytest.raises(DataError, match=r"^data\.phases: seq_len becomes 8 at sequence 42 of a source, .* 1 sequences"):
+    with pytest.raises(
+        DataError, match=r"^data\.phases: seq_len changes to 8 at sequence 42 of a source, .* 1 sequences"
+    ):
         _plan([100 * _RUN_TOKENS], [(0, [1.0], 8), (40, [1.0], 64), (42, [1.0], 8)])
 
 
 def test_10_to_the_12_sequences_need_no_table() -> None:
-    plan = TrainingPlan([Phase(0, [1, 2], [Even(10**12 * 2048, 2048, 64 * 2048)] * 2, 2048)], 0, 64, 1)
+    cuts = [Even(10**12 * 2048, 2048, 64 * 2048)] * 2
+    phase = Phase(start=0, weights=[1, 2], cuts=cuts, seq_len=2048)
+    plan = TrainingPlan([phase], 0, window_runs=64, lanes=1)
     chunk = plan.chunk(10**12)
     assert chunk.start <= 10**12 < chunk.stop and len(chunk.pieces) == BLOCK
     assert len(set(chunk.pieces)) == BLOCK

@@ -26,7 +26,9 @@ from triplane.storage.errors import DataError
 
 def _prepare(prepared: Prepared, out: Path, processes: int = 1, fraction: float = 0.1) -> Report:
     model = prepared.folder / "tokenizer.model"
-    return prepare([str(prepared.source)], out, model, fraction, 40_000, processes)
+    return prepare(
+        [str(prepared.source)], out, model, validation_fraction=fraction, shard_tokens=40_000, processes=processes
+    )
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -49,12 +51,16 @@ def test_the_report_counts_what_was_written_and_rejected(prepared: Prepared, tmp
     (source / "bad.txt").write_bytes(b"\xff\xfe")
     seen: list[Progress] = []
     out, model = tmp_path / "out", prepared.folder / "tokenizer.model"
-    report = prepare([str(source)], out, model, 0.3, 1000, 2, seen.append)
+    report = prepare(
+        [str(source)], out, model, validation_fraction=0.3, shard_tokens=1000, processes=2, progress=seen.append
+    )
     assert report.train.documents + report.validation.documents == 50
     text_bytes = sum(path.stat().st_size for path in source.iterdir()) - 2
     assert report.train.text_bytes + report.validation.text_bytes == text_bytes
     tokens = report.train.tokens + report.validation.tokens
-    assert seen[-1] == Progress(50, text_bytes, tokens, text_bytes + 2, text_bytes + 2)
+    assert seen[-1] == Progress(
+        documents=50, text_bytes=text_bytes, tokens=tokens, read_bytes=text_bytes + 2, total_bytes=text_bytes + 2
+    )
     bad = f"{source}/bad.txt"
     assert report.rejected == {"not utf-8": Rejected(count=1, first=f"{bad}: invalid start byte at byte 0")}
     lines = (out / "rejected.jsonl").read_text().splitlines()
@@ -69,7 +75,14 @@ def test_the_report_counts_what_was_written_and_rejected(prepared: Prepared, tmp
 def test_copies_of_a_document_are_all_in_one_split(prepared: Prepared, tmp_path: Path) -> None:
     source = tmp_path / "copies.jsonl"
     source.write_text("".join(json.dumps({"text": f"copy {i % 40}"}) + "\n" for i in range(400)))
-    prepare([str(source)], tmp_path / "out", prepared.folder / "tokenizer.model", 0.3, 40_000, 1)
+    prepare(
+        [str(source)],
+        tmp_path / "out",
+        prepared.folder / "tokenizer.model",
+        validation_fraction=0.3,
+        shard_tokens=40_000,
+        processes=1,
+    )
     train, validation = (
         set(describe(tmp_path / "out", 400)[split]["first_documents"]) for split in ("train", "validation")
     )
@@ -82,7 +95,7 @@ def test_the_same_corpus_is_reused_and_another_is_refused(prepared: Prepared, tm
     before = _contents(out)
     again = _prepare(prepared, out)
     assert again.reused and again.train == prepared.report.train
-    with pytest.raises(DataError, match=r"out: holds a corpus with validation_fraction 0\.1 and not 0\.2: name"):
+    with pytest.raises(DataError, match=r"out: contains a corpus with validation_fraction 0\.1 and not 0\.2: name"):
         _prepare(prepared, out, fraction=0.2)
     (out / "train" / "shard-000000.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000000\.tar: damaged"):
@@ -93,7 +106,7 @@ def test_the_same_corpus_is_reused_and_another_is_refused(prepared: Prepared, tm
 def test_a_folder_with_other_files_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     for out in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(DataError, match="no finished corpus"):
+        with pytest.raises(DataError, match="is not a finished corpus"):
             _prepare(prepared, out)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
@@ -103,7 +116,14 @@ def test_too_few_documents_are_refused(prepared: Prepared, tmp_path: Path, conte
     source = tmp_path / "few.jsonl"
     source.write_text(content)
     with pytest.raises(DataError, match=r"out: [013] documents for training and [013] for validation"):
-        prepare([str(source)], tmp_path / "out", prepared.folder / "tokenizer.model", 0.5, 1000, 1)
+        prepare(
+            [str(source)],
+            tmp_path / "out",
+            prepared.folder / "tokenizer.model",
+            validation_fraction=0.5,
+            shard_tokens=1000,
+            processes=1,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
 
 
@@ -117,7 +137,8 @@ import sys
 from pathlib import Path
 from triplane.data.prepare import prepare
 source, out, model = sys.argv[1:]
-prepare([source], Path(out), Path(model), 0.1, 40_000, 2, lambda now: print(*now, flush=True))
+settings = {"validation_fraction": 0.1, "shard_tokens": 40_000, "processes": 2}
+prepare([source], Path(out), Path(model), **settings, progress=lambda now: print(*now, flush=True))
 """
 
 
@@ -150,7 +171,7 @@ def test_a_killed_run_leaves_no_corpus_and_no_process(prepared: Prepared, tmp_pa
     while any(map(_is_running, workers)):
         assert time.monotonic() < deadline, "the workers outlive the run"
         time.sleep(0.05)
-    report = prepare([str(big)], out, model, 0.1, 40_000, 2)
+    report = prepare([str(big)], out, model, validation_fraction=0.1, shard_tokens=40_000, processes=2)
     assert report.train.documents + report.validation.documents == 20 * len(prepared.texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl", "out"]
 
@@ -180,7 +201,7 @@ def test_each_split_has_a_document_of_any_number(prepared: Prepared, tmp_path: P
         source, out = tmp_path / f"{count}.jsonl", tmp_path / f"out{count}"
         copies = [json.dumps({"text": text}) + "\n" for text in texts for _ in range(2 if count == 3 else 1)]
         source.write_text("".join(copies))
-        report = prepare([str(source)], out, model, fraction, 1000, 1)
+        report = prepare([str(source)], out, model, validation_fraction=fraction, shard_tokens=1000, processes=1)
         described = describe(out, 10)
         splits = {name: described[name]["first_documents"] for name in ("train", "validation")}
         assert splits["train"] and splits["validation"] and not set(splits["train"]) & set(splits["validation"])
@@ -201,11 +222,18 @@ def test_nothing_is_held_out_of_a_split_with_a_finished_shard(prepared: Prepared
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model = prepared.folder / "tokenizer.model"
     for fraction, advice in ((1e-9, "raise"), (1 - 1e-9, "lower")):
-        with pytest.raises(DataError, match=rf"each needs one: {advice} validation_fraction; give more text"):
-            prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", model, fraction, 1000, 1)
+        with pytest.raises(DataError, match=rf"each split needs one: {advice} validation_fraction; give more text"):
+            prepare(
+                [str(tmp_path / "a.jsonl")],
+                tmp_path / "out",
+                model,
+                validation_fraction=fraction,
+                shard_tokens=1000,
+                processes=1,
+            )
 
 
-def test_a_full_disk_under_a_long_document_is_told(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_full_disk_under_a_long_document_is_reported(prepared: Prepared, tmp_path: Path) -> None:
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=5m none {tmp_path} && $0"]
     if subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets no user mount a file system")
@@ -213,9 +241,8 @@ def test_a_full_disk_under_a_long_document_is_told(prepared: Prepared, tmp_path:
     script += f"{tmp_path}/long.txt {tmp_path}/out '{prepared.folder}/tokenizer.model'"
     mount[-1] = mount[-1].replace("$0", script)
     done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
-    assert (
-        "StorageError: " in (error := done.stderr.strip().splitlines()[-1]) and "a temporary file: the disk is" in error
-    )
+    error = done.stderr.strip().splitlines()[-1]
+    assert "DataError: " in error and "long.txt: " in error and "a temporary file: the disk is full" in error
 
 
 def test_a_folder_that_cannot_be_replaced_is_found_first(
@@ -229,13 +256,27 @@ def test_a_folder_that_cannot_be_replaced_is_found_first(
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    for out, message in ((Path("."), "holds the working folder"), (tmp_path / "loop", "cannot be written")):
+    for out, message in ((Path("."), "contains the working folder"), (tmp_path / "loop", "cannot be written")):
         with pytest.raises(DataError, match=message):
-            prepare(["nowhere"], out, prepared.folder / "tokenizer.model", 0.1, 1000, 1)
+            prepare(
+                ["nowhere"],
+                out,
+                prepared.folder / "tokenizer.model",
+                validation_fraction=0.1,
+                shard_tokens=1000,
+                processes=1,
+            )
     monkeypatch.setattr(Path, "is_mount", lambda self: self == here)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="is a mount point"):
-        prepare(["nowhere"], here, prepared.folder / "tokenizer.model", 0.1, 1000, 1)
+        prepare(
+            ["nowhere"],
+            here,
+            prepared.folder / "tokenizer.model",
+            validation_fraction=0.1,
+            shard_tokens=1000,
+            processes=1,
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "loop", "real"]
 
 
@@ -256,14 +297,24 @@ def test_a_long_document_is_encoded_in_parts(
     cases: tuple[tuple[Dedupe, int], ...] = (("none", 2), ("near", 1))
     for dedupe, processes in cases:
         out = tmp_path / dedupe
-        report = prepare([str(source)], out, model, 0.3, 100_000, processes, dedupe=dedupe)
+        report = prepare(
+            [str(source)], out, model, validation_fraction=0.3, shard_tokens=100_000, processes=processes, dedupe=dedupe
+        )
         documents = [text for split in ("train", "validation") for text in describe(out, 9)[split]["first_documents"]]
         assert sorted(documents) == sorted([text, "short"] + [text + "2"] * (dedupe == "none"))
         reasons = {reason: rejected.first for reason, rejected in report.rejected.items()}
         assert reasons["not utf-8"] == f"{source}/bad.txt: invalid start byte at byte {len(text.encode())}"
         assert reasons["no place to cut it"].startswith(f"{source}/run.txt")
         assert ("near duplicate" in reasons) == (dedupe == "near")
-    report = prepare([str(source)], tmp_path / "few", model, 0.3, 1000, 1, max_document_bytes=200_000)
+    report = prepare(
+        [str(source)],
+        tmp_path / "few",
+        model,
+        validation_fraction=0.3,
+        shard_tokens=1000,
+        processes=1,
+        max_document_bytes=200_000,
+    )
     assert report.train.documents + report.validation.documents == 2  # of "short", its end is held out
     reason = "longer than 200,000 bytes, the limit of a document or row"
     assert report.rejected[reason].count == 4

@@ -39,7 +39,7 @@ def _source(prepared: Prepared, folder: Path) -> Path:
 
 
 def _prepare(source: Path, out: Path, model: Path) -> None:
-    prepare([str(source)], out, model, 0.1, 8_000, 1, dedupe="exact")
+    prepare([str(source)], out, model, validation_fraction=0.1, shard_tokens=8_000, processes=1, dedupe="exact")
 
 
 def _prepare_in_session(source: Path, out: Path, model: Path) -> None:
@@ -87,14 +87,33 @@ def _interrupt(prepared: Prepared, tmp_path: Path, dedupe: Dedupe = "exact") -> 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare([str(source)], out, model, 0.1, 8_000, 1, stop, dedupe=dedupe)
+        prepare(
+            [str(source)],
+            out,
+            model,
+            validation_fraction=0.1,
+            shard_tokens=8_000,
+            processes=1,
+            progress=stop,
+            dedupe=dedupe,
+        )
     return source, out, model
 
 
 def test_near_duplicates_are_known_after_an_interruption(prepared: Prepared, tmp_path: Path) -> None:
     source, out, model = _interrupt(prepared, tmp_path, "near")
-    resumed = prepare([str(source)], out, model, 0.1, 8_000, 1, dedupe="near")
-    prepare([str(source)], tmp_path / "whole", model, 0.1, 8_000, 2, dedupe="near")
+    resumed = prepare(
+        [str(source)], out, model, validation_fraction=0.1, shard_tokens=8_000, processes=1, dedupe="near"
+    )
+    prepare(
+        [str(source)],
+        tmp_path / "whole",
+        model,
+        validation_fraction=0.1,
+        shard_tokens=8_000,
+        processes=2,
+        dedupe="near",
+    )
     assert _contents(out) == _contents(tmp_path / "whole")
     assert resumed.train.documents + resumed.validation.documents < 1000
     assert set(resumed.rejected) == {"exact duplicate", "near duplicate", "not JSON"}
@@ -102,10 +121,10 @@ def test_near_duplicates_are_known_after_an_interruption(prepared: Prepared, tmp
 
 def test_other_settings_or_inputs_do_not_go_on(prepared: Prepared, tmp_path: Path) -> None:
     source, out, model = _interrupt(prepared, tmp_path)
-    with pytest.raises(DataError, match=r"out\.partial: was begun with shard_tokens 8000 and not 9000: remove it"):
-        prepare([str(source)], out, model, 0.1, 9_000, 1, dedupe="exact")
+    with pytest.raises(DataError, match=r"out\.partial: was started with shard_tokens 8000 and not 9000: remove it"):
+        prepare([str(source)], out, model, validation_fraction=0.1, shard_tokens=9_000, processes=1, dedupe="exact")
     (source / "0.jsonl").touch()
-    with pytest.raises(DataError, match=r"out\.partial: was begun with inputs_digest \w+ and not \w+: remove it"):
+    with pytest.raises(DataError, match=r"out\.partial: was started with inputs_digest \w+ and not \w+: remove it"):
         _prepare(source, out, model)
 
 

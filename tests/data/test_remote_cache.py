@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = []
     for number in range(_SHARDS):
         tokens = io.BytesIO(draw.integers(0, 60_000, _SHARD_TOKENS, np.uint16).tobytes())
-        shards.append(write_shard(folder, number, tokens, lengths, np.dtype(np.uint16)))
+        shards.append(write_shard(folder, number, tokens=tokens, lengths=lengths, dtype=np.dtype(np.uint16)))
     manifest = Manifest(tokenizer_digest="0" * 64, vocab_size=60_000, bos_id=1, text_bytes=1, shards=tuple(shards))
     manifest.save(folder)
     return folder
@@ -246,7 +246,7 @@ def test_ranks_prefetch_together_through_a_small_cache(folder: Path, server: Fau
 
 def test_a_step_larger_than_the_budget_is_refused(server: FaultyServer, tmp_path: Path) -> None:
     corpus = Corpus(server.url, _cache(tmp_path))
-    message = r"a step reads 2 shards of together \S+ GiB, more than this process's \S+ GiB .*: raise data\.cache_gib"
+    message = r"a step reads 2 shards of \S+ GiB in total, more than this process's \S+ GiB .*: raise data\.cache_gib"
     with (
         pytest.raises(DataError, match=message),
         Prefetcher(corpus, _endless(), _budget(corpus, 1.5)) as prefetcher,

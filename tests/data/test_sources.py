@@ -63,7 +63,7 @@ def test_a_missing_input_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "image.png").touch()
-    with pytest.raises(DataError, match=r"no file in there ends in \.arrow, \.jsonl, "):
+    with pytest.raises(DataError, match=r"contains no file that ends in \.arrow, \.jsonl, "):
         _read(tmp_path)
 
 

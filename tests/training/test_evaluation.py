@@ -18,7 +18,14 @@ from triplane.training.feed import Feed
 
 def test_a_source_of_weight_0_does_not_move_the_loss(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(400)))
-    prepare([str(tmp_path / "t.jsonl")], tmp_path / "few", prepared.folder / "tokenizer.model", 0.5, 1000, 1)
+    prepare(
+        [str(tmp_path / "t.jsonl")],
+        tmp_path / "few",
+        prepared.folder / "tokenizer.model",
+        validation_fraction=0.5,
+        shard_tokens=1000,
+        processes=1,
+    )
     evaluate = evaluate_model(small_model(small_config(vocab_size=prepared.tokenizer.vocab_size)))
     feed = Feed(4, 0, 1, Axis(), torch.device("cpu"))
 
