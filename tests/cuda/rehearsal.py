@@ -15,6 +15,7 @@ import warnings
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -107,8 +108,9 @@ def _run(case: dict[str, Any]) -> None:
             RECORD.phase = "agreement" if last else ""
             agreement.put(step, 0, 0, loss.cross_entropy, norm)
             number, position, _, copied = agreement._pending[-1]
-            # With values, which are read a step later.
-            agreement._pending[-1] = (number, position, torch.zeros(3), copied)
+            # Read a step later; a tensor without data has no values.
+            values = SimpleNamespace(tolist=lambda: [0.0, 1.0, 1.0])
+            agreement._pending[-1] = (number, position, values, copied)  # type: ignore[assignment]
             agreement.take(everything=False)
         RECORD.phase = "snapshot"
         state = list(engine.optimizer.fragments())
