@@ -152,11 +152,20 @@ class LocalRanks:
         if code > 0:
             lines = self.log_file(rank).read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "no word in its log")
-            return Failure(rank, socket.gethostname(), f"with exit code {code}", "last words", last, time.time())
+            return Failure(
+                rank=rank,
+                host=socket.gethostname(),
+                where=f"with exit code {code}",
+                kind="last words",
+                message=last,
+                time=time.time(),
+            )
         name = signal.Signals(-code).name
-        # NCCL aborts a rank when another is gone.
+        # NCCL aborts a rank once another is lost.
         when = float("inf") if -code == signal.SIGABRT else 0.0
-        return Failure(rank, socket.gethostname(), NOWHERE, "killed", f"by {name}", when)
+        return Failure(
+            rank=rank, host=socket.gethostname(), where=NOWHERE, kind="killed", message=f"by {name}", time=when
+        )
 
 
 class _Processes(SubprocessContext):

@@ -109,9 +109,10 @@ def evaluate(run: str, sequences: int | None) -> None:
     sources = open_sources(data, trained.config.folder.corpora)
     validation = held_out(data, sources.validation)
     model, device = trained.load()
-    feed = Feed(trained.config.training.micro_batch_size, 0, 1, Axis(), device)
+    micro_batch_size = trained.config.training.micro_batch_size
+    feed = Feed(micro_batch_size=micro_batch_size, num_workers=0, local_ranks=1, dp=Axis(), device=device)
     every = sum(len(source.dataset) for source in validation)
-    loss, by_source = validation_losses(evaluate_model(model), feed, validation, sequences or every)
+    loss, by_source = validation_losses(evaluate_model(model), feed, validation, sequences=sequences or every)
     read = [number for number, source in enumerate(validation) if source.counts]
     unigram = unigram_loss(*([corpora[number] for number in read] for corpora in (sources.train, sources.validation)))
     _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats a token")

@@ -56,7 +56,13 @@ _START_S = 1800.0
 def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
     """Joins the other ranks and trains."""
     run_dir, folder = Path(config.run_dir), checkpoints_folder(config)
-    story = Story(run_dir, rank.rank, rank.world_size, LAUNCHER in os.environ, lambda: newest_step(folder))
+    story = Story(
+        run_dir,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        watched=LAUNCHER in os.environ,
+        newest_step=lambda: newest_step(folder),
+    )
     try:
         device = _take_device(rank)
         with connected(config.parallel, device, rank=rank.rank, world_size=rank.world_size) as mesh:
@@ -77,9 +83,16 @@ def train_on(
     story: Story | None = None,
 ) -> None:
     """Trains from the newest whole checkpoint in the run folder, or from initial weights."""
-    story = story or Story(Path(config.run_dir), mesh.rank, mesh.world_size, watched=True, newest_step=lambda: 0)
-    compiled = config.parallel.compile
-    with Watchdog(config.faults.hang_timeout_s, mesh.rank, Stopwatch(mesh.device), story.tell, compiled) as watchdog:
+    story = story or Story(
+        Path(config.run_dir), rank=mesh.rank, world_size=mesh.world_size, watched=True, newest_step=lambda: 0
+    )
+    with Watchdog(
+        config.faults.hang_timeout_s,
+        rank=mesh.rank,
+        stopwatch=Stopwatch(mesh.device),
+        tell=story.tell,
+        compiled=config.parallel.compile,
+    ) as watchdog:
         with watchdog.work("start", 0, at_least_s=_START_S):
             trainer, state = _prepare(mesh, config, local_ranks, allow_fresh_start, watchdog)
         state = trainer.run(state)
@@ -116,7 +129,13 @@ def _prepare(
     corpora = Corpora.of(config, sources)
     if resumed is not None:
         on_rank_0(lambda: _record_change(config, resumed, record))
-    report = Report(Path(config.run_dir), config.training.steps, state.step, mesh.rank, config.training.prometheus_port)
+    report = Report(
+        Path(config.run_dir),
+        steps=config.training.steps,
+        resume_step=state.step,
+        rank=mesh.rank,
+        prometheus_port=config.training.prometheus_port,
+    )
     choices = flatten(config.model_dump(exclude_none=True))
     report.choices(
         state.step,
@@ -130,7 +149,13 @@ def _prepare(
         config=config,
         engine=engine,
         corpora=corpora,
-        feed=Feed(config.training.micro_batch_size, config.data.num_workers, local_ranks, mesh.dp, mesh.device),
+        feed=Feed(
+            micro_batch_size=config.training.micro_batch_size,
+            num_workers=config.data.num_workers,
+            local_ranks=local_ranks,
+            dp=mesh.dp,
+            device=mesh.device,
+        ),
         store=CheckpointStore(folder, config.checkpoint, sources.tokenizer),
         restore=lambda: _restore(engine, config, folder, allow_fresh_start)[0],
         run_record=record,

@@ -10,9 +10,9 @@ from triplane.training.state import State
 from triplane.training.verdicts import Verdict
 
 _NORMAL = 1.4826
-"""Standard deviations of a normal distribution in its median absolute deviation."""
+"""Standard deviation of a normal distribution per median absolute deviation."""
 _LEAST = 0.01
-"""The least deviation, as a share of the median: rounding makes no spike."""
+"""Smallest deviation, as a share of the median, so that rounding is no spike."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Anomaly:
 
 
 def judge(state: State, verdicts: Sequence[Verdict], config: FaultsConfig) -> tuple[State, Anomaly | None]:
-    """Returns the state that remembers the steps before the first bad one, and that one if there is any."""
+    """Returns the state with the steps before the first anomaly remembered, and that anomaly, if any."""
     for verdict in verdicts:
         if what := anomaly_in(verdict, state.recent, config):
             return state, Anomaly(verdict.step, verdict.position, what)
@@ -36,7 +36,7 @@ def judge(state: State, verdicts: Sequence[Verdict], config: FaultsConfig) -> tu
 
 
 def anomaly_in(verdict: Verdict, recent: Sequence[tuple[float, float]], config: FaultsConfig) -> str | None:
-    """Says what is wrong with a step's loss or gradient norm, given those of the steps before it."""
+    """Describes what is wrong with a step's loss or gradient norm, given those of earlier steps."""
     values = {"loss": verdict.loss, "gradient norm": verdict.gradient_norm}
     for name, value in values.items():
         if not math.isfinite(value):
@@ -51,7 +51,7 @@ def anomaly_in(verdict: Verdict, recent: Sequence[tuple[float, float]], config: 
 
 
 def _deviations(value: float, past: Sequence[float]) -> float:
-    """Above the median of `past`; robust against the odd value in it."""
+    """Returns how many deviations `value` is above the median of `past`; robust to outliers."""
     middle = median(past)
     deviation = _NORMAL * median(abs(other - middle) for other in past)
     return (value - middle) / max(deviation, _LEAST * abs(middle))

@@ -1,4 +1,4 @@
-"""What a run reads."""
+"""The training and validation data of a run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ class Corpora:
     validation: Sequence[HeldOut]
     tokenizer: Tokenizer
     seq_len_at: Callable[[int], int]
-    """Tokens in the training sequence at a position."""
+    """Returns the tokens in the training sequence at a position."""
 
     @classmethod
     def of(cls, config: RunConfig, sources: Sources) -> "Corpora":
-        """Plans the order of opened sources; collective."""
+        """Plans the order of the sources; collective."""
         data, packed = config.data, config.folder.packing
 
         def write_plans() -> None:
             training_plan(data, sources.train, config.seed, packed)
 
-        on_rank_0(write_plans)  # before the others read them
+        on_rank_0(write_plans)  # before the other ranks read them
         plan = training_plan(data, sources.train, config.seed, packed)
         return cls(
             train=SequenceDataset(sources.train, plan, data.document_mask),

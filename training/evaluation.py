@@ -1,4 +1,4 @@
-"""The loss on held-out text."""
+"""Measures the loss on held-out text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,47 +15,47 @@ from triplane.parallel.engine import StepLoss
 from triplane.training.feed import Feed
 
 Evaluate = Callable[[list[Batch]], StepLoss]
-"""The loss over the given micro-batches and those of the other dp ranks."""
+"""Returns the loss over the given micro-batches and those of the other dp ranks."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation split of a source."""
+    """Validation split of a source."""
 
     name: str
     dataset: SequenceDataset
     counts: bool
-    """Whether it is in the total, which is over the sources that the run begins with: appending one, or a phase with
-    other weights, does not move it, and `keep_best` compares like with like."""
+    """Whether it is in the total, which covers the sources that the run starts with: appending one, or a phase with
+    other weights, does not move it, so `keep_best` compares like with like."""
 
 
 def held_out(config: DataConfig, corpora: Sequence[Corpus]) -> list[HeldOut]:
-    """The validation splits of the sources, in the order of the config."""
+    """Returns the validation splits of the sources, in config order."""
     names = [source.corpus.rstrip("/").rpartition("/")[2] for source in config.sources]
     return [
         HeldOut(
-            name if names.count(name) == 1 else f"{name}-{number}",
-            SequenceDataset([corpus], validation_plan(config, [corpus]), config.document_mask),
-            source.weight > 0,
+            name=name if names.count(name) == 1 else f"{name}-{number}",
+            dataset=SequenceDataset([corpus], validation_plan(config, [corpus]), config.document_mask),
+            counts=source.weight > 0,
         )
         for number, (name, source, corpus) in enumerate(zip(names, config.sources, corpora))
     ]
 
 
 def validation_losses(
-    evaluate: Evaluate, feed: Feed, sources: Sequence[HeldOut], sequences: int
+    evaluate: Evaluate, feed: Feed, sources: Sequence[HeldOut], *, sequences: int
 ) -> tuple[float, dict[str, float]]:
-    """Mean over tokens, nats, in total and by source.
+    """Returns the mean loss over tokens, in nats, in total and by source.
 
-    The first `sequences` are read, an equal share of each source that counts, or all of one that has fewer; of a source
-    that does not count, as many as of the others.
+    Reads the first `sequences`: an equal share of each source that counts, or all of a smaller one. Sources that do not
+    count are read as far as the largest share.
     """
     counted = [source for source in sources if source.counts]
     shares = _shares([len(source.dataset) for source in counted], sequences)
     total, tokens, losses = 0.0, 0, {}
     for source in sources:
         share = shares[counted.index(source)] if source.counts else min(max(shares), len(source.dataset))
-        loss = _loss(evaluate, feed, source.dataset, share)
+        loss = _loss(evaluate, feed, source.dataset, sequences=share)
         losses[source.name] = float(loss.cross_entropy)
         if source.counts:
             tokens += int(loss.tokens)
@@ -64,7 +64,7 @@ def validation_losses(
 
 
 def _shares(lengths: Sequence[int], sequences: int) -> list[int]:
-    """How many of `sequences` each of several datasets gives, by turns, none more than it has."""
+    """Divides `sequences` evenly among datasets of the given lengths; what one lacks, others add."""
     shares = [0] * len(lengths)
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):
         later = sum(length >= lengths[number] for i, length in enumerate(lengths) if not shares[i])
@@ -72,16 +72,16 @@ def _shares(lengths: Sequence[int], sequences: int) -> list[int]:
     return shares
 
 
-def _loss(evaluate: Evaluate, feed: Feed, dataset: SequenceDataset, sequences: int) -> StepLoss:
+def _loss(evaluate: Evaluate, feed: Feed, dataset: SequenceDataset, *, sequences: int) -> StepLoss:
     product = feed.dp.size * feed.micro_batch_size
-    # Rounded up to whole micro-batches of all ranks: past the corpus come sequences without targets.
+    # Every rank needs whole micro-batches: sequences past the end of the corpus have no targets.
     rounded = -(-sequences // product) * product
-    (batches,) = feed.steps(dataset, rounded, 0, 1)
+    (batches,) = feed.steps(dataset, global_batch_size=rounded, consumed_sequences=0, steps=1)
     return evaluate(batches)
 
 
 def evaluate_model(model: Transformer) -> Evaluate:
-    """By a whole model on one device."""
+    """Returns a function that evaluates a whole model on one device."""
 
     @torch.inference_mode()
     def evaluate(batches: list[Batch]) -> StepLoss:

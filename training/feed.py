@@ -1,4 +1,4 @@
-"""What a run reads, as batches on the device."""
+"""Feeds batches of token sequences to the device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from triplane.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Feed:
-    """This dp rank's share of each global batch; all tp and pp ranks of it read the same."""
+    """Feeds this dp rank's share of each global batch; its tp and pp ranks read the same."""
 
     micro_batch_size: int
     """Sequences."""
@@ -23,9 +23,9 @@ class Feed:
     device: torch.device
 
     def steps(
-        self, dataset: SequenceDataset, global_batch_size: int, consumed_sequences: int, steps: int
+        self, dataset: SequenceDataset, *, global_batch_size: int, consumed_sequences: int, steps: int
     ) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each of `steps` steps from position `consumed_sequences` on."""
+        """Yields the micro-batches of each of `steps` steps, starting at position `consumed_sequences`."""
         micro_batches = batches(
             dataset,
             consumed_sequences=consumed_sequences,
@@ -37,12 +37,12 @@ class Feed:
             num_workers=self.num_workers,
             local_ranks=self.local_ranks,
         )
-        each = global_batch_size // (self.dp.size * self.micro_batch_size)
+        per_step = global_batch_size // (self.dp.size * self.micro_batch_size)
         for _ in range(steps):
-            yield [to_batch(next(micro_batches), self.device) for _ in range(each)]
+            yield [to_batch(next(micro_batches), self.device) for _ in range(per_step)]
 
 
 def to_batch(micro_batch: MicroBatch, device: torch.device) -> Batch:
-    """Adds the positions within documents, and copies to the device, on a GPU without waiting for the copy."""
+    """Adds the positions within documents, and copies to the device, asynchronously to a GPU."""
     batch = Batch.build(micro_batch.tokens_T, micro_batch.targets_T, micro_batch.bounds)
     return (batch.pinned() if device.type == "cuda" else batch).to(device)

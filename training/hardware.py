@@ -1,4 +1,4 @@
-"""What the device is capable of: the peak that MFU is a fraction of, and the faster precision of a CPU."""
+"""Measures the device: peak FLOP/s for MFU, the faster precision of a CPU, memory."""
 
 import re
 import time
@@ -10,10 +10,10 @@ from torch.nn import functional as F
 Precision = Literal["fp32", "bf16"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""By the names that configs and commands use."""
+"""By their names in configs and commands."""
 
 _PEAK_FLOPS = {
-    # Dense bf16, from NVIDIA's and AMD's data sheets, by words of the device's name; special ones first.
+    # Dense bf16, from NVIDIA's and AMD's data sheets, by words in the device's name; the more specific first.
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -27,7 +27,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Of one rank: the data sheet's for a known GPU in bf16, else what matrix products reach here."""
+    """Returns the peak of one rank: the data sheet's for a known GPU in bf16, else the measured one."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = data_sheet_flops_per_s(torch.cuda.get_device_name(device))
         if known is not None:
@@ -36,7 +36,7 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def data_sheet_flops_per_s(name: str) -> float | None:
-    """Dense bf16 of the GPU that calls itself so; None if it is not known, or is a slice of one (MIG)."""
+    """Returns the dense bf16 peak of the GPU with this name; None if it is unknown or a MIG slice."""
     words = set(re.split(r"[\s-]+", name))
     if "MIG" in words:
         return None
@@ -44,7 +44,7 @@ def data_sheet_flops_per_s(name: str) -> float | None:
 
 
 def faster_precision(device: torch.device) -> Precision:
-    """`bf16` or `fp32`: bf16 on GPUs; on a CPU whichever multiplies faster here and now."""
+    """Returns bf16 on a GPU, and on a CPU whichever multiplies matrices faster."""
     if device.type == "cuda":
         return "bf16"
     bf16, fp32 = (measure_flops_per_s(device, dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -52,7 +52,7 @@ def faster_precision(device: torch.device) -> Precision:
 
 
 def measure_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of a few matrix products, each large enough to fill the device."""
+    """Returns the best of a few matrix products, each large enough to fill the device."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     best_s = float("inf")
@@ -66,9 +66,9 @@ def measure_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def room_for_weights(parameters: int, free_bytes: int | None) -> tuple[str, Precision, str | None]:
-    """Device type and precision in which a whole model is read, and why not fp32 on the GPU that is there.
+    """Returns the device type and precision for a whole model, and why they are not fp32 on the GPU.
 
-    `free_bytes` of the GPU; None without one. A fifth of it is left to activations.
+    `free_bytes` is the GPU's; None without a GPU. A fifth is reserved for activations.
     """
     if free_bytes is None:
         return "cpu", "fp32", None
@@ -82,7 +82,7 @@ def room_for_weights(parameters: int, free_bytes: int | None) -> tuple[str, Prec
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that this rank has held: of the GPU's memory, or of the host's where there is none."""
+    """Returns the peak memory of this rank: of the GPU, or of the host without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

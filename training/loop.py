@@ -32,11 +32,11 @@ from triplane.training.watchdog import Watchdog
 
 _SAMPLE_TOKENS = 48
 _SAVE_S = 1800.0
-"""How long a save may wait for the one before it, and the end of a run for the last."""
+"""Time limit, in seconds, of waiting for the previous save, and for the last one at the end of a run."""
 
 
 class Trainer:
-    """Takes a run from a state to its last step. Every rank has one; only rank 0's `report` prints and records."""
+    """Trains from a state to the last step. Every rank has one; only rank 0's `report` prints and records."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Trainer:
     ):
         """`restore` loads the newest checkpoint, or the initial weights if there is none; collective.
 
-        `peak_flops_per_s` is that of one rank, for MFU.
+        `peak_flops_per_s` is one rank's, for MFU.
         """
         self.config = config
         self.engine = engine
         self.corpora = corpora
-        self.counted = copy(corpora.train)  # counting tokens moves its place in the plan
+        self.counted = copy(corpora.train)  # counting tokens moves its position in the plan
         self.feed = feed
         self.store = store
         self.restore = restore
@@ -67,7 +67,12 @@ class Trainer:
         self.report = report
         self.watchdog = watchdog
         self.phase = watchdog.stopwatch.phase
-        self.meter = Meter(engine, corpora.seq_len_at, peak_flops_per_s, watchdog.stopwatch)
+        self.meter = Meter(
+            engine,
+            seq_len_at=corpora.seq_len_at,
+            peak_flops_per_s=peak_flops_per_s,
+            stopwatch=watchdog.stopwatch,
+        )
         self.agreement = Agreement(engine.mesh.device)
         first_step_tokens = config.training.global_batch_size * corpora.seq_len_at(0)
         self.warmup_steps = warmup_steps(config.schedule, first_step_tokens)
@@ -75,7 +80,7 @@ class Trainer:
         """Why the last save failed."""
 
     def run(self, state: State) -> State:
-        """Trains until `steps`, `stop_at_step` or a request to leave; the state is then on disk."""
+        """Trains until `steps`, `stop_at_step` or a request to stop, and saves the state."""
         training, rank = self.config.training, self.engine.mesh.rank
         last = min(training.stop_at_step or training.steps, training.steps)
         if state.step >= last:
@@ -90,11 +95,11 @@ class Trainer:
             name = request_name(request)
             self.report.event(state.step, "signal", name=name)
             self.report.message(f"step {state.step}: saved and left because of {name}")
-            stopping.obeyed()
+            stopping.clear()
         return state
 
     def _train(self, state: State, last: int, stopping: Stopping, profiler: Profiler) -> tuple[State, int]:
-        """Returns the state after step `last`, or after an earlier step with the request to leave that ended it."""
+        """Returns the state after the last step taken, and the request that stopped it early, else 0."""
         config, engine, work = self.config, self.engine, self.watchdog.work
         size, request = config.training.global_batch_size, 0
         batches = self._batches_from(state, last)
@@ -104,7 +109,13 @@ class Trainer:
             due = self._due(step, last)
             exact = "log" in due
             with profiler.step(step), work("step", step):
-                lr = learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps, self.warmup_steps)
+                lr = learning_rate(
+                    config.schedule,
+                    step,
+                    peak=config.optimizer.lr,
+                    steps=config.training.steps,
+                    warmup_steps=self.warmup_steps,
+                )
                 with self.phase("data_time_s"):
                     micro_batches = next(batches)
                 with self._repeated(step, micro_batches, lr) if "repeat" in due else nullcontext():
@@ -118,7 +129,13 @@ class Trainer:
                 self.meter.count(size * self.corpora.seq_len_at(position), tokens)
                 state = state.after(size, tokens)
                 with self.phase("forward_backward_time_s"):  # agreeing waits for the backward pass
-                    self.agreement.put(step, position, stopping.request(), loss.cross_entropy, norm)
+                    self.agreement.put(
+                        step=step,
+                        position=position,
+                        stop=stopping.request(),
+                        loss=loss.cross_entropy,
+                        gradient_norm=norm,
+                    )
                     verdicts = self.agreement.take(everything=bool(due))
             request = max((verdict.stop for verdict in verdicts), default=0)
             state, anomaly = judge(state, verdicts, config.faults)
@@ -127,7 +144,7 @@ class Trainer:
                     state, request = self._roll_back(state, anomaly), 0
                 batches = self._batches_from(state, last)
                 continue
-            if state.consumed_sequences != position + size:  # it jumped over batches that are skipped
+            if state.consumed_sequences != position + size:  # the next batch is to be skipped
                 batches = self._batches_from(state, last)
             if "compare" in due:
                 with work("comparison", step):
@@ -149,7 +166,7 @@ class Trainer:
         return state, request
 
     def _due(self, step: int, last: int) -> set[str]:
-        """What this step includes or what follows it."""
+        """Returns what is to be done in this step, or after it."""
         training, faults, final = self.config.training, self.config.faults, step == self.config.training.steps
         return {
             name
@@ -165,13 +182,17 @@ class Trainer:
         }
 
     def _batches_from(self, state: State, last: int) -> Iterator[list[Batch]]:
-        """Yields the global batches of the steps after `state`, until one has to be skipped."""
-        size = self.config.training.global_batch_size
-        return self.feed.steps(self.corpora.train, size, state.consumed_sequences, last - state.step)
+        """Yields the global batches of the steps after `state`, up to the next batch to skip."""
+        return self.feed.steps(
+            self.corpora.train,
+            global_batch_size=self.config.training.global_batch_size,
+            consumed_sequences=state.consumed_sequences,
+            steps=last - state.step,
+        )
 
     @contextmanager
     def _repeated(self, step: int, micro_batches: list[Batch], lr: float) -> Iterator[None]:
-        """Makes the update and undoes it; compares it with the one that the block makes."""
+        """Makes the update and undoes it, then compares it with the one that the block makes."""
 
         def update() -> None:
             with self.phase("forward_backward_time_s", exact=True):
@@ -184,7 +205,7 @@ class Trainer:
             yield
 
     def _roll_back(self, state: State, anomaly: Anomaly) -> State:
-        """Returns to the last checkpoint, and skips the batch of the bad step from there on."""
+        """Returns to the last checkpoint, and skips the anomaly's batch from there on."""
         size, most = self.config.training.global_batch_size, self.config.faults.max_rollbacks
         self._report_saves(wait=True)
         if len(state.skipped) >= most:
@@ -199,7 +220,7 @@ class Trainer:
         self.report.event(skipped.step, "skip", sequences=(first, end))
         self.report.rewind(skipped.step)
         self.report.message(
-            f"step {anomaly.step}: {anomaly.what}; back to step {skipped.step}, on without sequences {first} to {end}"
+            f"step {anomaly.step}: {anomaly.what}; back to step {skipped.step}, skipping sequences {first} to {end}"
         )
         self.meter.restart(position=skipped.consumed_sequences)
         return skipped
@@ -208,7 +229,7 @@ class Trainer:
         if ranks := differing_ranks(self.engine):
             raise TrainingError(
                 f"step {step}: the weights of ranks {ranks} differ from those of their replicas; exclude the faulty "
-                f"machine, then start again from the last checkpoint"
+                f"node, then start again from the last checkpoint"
             )
 
     def _log(self, state: State, loss: StepLoss, norm: Tensor, lr: float) -> None:
@@ -225,7 +246,9 @@ class Trainer:
 
     def _validate(self, state: State) -> float:
         sequences = self.config.training.eval_sequences
-        loss, by_source = validation_losses(self.engine.evaluate, self.feed, self.corpora.validation, sequences)
+        loss, by_source = validation_losses(
+            self.engine.evaluate, self.feed, self.corpora.validation, sequences=sequences
+        )
         self.report.validation(state.step, loss, by_source)
         return loss
 
@@ -243,7 +266,7 @@ class Trainer:
         self.report.sample(state.step, tokenizer.decode(tokens))
 
     def save(self, state: State, validation_loss: float | None = None) -> None:
-        """Begins to write a checkpoint; collective."""
+        """Starts to write a checkpoint; collective."""
         self.store.save(
             state.step,
             self.engine.optimizer.fragments(),
@@ -256,7 +279,7 @@ class Trainer:
             self.unsaved = save.error
 
     def _finish_saves(self) -> None:
-        """Waits for the last save; raises CheckpointError if it has failed."""
+        """Waits for the last save; raises CheckpointError if it failed."""
         self._report_saves(wait=True)
         if self.unsaved:
             raise CheckpointError(f"the run's last state is not saved: {self.unsaved}, then start again")

@@ -1,4 +1,4 @@
-"""How fast the steps since the last log were, and how full."""
+"""Measures throughput, padding and step time between logs."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,11 @@ from triplane.training.stopwatch import Stopwatch
 
 
 class Meter:
-    """Counts tokens and steps from one `restart` to the next."""
+    """Counts tokens and steps since the last `restart`."""
 
-    def __init__(self, engine: Engine, seq_len_at: Callable[[int], int], peak_flops_per_s: float, stopwatch: Stopwatch):
+    def __init__(
+        self, engine: Engine, *, seq_len_at: Callable[[int], int], peak_flops_per_s: float, stopwatch: Stopwatch
+    ):
         self._config = engine.config
         self._mesh = engine.mesh
         self._seq_len_at = seq_len_at
@@ -23,19 +25,19 @@ class Meter:
         self.restart(position=0)
 
     def restart(self, *, position: int) -> None:
-        """Forgets what was counted; the next step begins at sequence `position`."""
+        """Resets the counts; the next step starts at sequence `position`."""
         self._steps = self._tokens = self._positions = 0
         self._seq_len = self._seq_len_at(position)
         self._stopwatch.take()
 
     def count(self, positions: int, tokens: int) -> None:
-        """Adds a step of so many `positions`, of which `tokens` are no padding; over all ranks."""
+        """Adds a step of `positions`, of which `tokens` are not padding; over all ranks."""
         self._steps += 1
         self._positions += positions
         self._tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """The metrics since the last restart; collective."""
+        """Returns the metrics since the last restart; collective."""
         seconds = self._stopwatch.take()
         device = self._mesh.device
         mine = [*(total / self._steps for total in seconds.values()), peak_memory_gib(device)]

@@ -1,4 +1,4 @@
-"""What a run reports, and its record in `metrics.jsonl` and TensorBoard."""
+"""Defines the metrics of a run, and records them in `metrics.jsonl` and TensorBoard."""
 
 import json
 import time
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """How the value that rank 0 reports is meant."""
+    """Meaning and format of a value that rank 0 reports."""
 
     unit: str
     reduction: str
     """How the values of all ranks become one."""
     format: Callable[[float], str]
-    """For the console, with name and unit."""
+    """Formats the value for the console, with name and unit."""
 
 
 _TOKEN_MEAN = "mean over tokens of the global batch"
@@ -55,7 +55,7 @@ METRICS = {
     "data_time_s": Metric("s", _MAX, "data {:.3f} s".format),
     "forward_backward_time_s": Metric("s", _MAX, "forward and backward {:.3f} s".format),
     "optimizer_time_s": Metric("s", _MAX, "optimizer {:.3f} s".format),
-    "checkpoint_stall_time_s": Metric("s", _MAX, "training stood still for {:.3f} s".format),
+    "checkpoint_stall_time_s": Metric("s", _MAX, "training stalled for {:.3f} s".format),
     "checkpoint_time_s": Metric("s", "until all ranks have written", "{:.3f} s".format),
     "memory_gib": Metric("GiB", "peak so far, max over ranks", "{:.1f} GiB".format),
 }
@@ -69,21 +69,20 @@ _GROUPS = {
     ),
     "machine": (("memory_gib",), ("checkpoint_time_s", "checkpoint_stall_time_s")),
 }
-"""What one looks at first: the metrics of each chart."""
+"""The most important metrics, by chart."""
 
 
 class MetricsWriter:
     """Appends to metrics.jsonl, samples.jsonl and TensorBoard events in `run_dir/tensorboard`; for rank 0.
 
-    A run that resumes after `resume_step` replaces what an earlier attempt wrote of later steps, so
-    that each curve is one line. What was logged survives the process. What cannot be written raises OSError, and what
-    comes after it is written again once it can be.
+    A run that resumes after `resume_step` replaces the records of later steps, so that each curve is one line. Records
+    are flushed at once. Raises OSError if one cannot be written; later ones are written once that is possible.
     """
 
     def __init__(self, run_dir: Path, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-        # A start from nothing repeats the validation before the first step, if there is one.
+        # A fresh start repeats the validation before the first step, if any.
         first_step = resume_step + 1 if resume_step else 0
         run = RunFolder(run_dir)
         for log in (run.metrics, run.samples):
@@ -96,20 +95,20 @@ class MetricsWriter:
             self._board.add_custom_scalars(_layout())
 
     def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
-        """Shows the config, TOML, and its values as hyperparameters, each a number or text.
+        """Shows the config as TOML, and its values, numbers or text, as hyperparameters.
 
-        Of the latter TensorBoard shows the first that a run had.
+        TensorBoard shows the first hyperparameters that a run had.
         """
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         with self._tensorboard() as board:
             board.add_text("config", _code_block(config), step)
-            # Not `add_hparams`, which would make a run of its own for them.
+            # `add_hparams` would create a separate run for them.
             board._get_file_writer().add_summary(hparams_pb(choices))  # type: ignore[no-untyped-call]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values`, reduced over ranks, under their names in `METRICS`."""
-        names = {name.partition("/")[0] for name in values}  # after the slash stands the source
+        names = {name.partition("/")[0] for name in values}  # the source follows the slash
         assert names <= METRICS.keys(), f"not in METRICS: {names - METRICS.keys()}"
         self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         with self._tensorboard() as board:
@@ -117,7 +116,7 @@ class MetricsWriter:
                 board.add_scalar(name, value, step)
 
     def sample(self, step: int, text: str) -> None:
-        """Records text that the model wrote, shown in TensorBoard as it stands."""
+        """Records generated text, shown in TensorBoard verbatim."""
         self._samples.write(json.dumps({"step": step, "sample": text}) + "\n")
         with self._tensorboard() as board:
             board.add_text("sample", _code_block(text), step)
@@ -130,7 +129,7 @@ class MetricsWriter:
 
     @contextmanager
     def _tensorboard(self) -> Iterator["SummaryWriter"]:
-        """Its writer; on leaving, all is on disk. One that has failed is dead: the next has a file of its own."""
+        """Yields the writer, then flushes it. A writer that failed is unusable: the next one opens a new file."""
         board = self._board or self._open_board()
         self._board = None
         yield board
@@ -139,7 +138,7 @@ class MetricsWriter:
 
 
 def _layout() -> dict[str, dict[str, list[object]]]:
-    """Of TensorBoard's Custom Scalars, which takes tags as regular expressions."""
+    """Returns the layout of TensorBoard's Custom Scalars, which takes tags as regular expressions."""
     return {
         group: {", ".join(names): ["Multiline", [f"^{name}$" for name in names]] for names in charts}
         for group, charts in _GROUPS.items()
@@ -147,7 +146,7 @@ def _layout() -> dict[str, dict[str, list[object]]]:
 
 
 def _code_block(text: str) -> str:
-    """In Markdown."""
+    """Indents text as a Markdown code block."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 

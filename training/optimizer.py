@@ -1,4 +1,4 @@
-"""AdamW, and which parameters it decays."""
+"""Builds AdamW and its parameter groups."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from triplane.training.config import OptimizerConfig
 
 
 def adamw(config: OptimizerConfig, parameters: Iterable[tuple[nn.Parameter, Size]]) -> torch.optim.AdamW:
-    """Sets all but the learning rate's course, which the training loop gives at each step."""
+    """Builds AdamW; the training loop sets the learning rate at each step."""
     return torch.optim.AdamW(
         decay_groups(parameters),
         lr=config.lr,
@@ -22,9 +22,9 @@ def adamw(config: OptimizerConfig, parameters: Iterable[tuple[nn.Parameter, Size
 
 
 def decay_groups(parameters: Iterable[tuple[nn.Parameter, Size]]) -> list[dict[str, Any]]:
-    """Two groups: matrices, decayed as the optimizer is told to; vectors (norms), not decayed.
+    """Returns two parameter groups: matrices, with weight decay, and vectors (norms), without.
 
-    Each parameter comes with the shape that it has whole: ZeRO 3 leaves it without one of its own.
+    Each parameter comes with its full shape, which ZeRO 3 removes from the parameter itself.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []

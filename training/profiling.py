@@ -1,4 +1,4 @@
-"""Where the time within some steps goes: traces for Perfetto or chrome://tracing."""
+"""Traces some steps, for Perfetto or chrome://tracing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from triplane.training.run_folder import RunFolder
 
 
 class Profiler:
-    """Writes `run_dir/profile/rank_N.json` after the last step of the window, or on leaving within it."""
+    """Writes `run_dir/profile/rank_N.json` after the last step of the window, or on exit within it."""
 
     def __init__(self, config: ProfileConfig, run_dir: Path, rank: int):
         start = config.start_step if rank in config.ranks else None
@@ -28,7 +28,7 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around a step, which is recorded if it lies in the window."""
+        """Records the step in the block if it is in the window."""
         if step not in self._window:
             yield
             return
@@ -46,5 +46,5 @@ class Profiler:
         try:
             self._path.parent.mkdir(exist_ok=True)
             recorded.export_chrome_trace(str(self._path))
-        except (OSError, RuntimeError) as error:  # training is worth more than its record
+        except (OSError, RuntimeError) as error:  # a missing trace must not end training
             print(f"no {self._path}: {error}", flush=True)

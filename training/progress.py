@@ -1,4 +1,4 @@
-"""Where the run is: one live line on a terminal, plain lines in a log file."""
+"""Shows the progress of a run: one live line on a terminal, plain lines in a log file."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,20 +16,20 @@ _SHOWN = ("loss", "tokens_per_s", "mfu")
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Training goes on though nobody reads, as after `| head`."""
+        """Lets training continue after the reader has exited, as in `| head`."""
         with suppress(SystemExit):
-            super().on_broken_pipe()  # silences this console and the standard output
+            super().on_broken_pipe()  # silences this console and standard output
 
 
 class Progress:
-    """A run of `steps`, from its first to its last `update`; for rank 0."""
+    """Progress of a run of `steps`, from the first `update` to the last; for rank 0."""
 
     def __init__(self, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self._steps = steps
         self._clock = clock
         self._start: tuple[int, float] | None = None
         self._console = console or _Console()
-        # Refreshed by hand: a thread of its own would compete with the training.
+        # Refreshed explicitly: a refresh thread would compete with training.
         self._live = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -42,7 +42,7 @@ class Progress:
         self._live.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows `step`, the metrics of `values` that have room, and the time left."""
+        """Shows `step`, the main metrics of `values`, and the time left."""
         parts = [f"step {step}/{self._steps}"]
         parts += [METRICS[name].format(values[name]) for name in _SHOWN if name in values]
         if left := self._time_left(step):
@@ -62,7 +62,7 @@ class Progress:
         self._live.stop()
 
     def _time_left(self, step: int) -> str | None:
-        """At the mean speed since the first update, which the slow first step does not count in."""
+        """Extrapolates from the mean speed since the first update, which excludes the slow first step."""
         now = self._clock()
         if self._start is None:
             self._start = (step, now)

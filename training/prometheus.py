@@ -1,4 +1,4 @@
-"""The newest metrics of a run, at `http://HOST:PORT/metrics` for Prometheus."""
+"""Serves the latest metrics of a run to Prometheus at `http://HOST:PORT/metrics`."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,19 +15,19 @@ _BASE_UNITS = {
     "tokens/s": ("_per_s", "_per_second", 1),
     "fraction of peak": ("mfu", "mfu_ratio", 1),
 }
-"""By the unit in `METRICS`: what stands for it in a name, what Prometheus wants there, how many of those it is."""
+"""By unit in `METRICS`: its part of our name, its part of Prometheus's name, and the factor between the units."""
 
 
 class Endpoint(Collector):
     """Serves from a thread; for rank 0.
 
-    What is learnt is a gauge, step and tokens too: they go back with the run after a rollback, and a counter that
-    falls would be taken for one that began again from zero. Counters are the events of this process.
+    All metrics are gauges, even step and tokens: a rollback decreases them, and Prometheus takes a decreasing counter
+    for one that restarted from zero. The events of this process are counters.
     """
 
     def __init__(self, port: int):
-        """Raises OSError if `port` of this machine cannot be had."""
-        # Replaced, never changed: scrapes read them in threads of their own.
+        """Raises OSError if `port` is not available on this machine."""
+        # Replaced, never modified: scrapes read them in other threads.
         self._values: Mapping[str, float] = {}
         self._events: Mapping[str, int] = {}
         registry = CollectorRegistry()
@@ -35,7 +35,7 @@ class Endpoint(Collector):
         self._server, self._thread = start_http_server(port, registry=registry)
 
     def update(self, values: Mapping[str, float]) -> None:
-        """Replaces the values of these names in `METRICS`, or of `step`."""
+        """Sets the values of these names in `METRICS`, or of `step`."""
         self._values = {**self._values, **values}
 
     def count(self, event: str) -> None:
@@ -43,10 +43,10 @@ class Endpoint(Collector):
         self._events = {**self._events, event: self._events.get(event, 0) + 1}
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """Called by the library at each scrape."""
+        """Yields the metrics; the library calls it at each scrape."""
         for name, value in self._values.items():
             if name == "step":
-                yield GaugeMetricFamily("triplane_step", "The last that was logged.", value)
+                yield GaugeMetricFamily("triplane_step", "The last logged step.", value)
                 continue
             metric = METRICS[name]
             ours, theirs, factor = _BASE_UNITS.get(metric.unit, ("", "", 1))
@@ -58,7 +58,7 @@ class Endpoint(Collector):
         yield events
 
     def close(self) -> None:
-        """Gives the port back."""
+        """Releases the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Finds ranks whose memory or arithmetic errs from one moment to the next: a step done twice gives two states."""
+"""Finds ranks with intermittent memory or arithmetic errors: a step computed twice gives two different states."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from triplane.parallel.engine import Engine
 from triplane.storage.errors import TrainingError
 from triplane.training.replicas import checksum, ranks_where
 
-# cuBLAS reads it once, when CUDA starts. Products are the same twice only with it, and torch refuses others.
+# cuBLAS reads this once, when CUDA starts, and its products are deterministic only with it; torch insists on it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def repeated(engine: Engine, step: int, update: Callable[[], object]) -> Iterator[None]:
     """Makes `update`, which is optimizer step `step`, and undoes it; the block then makes the same update. Collective.
 
-    Raises TrainingError, which names the ranks, if the state then differs in a bit. Holds a copy of the rank's share of
+    Raises TrainingError with the mismatching ranks if a bit of the state differs. Keeps a copy of the rank's share of
     the state.
     """
     fragments = list(engine.optimizer.fragments())
@@ -34,21 +34,21 @@ def repeated(engine: Engine, step: int, update: Callable[[], object]) -> Iterato
     second = checksum([fragment.data for fragment in fragments], engine.mesh.device)
     if ranks := ranks_where(engine.mesh, bool(first != second)):
         raise TrainingError(
-            f"step {step}: done twice, it gave two states on ranks {ranks}; exclude the faulty machine, then start "
-            f"again from the last checkpoint"
+            f"step {step}: computed twice, it gave two different states on ranks {ranks}; exclude the faulty node, "
+            f"then start again from the last checkpoint"
         )
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Only kernels that give the same bits twice; an error where there is none.
+    """Allows only deterministic kernels; an operation without one raises.
 
-    If torch only warned, flash attention would add gradients up in any order, and healthy GPUs would differ.
+    If torch only warned, flash attention would add up gradients in any order, and healthy GPUs would differ.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs a pass over each new tensor
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # filling costs a pass over each new tensor
     try:
         yield
     finally:

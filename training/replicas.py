@@ -1,4 +1,4 @@
-"""Finds ranks whose memory or arithmetic errs: weights that should be the same bits and are not."""
+"""Finds ranks with memory or arithmetic errors: weights that should be bitwise equal and are not."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,26 +11,26 @@ from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-"""By size of an element."""
+"""By element size in bytes."""
 
 
 def differing_ranks(engine: Engine) -> list[int]:
-    """The ranks whose weights are not those of most ranks that should have the same; collective.
+    """Returns the ranks whose weights differ from those of most of their replicas; collective.
 
-    Of two that differ both are named. ZeRO 3 keeps no weight twice, so that none can differ.
+    With two replicas, returns both. ZeRO 3 stores no weight twice, so it has nothing to compare.
     """
     mesh = engine.mesh
     weights = [placement.parameter.detach() for placement in engine.local.placements]
     mine = checksum(weights, mesh.device)
     theirs = [torch.empty_like(mine) for _ in range(mesh.replicas.size)]
     dist.all_gather(theirs, mine, group=mesh.replicas.group)
-    sums = [int(one) for one in theirs]
+    sums = [int(other) for other in theirs]
     most, count = Counter(sums).most_common(1)[0]
     return ranks_where(mesh, int(mine) != most or count * 2 <= len(sums))
 
 
 def ranks_where(mesh: Mesh, true: bool) -> list[int]:
-    """The ranks on which it is true, on all; collective."""
+    """Returns the ranks on which `true` holds, the same list on all; collective."""
     flags = torch.zeros(mesh.world_size, dtype=torch.int32, device=mesh.device)
     flags[mesh.rank] = true
     dist.all_reduce(flags)
@@ -38,9 +38,9 @@ def ranks_where(mesh: Mesh, true: bool) -> list[int]:
 
 
 def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Changes with any one bit of fp32 or bf16 tensors; an int64."""
+    """Returns an int64 that changes with any single bit of fp32 or bf16 tensors."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for number, tensor in enumerate(tensors, start=1):
         bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
-        total += number * bits.sum(dtype=torch.int64).to(device)  # an offloaded state is on the host
+        total += number * bits.sum(dtype=torch.int64).to(device)  # offloaded state is on the host
     return total

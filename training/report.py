@@ -1,4 +1,4 @@
-"""What a run shows and records, all by rank 0: console, `metrics.jsonl`, TensorBoard, Prometheus, `history.jsonl`."""
+"""Shows and records a run on rank 0: console, `metrics.jsonl`, TensorBoard, Prometheus, `history.jsonl`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from triplane.training.run_log import record_event
 
 
 class Report:
-    """Told by the training loop on every rank; values are reduced over ranks before they get here."""
+    """Called by the training loop on every rank, with values that are already reduced over ranks."""
 
-    def __init__(self, run_dir: Path, steps: int, resume_step: int, rank: int, prometheus_port: int | None = None):
+    def __init__(self, run_dir: Path, *, steps: int, resume_step: int, rank: int, prometheus_port: int | None = None):
         self._first = rank == 0
         self._run_dir = run_dir
         self._endpoint: Endpoint | None = None
@@ -26,9 +26,9 @@ class Report:
                 self._serve(prometheus_port)
 
     def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
-        """Records the choices from `step` on: the config as TOML, and its values by key."""
+        """Records the config that applies from `step` on, as TOML and as values by key."""
         if self._first:
-            with self._full_disk_told(step):
+            with self._write_errors_shown(step):
                 self._writer.choices(step, config, choices)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -40,23 +40,23 @@ class Report:
             self._progress.update(step, values)
 
     def validation(self, step: int, loss: float, by_source: Mapping[str, float]) -> None:
-        """Records and shows the loss on held-out text, nats a token, and that of each source if there are several."""
+        """Records and shows the loss on held-out text, in nats per token, also by source if there are several."""
         if self._first:
             several = by_source if len(by_source) > 1 else {}
             self._log(
-                step, {"validation_loss": loss, **{f"validation_loss/{name}": one for name, one in several.items()}}
+                step, {"validation_loss": loss, **{f"validation_loss/{name}": its for name, its in several.items()}}
             )
-            shown = "".join(f", {name} {one:.4f}" for name, one in several.items())
+            shown = "".join(f", {name} {its:.4f}" for name, its in several.items())
             self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}{shown}")
 
     def sample(self, step: int, text: str) -> None:
-        """Records text that the model wrote."""
+        """Records generated text."""
         if self._first:
-            with self._full_disk_told(step):
+            with self._write_errors_shown(step):
                 self._writer.sample(step, text)
 
     def saved(self, save: Save) -> None:
-        """Records and shows how a save went."""
+        """Records and shows the result of a save."""
         if not self._first:
             return
         if save.error:
@@ -70,15 +70,15 @@ class Report:
         self.event(save.step, "save", checkpoint=str(save.path))
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Records what happened to the run, in `history.jsonl`."""
+        """Records an event of the run in `history.jsonl`."""
         if self._first:
-            with self._full_disk_told(step):
+            with self._write_errors_shown(step):
                 record_event(self._run_dir, event, step, **details)
             if self._endpoint is not None:
                 self._endpoint.count(event)
 
     def rewind(self, step: int) -> None:
-        """Forgets the metrics after `step`, to which the run went back."""
+        """Discards the metrics after `step`, to which the run was rolled back."""
         if self._first:
             self._writer.close()
             self._writer = MetricsWriter(self._run_dir, step)
@@ -89,10 +89,10 @@ class Report:
             self._progress.message(text)
 
     def close(self, step: int) -> None:
-        """Ends the progress line and flushes what was recorded until `step`."""
+        """Ends the progress line and flushes the records until `step`."""
         if self._first:
             self._progress.close()
-            with self._full_disk_told(step):
+            with self._write_errors_shown(step):
                 self._writer.close()
             if self._endpoint is not None:
                 self._endpoint.close()
@@ -100,18 +100,18 @@ class Report:
     def _serve(self, port: int) -> None:
         try:
             self._endpoint = Endpoint(port)
-        except OSError as error:  # a start by hand has looked; one that goes on by itself is worth more than this
+        except OSError as error:  # `triplane train` has checked the port; a restart must not fail because of it
             self._progress.message(f"NOT SERVED: training.prometheus_port ({port}): {error.strerror}")
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
-        with self._full_disk_told(step):
+        with self._write_errors_shown(step):
             self._writer.log(step, values)
         if self._endpoint is not None:
             self._endpoint.update({name: value for name, value in values.items() if name in METRICS})
 
     @contextmanager
-    def _full_disk_told(self, step: int) -> Iterator[None]:
-        """Training is worth more than its record: what cannot be written is told, and the run goes on."""
+    def _write_errors_shown(self, step: int) -> Iterator[None]:
+        """Shows an OSError instead of raising it: a full disk must not end training."""
         try:
             yield
         except OSError as error:

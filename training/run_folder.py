@@ -1,4 +1,4 @@
-"""The folder of a run: the name of everything in it."""
+"""Names the files and folders of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,43 +13,43 @@ _DIGITS = 18
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where each part of a run lies."""
+    """Paths within the folder of a run."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """Every choice of the last start, as resolved."""
+        """The resolved config of the last start."""
         return self.path / CONFIG
 
     @property
     def run_id(self) -> Path:
-        """A name that no other run has, whatever its folder is called."""
+        """A unique name of the run, independent of its folder's name."""
         return self.path / "run_id"
 
     @property
     def done(self) -> Path:
-        """Holds the number of steps once the run has taken its last one."""
+        """Contains the number of steps once the run is complete."""
         return self.path / "DONE"
 
     @property
     def stop(self) -> Path:
-        """While this file exists, it asks the ranks to save and leave."""
+        """While this file exists, it requests the ranks to save and exit."""
         return self.path / "stop"
 
     @property
     def history(self) -> Path:
-        """The events of the run, a JSON record a line."""
+        """The events of the run, one JSON record per line."""
         return self.path / "history.jsonl"
 
     @property
     def metrics(self) -> Path:
-        """The metrics of each logged step, a JSON record a line."""
+        """The metrics of each logged step, one JSON record per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """What the model wrote during training, a JSON record a line."""
+        """Text generated during training, one JSON record per line."""
         return self.path / "samples.jsonl"
 
     @property
@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """What each rank and start printed. Whoever starts ranks here locks this folder while they run."""
+        """The output of each rank and start. A process that starts ranks here locks this folder while they run."""
         return self.path / "logs"
 
     @property
@@ -84,17 +84,17 @@ class RunFolder:
 
     @property
     def refused(self) -> Path:
-        """Why rank 0 refused a start of ranks by others: the exit codes of a job's step are not reliable."""
+        """Why rank 0 refused to start under srun or torchrun: the exit code of a job step is not reliable."""
         return self.logs / "refused"
 
     @property
     def first_cause(self) -> Path:
-        """One line on the first cause of the last start's failure. The rank that creates it reports it."""
+        """One line on the first cause of the last start's failure; the rank that creates the file reports it."""
         return self.logs / "first_cause"
 
     @property
     def alive(self) -> Path:
-        """Each living rank holds a lock on one byte of this file."""
+        """Each running rank holds a lock on one byte of this file."""
         return self.logs / "alive"
 
     @property
@@ -103,7 +103,7 @@ class RunFolder:
         return self.path / "jobs"
 
     def failure(self, rank: int) -> Path:
-        """What a rank that failed leaves for whoever started it."""
+        """The failure that a rank reports to the process that started it."""
         return self.logs / f"rank_{rank}.failure.json"
 
     def trace(self, rank: int) -> Path:
@@ -111,15 +111,15 @@ class RunFolder:
         return self.path / "profile" / f"rank_{rank}.json"
 
     def exists(self) -> bool:
-        """Whether a run has started here, is starting, or was submitted."""
+        """Returns whether a run has started here, is starting, or was submitted."""
         marks = (self.history, self.config, self.alive, self.logs / LOCK)
         return any(mark.exists() for mark in marks) or any(self.jobs.glob("*/job_id"))
 
     def is_running(self) -> bool:
-        """Whether a process on any machine trains in this folder or starts ranks for it."""
+        """Returns whether a process on any machine trains in this folder or starts ranks for it."""
         return is_held(self.path) or is_held(self.logs)
 
     def steps_done(self) -> int:
-        """The steps of a completed run; 0 if the run has not completed."""
+        """Returns the steps of a complete run, else 0."""
         text = self.done.read_text(errors="replace").strip() if self.done.exists() else ""
         return int(text) if text.isdecimal() and len(text) <= _DIGITS else 0

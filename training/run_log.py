@@ -1,4 +1,4 @@
-"""The logs in a run folder, a JSON record a line; what a full disk or a power cut broke off spoils no other line."""
+"""Reads and writes the JSON-lines logs of a run; a line truncated by a full disk or power cut spoils no other."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from triplane.training.run_folder import RunFolder
 Record = TypeVar("Record")
 
 _LAST_S = 2.0**36
-"""The year 4147: later times are no times."""
+"""The year 4147; later times are invalid."""
 
 
 class Details(TypedDict, total=False):
-    """Details of an event, of any name; those with a type here are read by others."""
+    """Details of an event, with any keys; those declared here are read by other modules."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -30,7 +30,7 @@ class Details(TypedDict, total=False):
 
 
 class Event(TypedDict):
-    """A record of `history.jsonl`: what happened to the run that its config does not tell."""
+    """A record of `history.jsonl`."""
 
     time: Annotated[float, Field(ge=0, le=_LAST_S)]
     """Seconds since 1970."""
@@ -53,21 +53,21 @@ def _dated(values: dict[str, int | float]) -> dict[str, int | float]:
 
 
 Metrics = dict[str, int | float]
-"""A record of `metrics.jsonl`: step, time in seconds since 1970, and values by their names in `METRICS`."""
+"""A record of `metrics.jsonl`: step, time in seconds since 1970, and values by name in `METRICS`."""
 
 EVENTS, SAMPLES = TypeAdapter(Event), TypeAdapter(Sample)
 METRICS_RECORDS: TypeAdapter[Metrics] = TypeAdapter(Annotated[Metrics, AfterValidator(_dated)])
 
 
 def record_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
-    """Adds a record to the history; for one process at a time."""
+    """Appends a record to the history; not safe for concurrent processes."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with open_log(RunFolder(run_dir).history) as lines:
         lines.write(json.dumps({"time": time.time(), "event": event, "step": step, "details": details}) + "\n")
 
 
 def open_log(path: Path) -> TextIO:
-    """Opens a log to append lines to, flushed one by one; a last line that was cut off stays alone."""
+    """Opens a log for appending, line-buffered; ends a truncated last line first."""
     log = open(path, "a+", buffering=1, encoding="utf-8")  # noqa: SIM115 - the caller closes it
     with open(path, "rb") as written:
         if written.seek(0, os.SEEK_END) and written.seek(-1, os.SEEK_END) and written.read(1) != b"\n":
@@ -76,21 +76,21 @@ def open_log(path: Path) -> TextIO:
 
 
 def read_log(path: Path, records: "TypeAdapter[Record]", last_bytes: int | None = None) -> list[Record]:
-    """The records of a log that need not exist, oldest first; with `last_bytes` only those that begin within them.
+    """Returns the records of a log, oldest first; with `last_bytes` only those that start within them.
 
-    Lines that are no record are passed over: an interruption cut them off, and what follows them counts.
+    A missing log has none. Skips invalid lines: an interruption truncated them, and those after them count.
     """
     if not path.exists():
         return []
     with path.open("rb") as file:
         if last_bytes is not None and path.stat().st_size > last_bytes:
             file.seek(-last_bytes, os.SEEK_END)
-            file.readline()  # the rest of a line that began before
+            file.readline()  # the rest of an earlier line
         return [record for _, record in _records(file, records)]
 
 
 def cut_log(path: Path, first_step: int) -> None:
-    """Rewrites a log of metrics or samples without its records from `first_step` on and without broken lines."""
+    """Removes the records from `first_step` on, and broken lines, from a log of metrics or samples."""
     if not path.exists():
         return
     kept = path.with_suffix(".jsonl.partial")
@@ -111,7 +111,7 @@ _STEPS = TypeAdapter(_Step)
 def _records(lines: Iterator[bytes], records: "TypeAdapter[Record]") -> Iterator[tuple[bytes, Record]]:
     for line in lines:
         if not line.endswith(b"\n"):
-            return  # being written, or cut off
+            return  # being written, or truncated
         try:
             yield line, records.validate_json(line)
         except ValidationError:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step, with no state to save."""
 
 import math
 
@@ -6,23 +6,23 @@ from triplane.training.config import ScheduleConfig
 
 
 def warmup_steps(schedule: ScheduleConfig, tokens_per_step: int) -> int:
-    """Steps of warm-up, from whichever of `warmup_steps` and `warmup_tokens` is given."""
+    """Returns the steps of warm-up, from whichever of `warmup_steps` and `warmup_tokens` is given."""
     if schedule.warmup_steps is not None:
         return schedule.warmup_steps
-    assert schedule.warmup_tokens is not None, "the config check demands one of the two"
+    assert schedule.warmup_tokens is not None, "the config check requires one of the two"
     return -(-schedule.warmup_tokens // tokens_per_step)
 
 
 def decay_steps(schedule: ScheduleConfig, steps: int) -> int:
-    """wsd: the steps at the end of the run in which the rate falls; at least one."""
+    """Returns the steps at the end of a wsd run in which the rate decays; at least one."""
     return max(1, round(schedule.decay_fraction * steps))
 
 
-def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int, warmup_steps: int) -> float:
-    """The rate of update `step`, which counts from 1 to `steps`.
+def learning_rate(schedule: ScheduleConfig, step: int, *, peak: float, steps: int, warmup_steps: int) -> float:
+    """Returns the learning rate of update `step`, counted from 1 to `steps`.
 
-    Rises in a line from `peak / warmup_steps` at step 1 to `peak` at step `warmup_steps`, then falls
-    as `schedule.kind` says, to exactly `final_lr_fraction * peak` at step `steps`.
+    Rises linearly from `peak / warmup_steps` at step 1 to `peak` at step `warmup_steps`, then decays
+    according to `schedule.kind`, to exactly `final_lr_fraction * peak` at step `steps`.
     """
     assert 1 <= step <= steps, (step, steps)
     if step <= warmup_steps:
@@ -30,7 +30,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int, 
     if schedule.kind == "constant":
         return peak
     before = steps - decay_steps(schedule, steps) if schedule.kind == "wsd" else warmup_steps
-    # 0 at the last step at the peak, 1 at the last of all.
+    # 0 at the last step of the peak, 1 at the last step of the run.
     progress = max(0.0, (step - before) / (steps - before))
     fall = (1 - math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else progress
     return peak * (1 - fall + schedule.final_lr_fraction * fall)

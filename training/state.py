@@ -1,4 +1,4 @@
-"""How far a run is: all that is not in the weights and moments."""
+"""The position of a run: all state besides weights and moments."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,37 +6,42 @@ from typing import Any
 
 @dataclass(frozen=True)
 class State:
-    """The position of a run; the order of the data, the learning rate and what is a spike are functions of it."""
+    """The position of a run, which determines the next data, the learning rate and what is a spike."""
 
     step: int = 0
     """Optimizer updates done."""
     consumed_sequences: int = 0
     """Sequences read or skipped, over all ranks: the next position in the order of the data."""
     tokens_seen: int = 0
-    """Tokens read, over all ranks; padding is none."""
+    """Tokens read, over all ranks, without padding."""
     skipped: tuple[tuple[int, int], ...] = ()
-    """Positions, from and to, that gave bad numbers and are not read."""
+    """Positions (start, end) that caused anomalies and are skipped."""
     recent: tuple[tuple[float, float], ...] = ()
     """Loss and gradient norm of the last steps."""
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "State":
-        """From the JSON of a checkpoint, which has further keys."""
+        """Builds the state from the JSON of a checkpoint, which has further keys."""
         tables = {name: tuple(map(tuple, saved.get(name, ()))) for name in ("skipped", "recent")}
-        return cls(saved["step"], saved["consumed_sequences"], saved["tokens_seen"], **tables)
+        return cls(
+            step=saved["step"],
+            consumed_sequences=saved["consumed_sequences"],
+            tokens_seen=saved["tokens_seen"],
+            **tables,
+        )
 
     def after(self, sequences: int, tokens: int) -> "State":
-        """One update further."""
+        """Returns the state one update later."""
         moved = replace(self, step=self.step + 1, tokens_seen=self.tokens_seen + tokens)
         return moved._at(self.consumed_sequences + sequences, sequences)
 
     def skipping(self, start: int, sequences: int) -> "State":
-        """The same, but without the batch at `start`."""
+        """Returns the state with the batch at `start` skipped."""
         skipping = replace(self, skipped=tuple(sorted([*self.skipped, (start, start + sequences)])))
         return skipping._at(self.consumed_sequences, sequences)
 
     def remembering(self, loss: float, gradient_norm: float, steps: int) -> "State":
-        """The same, with those of one step more among the last `steps`."""
+        """Returns the state with one more step in `recent`, of which the last `steps` are kept."""
         return replace(self, recent=(*self.recent, (loss, gradient_norm))[-steps:])
 
     def _at(self, position: int, sequences: int) -> "State":

@@ -1,4 +1,4 @@
-"""Requests to leave a run: signals, a file named `stop` in the run folder, and the end of who started the ranks."""
+"""Requests to stop a run: signals, a file named `stop` in the run folder, and the death of the launcher."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from triplane.training.run_folder import RunFolder
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FILE = 255
-"""Stands for the file where a signal's number would."""
+"""Represents the file in place of a signal's number."""
 _ORPHANED = 254
 LAUNCHER = "TRIPLANE_LAUNCHER_PID"
-"""Environment variable of ranks that are to leave when this process is gone: nobody would start them again."""
+"""Environment variable with the launcher's process id; ranks stop once it has exited, as nothing would restart them."""
 
 
 class Stopping:
-    """Listens to the signals of this process, from its main thread; rank 0 looks for the file too.
+    """Handles the signals of this process, in its main thread; rank 0 also looks for the file.
 
     A second SIGINT ends the process at once.
     """
@@ -29,15 +29,15 @@ class Stopping:
             signal.signal(number, self._receive)
 
     def request(self) -> int:
-        """What asks this rank to leave: a signal's number or another; 0 if nothing does."""
+        """Returns the request to stop this rank: a signal's number or one of ours; 0 if there is none."""
         if self._signal:
             return self._signal
         if self._file is not None and self._file.exists():
             return _FILE
         return _ORPHANED if self._launcher not in (None, str(os.getppid())) else 0
 
-    def obeyed(self) -> None:
-        """Removes the file: the state is saved."""
+    def clear(self) -> None:
+        """Removes the file, after the state has been saved."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
@@ -48,5 +48,5 @@ class Stopping:
 
 
 def request_name(request: int) -> str:
-    """`SIGTERM`, or `stop file`."""
+    """Returns a name such as `SIGTERM` or `stop file`."""
     return {_FILE: "stop file", _ORPHANED: "launcher gone"}.get(request) or signal.Signals(request).name

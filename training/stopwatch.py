@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Measures how long the phases of a step take."""
 
 import time
 from collections import defaultdict
@@ -9,15 +9,14 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases until they are taken.
+    """Accumulates the seconds of named phases until they are taken.
 
-    A GPU works on after the call that gave it the work has returned, so phases are exact only where
-    `exact` makes them wait for it.
+    Kernel launches are asynchronous, so a phase is exact on a GPU only if `exact` makes it synchronize.
     """
 
     def __init__(self, device: torch.device):
         self.current = ""
-        """The phase that is under way."""
+        """The current phase, or "" between phases."""
         self._device = device
         self._seconds: dict[str, float] = defaultdict(float)
 
@@ -32,6 +31,6 @@ class Stopwatch:
         self.current = ""
 
     def take(self) -> dict[str, float]:
-        """The seconds of each phase since the last take."""
+        """Returns the seconds of each phase since the last take."""
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken

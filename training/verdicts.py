@@ -1,4 +1,4 @@
-"""What every rank must know of a step alike, to decide alike."""
+"""Per-step facts that all ranks agree on."""
 
 import math
 from collections import deque
@@ -10,27 +10,27 @@ from torch import Tensor
 
 
 class Verdict(NamedTuple):
-    """On one step, the same on all ranks."""
+    """Facts about one step, the same on all ranks."""
 
     step: int
     position: int
     """The first sequence of its batch."""
     stop: int
-    """The request to leave that some rank has had; 0 if none has."""
+    """The request to stop that some rank received; 0 if none did."""
     loss: float
-    """Infinite where it is no number."""
+    """Infinite instead of NaN."""
     gradient_norm: float
 
 
 class Agreement:
-    """One small all-reduce a step, read a step later: no GPU waits for its host."""
+    """One small all-reduce per step, read a step later so that no GPU waits for its host."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, step: int, position: int, stop: int, loss: Tensor, gradient_norm: Tensor) -> None:
-        """Tells the others; collective."""
+    def put(self, *, step: int, position: int, stop: int, loss: Tensor, gradient_norm: Tensor) -> None:
+        """Shares the facts of a step with the other ranks; collective."""
         scalars = (torch.full((), stop, device=self._device), loss, gradient_norm)
         values = torch.stack([scalar.to(self._device, torch.float64) for scalar in scalars])
         values.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf)  # a maximum may lose NaN
@@ -43,14 +43,14 @@ class Agreement:
         self._pending.append((step, position, values, copied))
 
     def take(self, everything: bool) -> list[Verdict]:
-        """The verdicts not yet taken, oldest first; that of the last step only if `everything` is asked for, or if an
-        earlier one has a request to leave."""
+        """Returns the verdicts not yet taken, oldest first; includes the last step only with `everything`, or after an
+        earlier one with a request to stop."""
         verdicts = []
         while len(self._pending) > (0 if everything else 1):
             step, position, values, copied = self._pending.popleft()
             if copied is not None:
                 copied.synchronize()
             stop, loss, norm = values.tolist()
-            verdicts.append(Verdict(step, position, int(stop), loss, norm))
+            verdicts.append(Verdict(step=step, position=position, stop=int(stop), loss=loss, gradient_norm=norm))
             everything |= stop > 0
         return verdicts

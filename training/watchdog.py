@@ -1,4 +1,4 @@
-"""Finds a rank that hangs, says where it stands, and ends it."""
+"""Detects that a rank hangs, reports where, and ends it."""
 
 import faulthandler
 import os
@@ -21,21 +21,22 @@ _LEAST_S = 60.0
 _LEAST_COMPILED_S = 600.0
 _MEDIANS = 10.0
 _FIRST_S = 1800.0
-"""Limit of the first work of a kind, which may compile or fetch."""
+"""Limit of the first work of a kind, which may compile or download."""
 _REMEMBERED = 64
 _TELLING_S = 10.0
 
 
 class Watchdog:
-    """Watches from a thread how long this rank takes for a kind of work.
+    """Watches from a thread how long this rank takes for each kind of work.
 
-    The limit is `timeout_s`, or by default ten times the median of what the kind has taken, but a minute at least, and
-    half an hour for its first. Compiled blocks are compiled again for another length, so their least is ten minutes.
+    The limit is `timeout_s`, or by default ten times the median of earlier work of the kind, at least a minute, and
+    half an hour for the first. With compiled blocks it is at least ten minutes: each new length recompiles them.
     """
 
     def __init__(
         self,
         timeout_s: float | None,
+        *,
         rank: int,
         stopwatch: Stopwatch,
         tell: Callable[[Failure], None],
@@ -62,9 +63,9 @@ class Watchdog:
 
     @contextmanager
     def work(self, kind: str, step: int, *, at_least_s: float = 0.0, usually_s: float = 0.0) -> Iterator[None]:
-        """Watches the block; an error from it gets a note of where it arose.
+        """Watches the block, and adds a note of where it was raised to an error from it.
 
-        It may take `at_least_s`, whatever `timeout_s` is, and `usually_s` if there is none.
+        The limit is at least `at_least_s`, whatever `timeout_s` is, and at least `usually_s` without `timeout_s`.
         """
         seconds = self._seconds[kind]
         self._kind, self._step, self._waited_s = kind, step, 0.0
@@ -89,17 +90,26 @@ class Watchdog:
         before_s = time.monotonic()
         while not self._closed.wait(_PERIOD_S):
             now_s = time.monotonic()
-            # A process that was stopped and goes on has not hung.
+            # A process that was suspended and resumed has not hung.
             self._waited_s += min(now_s - before_s, 2 * _PERIOD_S)
             before_s = now_s
             if self._waited_s > self._limit_s:
                 self._end()
 
     def _end(self) -> None:
-        # Whatever hangs may hang what tells of it too.
+        # Reporting may hang for the same reason.
         Timer(_TELLING_S, os._exit, [Exit.TRY_AGAIN]).start()
         message = f"no progress for {self._waited_s:.0f} s"
-        print(f"hang {self._where}: {message}; where each thread stands:", file=sys.stderr, flush=True)
+        print(f"hang {self._where}: {message}; stack of each thread:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-        self._tell(Failure(self._rank, socket.gethostname(), self._where, "hang", message, time.time()))
+        self._tell(
+            Failure(
+                rank=self._rank,
+                host=socket.gethostname(),
+                where=self._where,
+                kind="hang",
+                message=message,
+                time=time.time(),
+            )
+        )
         os._exit(Exit.TRY_AGAIN)

@@ -106,7 +106,7 @@ def _run(case: dict[str, Any]) -> None:
             RECORD.phase = "step" if last else ""
             norm = engine.step(1e-4)
             RECORD.phase = "agreement" if last else ""
-            agreement.put(step, 0, 0, loss.cross_entropy, norm)
+            agreement.put(step=step, position=0, stop=0, loss=loss.cross_entropy, gradient_norm=norm)
             number, position, _, copied = agreement._pending[-1]
             # Read a step later; a tensor without data has no values.
             values = SimpleNamespace(tolist=lambda: [0.0, 1.0, 1.0])

@@ -190,7 +190,7 @@ TORCHRUN = (
     "--shutdown-timeout=5",
 )
 STRIKES = {
-    "killed": (signal.SIGKILL, "rank 1", "killed: it left no word"),
+    "killed": (signal.SIGKILL, "rank 1", "killed: it reported nothing"),
     "hung": (signal.SIGSTOP, "rank 0", "hang: no progress for"),
 }
 

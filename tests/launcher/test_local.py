@@ -30,7 +30,8 @@ def ranks(tmp_path: Path, script: str, count: int = 2) -> LocalRanks:
         "from triplane.training.failure import Failure, record_failure\n"
         "rank = int(os.environ['RANK'])\n"
         "def fail(kind, message):\n"
-        f"    record_failure(Path({str(tmp_path)!r}), Failure(rank, 'here', 'in step 7', kind, message, time.time()))\n"
+        "    failure = Failure(rank, host='here', where='in step 7', kind=kind, message=message, time=time.time())\n"
+        f"    record_failure(Path({str(tmp_path)!r}), failure)\n"
     )
     ranks.command = [sys.executable, "-c", preamble + script]
     return ranks

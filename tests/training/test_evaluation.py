@@ -27,14 +27,14 @@ def test_a_source_of_weight_0_does_not_move_the_loss(prepared: Prepared, tmp_pat
         processes=1,
     )
     evaluate = evaluate_model(small_model(small_config(vocab_size=prepared.tokenizer.vocab_size)))
-    feed = Feed(4, 0, 1, Axis(), torch.device("cpu"))
+    feed = Feed(micro_batch_size=4, num_workers=0, local_ranks=1, dp=Axis(), device=torch.device("cpu"))
 
     def losses(*weights: float, sequences: int = 16) -> tuple[float, dict[str, float]]:
         folders = [prepared.folder, tmp_path / "few"][: len(weights)]
         sources = [{"corpus": str(folder), "weight": weight} for folder, weight in zip(folders, weights)]
         config = DataConfig.model_validate({"sources": sources, "seq_len": 32, "shuffle_window": 64})
         corpora = [Corpus(folder / "validation") for folder in folders]
-        return validation_losses(evaluate, feed, held_out(config, corpora), sequences)
+        return validation_losses(evaluate, feed, held_out(config, corpora), sequences=sequences)
 
     alone = losses(1)
     assert alone == (alone[0], {"out": alone[0]})

@@ -21,7 +21,7 @@ def fails(run_dir: Path, error: Exception, after_s: float = 0.0, watched: bool =
     def rank_ends(rank: int) -> None:
         time.sleep(after_s)
         error.add_note(Where(f"in step {rank + 1}"))
-        story = Story(run_dir, rank, 4, watched, newest_step=lambda: 40)
+        story = Story(run_dir, rank=rank, world_size=4, watched=watched, newest_step=lambda: 40)
         story.hosts = ["a", "b", "c", "d"][: len(story.hosts)]
         story.tell(failure_of(rank, error), aftermath=lost_peers(error))
 
@@ -56,13 +56,13 @@ def test_an_error_of_its_own_comes_before_lost_peers(tmp_path: Path, capfd: pyte
 
 def test_a_rank_that_leaves_no_word_was_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def waits_for_its_peers(rank: int) -> None:
-        story = Story(tmp_path, rank, 4, False, newest_step=lambda: 40)
+        story = Story(tmp_path, rank=rank, world_size=4, watched=False, newest_step=lambda: 40)
         time.sleep(5)
         del story
 
     start(waits_for_its_peers, fails(tmp_path, DistNetworkError("reset")), lambda rank: None, fails(tmp_path, LOST))
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("triplane: rank 2 on c failed first, in step ") and "killed: it left no word" in line
+    assert line.startswith("triplane: rank 2 on c failed first, in step ") and "killed: it reported nothing" in line
     assert told(tmp_path)["details"]["host"] == "c"  # type: ignore[typeddict-item]
 
 
@@ -90,7 +90,7 @@ def test_a_new_start_tells_its_own_cause(tmp_path: Path) -> None:
 
 
 def test_a_failure_that_cannot_be_recorded_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    story = Story(tmp_path, 0, 2, False, newest_step=lambda: 40)
+    story = Story(tmp_path, rank=0, world_size=2, watched=False, newest_step=lambda: 40)
     (tmp_path / "logs/rank_0.failure.partial").symlink_to("/dev/full")
     story.tell(failure_of(0, ValueError("bad")))
     (line,) = capfd.readouterr().err.splitlines()

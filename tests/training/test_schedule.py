@@ -16,7 +16,7 @@ KINDS = ("cosine", "linear", "wsd", "constant")
 
 
 def rates(schedule: ScheduleConfig, steps: int, warmup: int) -> list[float]:
-    return [learning_rate(schedule, PEAK, step, steps, warmup) for step in range(1, steps + 1)]
+    return [learning_rate(schedule, step, peak=PEAK, steps=steps, warmup_steps=warmup) for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_schedule_rises_to_the_peak_and_falls_to_the_exact_end(
 def test_a_step_outside_of_the_run_is_a_mistake_of_ours() -> None:
     for step in (0, 5):
         with pytest.raises(AssertionError):
-            learning_rate(ScheduleConfig(), PEAK, step, 4, 1)
+            learning_rate(ScheduleConfig(), step, peak=PEAK, steps=4, warmup_steps=1)
 
 
 def test_warm_up_in_tokens_is_rounded_up_to_steps() -> None:

@@ -21,7 +21,7 @@ def in_child(run_dir: Path, body: Callable[[Watchdog, Stopwatch], None]) -> int:
     child = os.fork()
     if not child:
         stopwatch = Stopwatch(torch.device("cpu"))
-        with Watchdog(1.0, 3, stopwatch, partial(record_failure, run_dir)) as watchdog:
+        with Watchdog(1.0, rank=3, stopwatch=stopwatch, tell=partial(record_failure, run_dir)) as watchdog:
             body(watchdog, stopwatch)
         os._exit(0)
     return child
@@ -76,7 +76,7 @@ def test_a_start_that_hangs_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("compiled", "expected_s"), [(False, 60.0), (True, 600.0)])
 def test_a_step_that_may_compile_again_has_more_time(compiled: bool, expected_s: float) -> None:
-    watchdog = Watchdog(None, 0, Stopwatch(torch.device("cpu")), lambda _: None, compiled)
+    watchdog = Watchdog(None, rank=0, stopwatch=Stopwatch(torch.device("cpu")), tell=lambda _: None, compiled=compiled)
     for _ in range(2):
         with watchdog.work("step", 1):
             limit_s = watchdog._limit_s
@@ -93,7 +93,7 @@ def test_a_process_that_was_stopped_and_goes_on_has_not_hung(tmp_path: Path) -> 
 
 
 def test_an_error_is_noted_with_where_it_arose(tmp_path: Path) -> None:
-    watchdog = Watchdog(None, 0, Stopwatch(torch.device("cpu")), print)
+    watchdog = Watchdog(None, rank=0, stopwatch=Stopwatch(torch.device("cpu")), tell=print)
     error = ZeroDivisionError("none")
     error.add_note("a library's own")
     with pytest.raises(ZeroDivisionError) as caught, watchdog.work("validation", 7):
