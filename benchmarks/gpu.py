@@ -59,7 +59,7 @@ def main() -> None:
         for text, row in zip(TEXTS, rows):
             print(f"| {layout.describe()} | {sequences} | {text} | {row}", flush=True)
     print("\n```")
-    code = prove(None, ranks, quick=True, json_path=None)
+    code = prove(None, ranks=ranks, quick=True, json_path=None)
     print("```")
     raise SystemExit(code)
 

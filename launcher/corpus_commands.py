@@ -1,4 +1,4 @@
-"""`triplane tokenizer train`, `triplane prepare`, and `triplane inspect` of a corpus; no torch."""
+"""`triplane tokenizer train`, `triplane prepare`, and `triplane inspect` for a corpus; imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +19,8 @@ from triplane.storage.errors import DataError
 _SHOWN_REJECTIONS = 10
 
 
-def train_tokenizer(inputs: list[str], out: Path, vocab_size: int, text_field: str) -> None:
-    """Trains on the documents of `inputs` and says what came of it."""
+def train_tokenizer(inputs: list[str], out: Path, *, vocab_size: int, text_field: str) -> None:
+    """Trains a tokenizer on the documents of `inputs` and prints the result."""
     console = Console(highlight=False, soft_wrap=True)
     if out.exists():
         raise DataError(f"{out} exists; remove it or give another --out")
@@ -30,13 +30,14 @@ def train_tokenizer(inputs: list[str], out: Path, vocab_size: int, text_field: s
         texts = (text for _, text in read_documents(inputs, rejected.append, text_field))
         tokenizer = train_sentencepiece(texts, out, vocab_size)
     _show_rejections(console, rejected)
-    console.print(f"{out}: {tokenizer.vocab_size:,} tokens, gives every text back exactly", markup=False)
+    console.print(f"{out}: {tokenizer.vocab_size:,} tokens, lossless on every text", markup=False)
 
 
 def prepare(
     inputs: list[str],
     out: Path,
     tokenizer: Path,
+    *,
     validation_fraction: float,
     shard_tokens: int,
     processes: int,
@@ -44,7 +45,7 @@ def prepare(
     dedupe: Dedupe,
     max_document_bytes: int,
 ) -> None:
-    """Writes the corpus and says what is in it."""
+    """Writes a corpus and prints its contents."""
     console = Console(highlight=False, soft_wrap=True)
     with PreparationBar(console) as bar:
         report = prepare_corpus(
@@ -65,13 +66,13 @@ def prepare(
 
 
 def show_corpus(console: Console, folder: Path, documents: int, verify: bool) -> None:
-    """Prints what is in a corpus; `verify` reads all of it."""
+    """Prints the contents of a corpus; `verify` reads all of it."""
     for line in _describe_lines(describe(folder, documents), indent=0):
         console.print(line, markup=False)
     if verify:
         for corpus in Corpus.open_splits(folder):
             corpus.verify()
-        console.print("every byte is as it was written")
+        console.print("all checksums match")
 
 
 def _describe_lines(value: dict[Any, Any], indent: int) -> Iterator[str]:
@@ -90,7 +91,7 @@ def _describe_lines(value: dict[Any, Any], indent: int) -> Iterator[str]:
 def _show_rejections(console: Console, rejected: list[Rejection]) -> None:
     if not rejected:
         return
-    console.print(f"{len(rejected)} inputs were left out:")
+    console.print(f"{len(rejected)} inputs were rejected:")
     for rejection in rejected[:_SHOWN_REJECTIONS]:
         console.print(f"  {rejection.name}: {rejection.reason}", markup=False)
     if len(rejected) > _SHOWN_REJECTIONS:

@@ -1,7 +1,7 @@
-"""`triplane train --dry-run`: the model of one rank of each kind, of any number, without memory and without peers.
+"""`triplane train --dry-run`: runs one rank of each kind, out of any number, without memory or peers.
 
-Tensors have shapes and no content ("meta"), and collectives return at once ("fake"), so that a laptop takes the place
-of any rank of a cluster. What stands on real memory is left out: ZeRO, offload and compile.
+Tensors have shapes but no data ("meta"), and collectives return at once ("fake"), so that a laptop can run any rank of
+a cluster. Excludes ZeRO, offload and compile, which need real memory.
 """
 
 import multiprocessing
@@ -28,9 +28,9 @@ _META = torch.device("meta")
 
 
 def dry_run(path: Path, overrides: list[str], ranks: int | None) -> None:
-    """Runs a step of a random rank of each kind, and prints a line for each; raises what a shape that is wrong raises.
+    """Runs a step of a random rank of each kind, and prints a line for each; a wrong shape raises torch's error.
 
-    `ranks` None: as many as the layout needs.
+    With `ranks` None there are as many as the layout needs.
     """
     config = load_config(path, overrides)
     ranks = ranks or config.parallel.ranks_of_one * (1 if config.parallel.dp == "auto" else config.parallel.dp)
@@ -43,7 +43,7 @@ def dry_run(path: Path, overrides: list[str], ranks: int | None) -> None:
     for kind in rank_kinds(work):
         on_a_stage = ranks // work.layout.pp
         rank = kind.pp_rank * on_a_stage + random.randrange(on_a_stage)
-        # In a process of its own: megatron-core has one layout in a process.
+        # In a separate process: megatron-core supports one layout per process.
         with multiprocessing.get_context("fork").Pool(1) as pool:
             print(pool.apply(_step, (config, work, kind, rank, ranks)), flush=True)
 
@@ -54,9 +54,9 @@ def _step(config: RunConfig, work: Work, kind: RankKind, rank: int, ranks: int) 
     start_s = time.perf_counter()
     layout = work.layout.model_copy(update={"zero": 0, "offload_optimizer": False, "compile": False})
     dtype = torch.bfloat16 if work.bf16 else torch.float32
-    # After two rounds of a pipeline the schedule repeats itself.
+    # The pipeline schedule repeats itself after two rounds.
     micro_batches = min(work.micro_batches, 2 * layout.pp)
-    # Never left: the process ends, and fake groups warn when they are destroyed.
+    # Never exited: the process ends, and fake groups warn when they are destroyed.
     mesh = connected(layout, _META, rank=rank, world_size=ranks, store=FakeStore()).__enter__()
     engine = Engine(
         config.model,
@@ -80,5 +80,5 @@ def _batch(work: Work) -> Batch:
     tokens = work.micro_batch_size * work.seq_len
     nothing_T = torch.zeros(tokens, dtype=torch.int64)
     batch = Batch.build(nothing_T, nothing_T, range(0, tokens + 1, work.seq_len))
-    # Attention reads the bounds, as content.
+    # Attention reads the values of the bounds.
     return replace(batch.to(_META), bounds_int32=batch.bounds_int32)

@@ -1,4 +1,4 @@
-"""`triplane inspect`: what a path holds, whatever it is."""
+"""`triplane inspect`: shows the contents of a path or of a batch."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from triplane.storage.errors import ConfigError
 
 
 def inspect(path: str, documents: int, verify: bool) -> None:
-    """Prints what is in a corpus, a run's newest checkpoint, or a checkpoint."""
+    """Prints the contents of a corpus, a run's newest checkpoint, or a checkpoint."""
     console = Console(highlight=False, soft_wrap=True)
     if Path(path, "train").exists():
         show_corpus(console, Path(path), documents, verify)
@@ -24,7 +24,7 @@ def inspect(path: str, documents: int, verify: bool) -> None:
 
 
 def inspect_data(path: Path, overrides: list[str], step: int) -> None:
-    """Prints what a run with this config, begun with it, reads in `step`."""
+    """Prints what a run that starts with this config reads in `step`."""
     config = load_config(path, overrides)
     if problems := check(config, None):
         raise ConfigError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine, passes signals on to them, and starts them again after a crash."""
+"""Starts the ranks of a run on this machine, forwards signals to them, and restarts them after a crash."""
 
 import logging
 import os
@@ -27,17 +27,17 @@ from triplane.training.run_log import record_event
 from triplane.training.stopping import LAUNCHER
 
 _GRACE_S = 5
-"""After the first failure: ranks that notice it by themselves say what befell them before they are killed."""
+"""Time after the first failure for ranks that notice it to report their own, before they are killed."""
 _POLL_S = 0.05
 
 
 def run_local_ranks(
-    count: int, arguments: Sequence[str], run_dir: Path, checkpoints: Location, max_restarts: int
+    count: int, arguments: Sequence[str], run_dir: Path, *, checkpoints: Location, max_restarts: int
 ) -> int:
     """Runs `triplane` with `arguments` on `count` ranks of this machine; returns the exit code.
 
-    After a crash they are started again if there is a checkpoint that was not there before. Rank 0 prints here;
-    warnings and tracebacks go into the log of each rank and start.
+    Restarts them after a crash if there is a new checkpoint. Rank 0 prints here; warnings and tracebacks go into a log
+    per rank and start.
     """
     ranks = LocalRanks(count, arguments, run_dir)
     for restarts_left in range(max_restarts, -1, -1):
@@ -49,30 +49,30 @@ def run_local_ranks(
             print("\n".join(f"triplane: {line}" for line in failure.message.splitlines()), file=sys.stderr)
         else:
             print(f"triplane: {failure}; see {ranks.log_file(failure.rank)}", file=sys.stderr)
-        step = _record(failure, run_dir, checkpoints, before)
+        step = _record(failure, run_dir, checkpoints, before=before)
         if ranks.stopped_by or ranks.exit_code == Exit.MISTAKE or step == before or not restarts_left:
             break
         print(f"triplane: starting again from step {step}; {restarts_left - 1} restarts left", file=sys.stderr)
-        with _told():
+        with _errors_printed():
             record_event(run_dir, "restart", step, restarts_left=restarts_left - 1)
     if problem := report_problem(run_dir):
         print(f"triplane: no report: {problem}", file=sys.stderr)
     return ranks.exit_code
 
 
-def _record(failure: Failure, run_dir: Path, checkpoints: Location, before: int) -> int:
-    """Adds the failure to the history; returns the step of the newest checkpoint, `before` if it is out of reach."""
+def _record(failure: Failure, run_dir: Path, checkpoints: Location, *, before: int) -> int:
+    """Adds the failure to the history; returns the step of the newest checkpoint, or `before` if it is unreachable."""
     step = before
-    with _told():
+    with _errors_printed():
         step = newest_step(checkpoints)
-    with _told():
+    with _errors_printed():
         failure.record(run_dir, step)
     return step
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What a crash is worth more than: a full disk, a store that does not answer."""
+def _errors_printed() -> Iterator[None]:
+    """Prints instead of raising: a full disk or a store that is down must not hide the crash."""
     try:
         yield
     except (OSError, CheckpointError) as error:
@@ -80,10 +80,10 @@ def _told() -> Iterator[None]:
 
 
 class LocalRanks:
-    """The processes of one start after another.
+    """The processes of the ranks, start after start.
 
-    SIGTERM and SIGUSR1 reach the ranks, which save and leave; SIGINT does as SIGTERM, since a rank that has it from
-    elsewhere too would take it for the second. A second SIGINT kills them.
+    Forwards SIGTERM and SIGUSR1 to the ranks, which save and exit, and SIGINT as SIGTERM, since a rank that also
+    receives it from elsewhere would count two. A second SIGINT kills them.
     """
 
     def __init__(self, count: int, arguments: Sequence[str], run_dir: Path):
@@ -91,24 +91,24 @@ class LocalRanks:
         self.command = [sys.executable, "-m", "triplane", *arguments]
         self.run_dir = run_dir
         self.stopped_by = 0
-        """The last signal to this process."""
+        """The last signal that this process received."""
         self.exit_code = 0
-        """Of the last start."""
+        """Exit code of the last start."""
         self._processes: _Processes | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
-        # The only one that is left for torch elastic to handle, which would raise an exception wherever this stands.
+        # torch elastic's handlers raise an exception wherever this process is, so it gets a signal we do not use.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        # What it would say of ranks that end is said here, with the first cause.
+        # This module reports failed ranks itself, with the first cause.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
     def run(self) -> Failure | None:
-        """Starts them and waits until all have ended; returns the first failure, if there is one."""
+        """Starts the ranks and waits until all have exited; returns the first failure, if any."""
         for rank in range(self.count):
             take_failure(self.run_dir, rank)
         self._processes = processes = _Processes(self.command, self.count, self.run_dir)
         processes.start()
-        if self.stopped_by:  # while they were started
+        if self.stopped_by:  # during the start
             processes.send_signal(_passed_on(self.stopped_by))
         result = processes.wait(period=_POLL_S)
         assert result is not None  # there is no time limit
@@ -116,7 +116,7 @@ class LocalRanks:
         found = [self._failure(rank, code) for rank, code in codes.items()]
         failures = [failure for failure in found if failure is not None]
         if self.stopped_by and -_passed_on(self.stopped_by) in codes.values():
-            self.exit_code = 128 + self.stopped_by  # before a rank was ready to save anything
+            self.exit_code = 128 + self.stopped_by  # the signal came before the ranks handled it
             return None
         if not failures:
             self.exit_code = 0
@@ -124,12 +124,12 @@ class LocalRanks:
         first = min(failures, key=lambda failure: failure.time)
         code = codes[first.rank]
         self.exit_code = code if code > 0 else 128 - code
-        if first.where == NOWHERE:  # what was killed cannot say where it stood; those that waited for it can
+        if first.where == NOWHERE:  # a killed rank cannot report where it was, but ranks that waited for it can
             first = replace(first, where=next((peer.where for peer in failures if peer.where != NOWHERE), NOWHERE))
         return first
 
     def log_file(self, rank: int) -> Path:
-        """Of the last start."""
+        """Returns the log of a rank in the last start."""
         assert self._processes is not None
         return Path(self._processes.stderrs[rank])
 
@@ -143,7 +143,7 @@ class LocalRanks:
             self._processes.send_signal(_passed_on(number))
 
     def _failure(self, rank: int, code: int) -> Failure | None:
-        """Of a rank that ended with `code`; None if it was killed because others had failed."""
+        """Returns the failure of a rank that exited with `code`; None if it was killed because others had failed."""
         assert self._processes is not None
         if rank in self._processes.killed:
             return None
@@ -151,7 +151,7 @@ class LocalRanks:
             return failure
         if code > 0:
             lines = self.log_file(rank).read_text(errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), "no word in its log")
+            last = next((line for line in reversed(lines) if line.strip()), "its log is empty")
             return Failure(
                 rank=rank,
                 host=socket.gethostname(),
@@ -169,7 +169,7 @@ class LocalRanks:
 
 
 class _Processes(SubprocessContext):
-    """Those of one start, each in a session of its own: a terminal's Ctrl-C reaches them by their launcher only."""
+    """The processes of one start, each in its own session, so that Ctrl-C reaches them only through the launcher."""
 
     def __init__(self, command: Sequence[str], count: int, run_dir: Path):
         port = _free_port()
@@ -193,10 +193,10 @@ class _Processes(SubprocessContext):
             _Logs(run_dir),
         )
         self.killed: set[int] = set()
-        """Ranks that did not end by themselves when another had failed."""
+        """Ranks that did not exit by themselves after another failed."""
 
     def start(self) -> None:
-        """Without GPUs each rank computes on cores of its own, if there are enough; its threads inherit that."""
+        """Starts the ranks; without GPUs, binds each rank and its threads to its own cores, if there are enough."""
         super().start()
         if torch.cuda.is_available() or not all(self._cores):
             return
@@ -209,7 +209,7 @@ class _Processes(SubprocessContext):
             handler.proc.send_signal(number)
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = _GRACE_S) -> None:
-        """Called once a rank has failed, or all have ended."""
+        """Waits for the ranks, then kills those left; called once a rank has failed, or all have exited."""
         deadline_s = time.monotonic() + timeout
         while (running := self._running()) and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
@@ -221,14 +221,14 @@ class _Processes(SubprocessContext):
         return {rank for rank, handler in self.subprocess_handlers.items() if handler.proc.poll() is None}
 
     def kill(self) -> None:
-        """With the data workers of ranks that are gone already."""
+        """Kills all ranks, and the data workers of ranks that have already exited."""
         for pid in self.pids().values():
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
 
 
 class _Logs(LogsSpecs):
-    """Rank 0 prints on the console; what ranks warn of goes into `logs/rank_N.START.log`."""
+    """Sends rank 0's output to the console, and the stderr of each rank to `logs/rank_N.START.log`."""
 
     def __init__(self, run_dir: Path):
         super().__init__(str(RunFolder(run_dir).logs))
@@ -256,5 +256,4 @@ def _passed_on(number: int) -> int:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return probe.getsockname()[1]

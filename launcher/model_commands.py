@@ -1,4 +1,4 @@
-"""`triplane evaluate`, `generate`, `export`, `import`, and `inspect` of a checkpoint: a whole model on one process."""
+"""`triplane evaluate`, `generate`, `export`, `import`, and `inspect` for a checkpoint: a whole model in one process."""
 
 import sys
 from dataclasses import dataclass
@@ -35,23 +35,23 @@ from triplane.training.hardware import DTYPES, room_for_weights
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint, and what it says of the run that wrote it or of the model that was imported."""
+    """A checkpoint, with its model and the config of the run that wrote it."""
 
     checkpoint: Checkpoint
     model: ModelConfig
     config: RunConfig | None
-    """None of an imported model, which no run has written."""
+    """None for an imported model."""
 
     @classmethod
     def open(cls, path: str) -> "TrainedModel":
-        """`path` is a run folder, of which the newest checkpoint is taken, or a checkpoint."""
+        """Opens a checkpoint, or the newest of a run folder."""
         checkpoint = Checkpoint(find_checkpoint(path))
         run, where = checkpoint.state["run"], checkpoint.folder
         config = None if "imported_from" in run else config_of(run, where)
         return cls(checkpoint, model_of(run, where), config)
 
     def tokenizer(self, given: Path | None) -> Tokenizer:
-        """The one that is `given`, or that the checkpoint holds, or the corpus of a run of an earlier version."""
+        """Opens the `given` tokenizer, else the checkpoint's, else, for earlier versions, the corpus's."""
         where = self.checkpoint.folder
         kept = beside_config(self.checkpoint.state["run"], where).tokenizer
         if given is None and kept is not None:
@@ -63,7 +63,7 @@ class TrainedModel:
                     f"{given}: not the tokenizer that {where} was trained with; leave out --tokenizer"
                 )
         elif self.config is None:
-            raise CheckpointError(f"{where}: holds no tokenizer; give one by --tokenizer")
+            raise CheckpointError(f"{where}: contains no tokenizer; give one by --tokenizer")
         else:
             try:
                 tokenizer = find_tokenizer(self.config.data, self.config.folder.corpora)
@@ -75,12 +75,12 @@ class TrainedModel:
 
     @property
     def parent(self) -> Parent | None:
-        """The model that it was begun from."""
+        """The model whose weights it started from."""
         return beside_config(self.checkpoint.state["run"], self.checkpoint.folder).parent
 
     @property
     def context(self) -> int:
-        """Tokens of the longest sequences that it has been trained on, or that its parent reads."""
+        """Tokens in the longest sequences that it was trained on, or its parent's context if that is longer."""
         lengths = [self.parent.context] if self.parent and self.parent.context else []
         if self.config is not None:
             consumed = self.checkpoint.state["consumed_sequences"]
@@ -89,21 +89,21 @@ class TrainedModel:
         return max(lengths)
 
     def load(self) -> tuple[Transformer, torch.device]:
-        """The whole model, on a GPU if there is one with room, fp32 if that fits."""
+        """Loads the whole model, on a GPU and in fp32 if it fits."""
         free_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
         kind, precision, reason = room_for_weights(count_parameters(self.model), free_bytes)
         if reason is not None:
-            print(f"triplane: {self.checkpoint.folder} is read {reason}", file=sys.stderr)
+            print(f"triplane: loading {self.checkpoint.folder} {reason}", file=sys.stderr)
         device = torch.device(kind)
         return load_model(self.model, CheckpointWeights(self.checkpoint), DTYPES[precision]).to(device), device
 
 
 def evaluate(run: str, sequences: int | None) -> None:
-    """Prints the validation loss, and what a unigram model has."""
+    """Prints the validation loss, and a unigram model's."""
     trained = TrainedModel.open(run)
     if trained.config is None:
         raise CheckpointError(
-            f"{run}: only weights, without a run that says what to read; train with checkpoint.initial"
+            f"{run}: an imported model has no validation data; train a run with checkpoint.initial={run} first"
         )
     data = trained.config.data
     sources = open_sources(data, trained.config.folder.corpora)
@@ -115,14 +115,14 @@ def evaluate(run: str, sequences: int | None) -> None:
     loss, by_source = validation_losses(evaluate_model(model), feed, validation, sequences=sequences or every)
     read = [number for number, source in enumerate(validation) if source.counts]
     unigram = unigram_loss(*([corpora[number] for number in read] for corpora in (sources.train, sources.validation)))
-    _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats a token")
-    for name, one in by_source.items() if len(by_source) > 1 else ():
-        _print(f"  {name}: {one:.4f}")
-    _print(f"a unigram model of the same training data: {unigram:.4f}")
+    _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats per token")
+    for name, its_loss in by_source.items() if len(by_source) > 1 else ():
+        _print(f"  {name}: {its_loss:.4f}")
+    _print(f"unigram model of the same training data: {unigram:.4f}")
 
 
 def generate(
-    run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, tokenizer_path: Path | None
+    run: str, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int, tokenizer_path: Path | None
 ) -> None:
     """Prints the prompt and its continuation."""
     try:
@@ -145,7 +145,7 @@ def generate(
     _print(prompt + tokenizer.decode(added))
 
 
-def export(run: str, out: Path, dtype: str, context: int | None, tokenizer_path: Path | None) -> None:
+def export(run: str, out: Path, *, dtype: str, context: int | None, tokenizer_path: Path | None) -> None:
     """Writes and verifies a Hugging Face folder."""
     trained = TrainedModel.open(run)
     if dtype not in DTYPES:
@@ -183,17 +183,17 @@ def import_folder(folder: Path, out: Path) -> None:
     _print(f"{out}: {imported.report}")
     if imported.no_tokenizer:
         _print(f"without a tokenizer: {imported.no_tokenizer}")
-    _print(f'To train on from it:\n\n[checkpoint]\ninitial = "{out}"\n')
+    _print(f'To train from it:\n\n[checkpoint]\ninitial = "{out}"\n')
     _print(tomli_w.dumps({"model": imported.model.model_dump(exclude_none=True)}))
 
 
 def show_checkpoint(console: Console, path: str, verify: bool) -> None:
-    """Prints what is in a checkpoint; `verify` reads all of it."""
+    """Prints the contents of a checkpoint; `verify` reads all of it."""
     checkpoint = Checkpoint(find_checkpoint(path))
     state, run = checkpoint.state, checkpoint.state["run"]
     console.print(f"{checkpoint.folder}: step {state['step']:,}, {state['tokens_seen']:,} tokens seen", markup=False)
     if (loss := state.get("validation_loss")) is not None:
-        console.print(f"validation loss {loss:.4f} nats a token", highlight=False)
+        console.print(f"validation loss {loss:.4f} nats per token", highlight=False)
     if source := run.get("imported_from"):
         written_by = f"imported from {source}"
     else:
@@ -207,10 +207,10 @@ def show_checkpoint(console: Console, path: str, verify: bool) -> None:
     console.print(f"{checkpoint.bytes / 2**20:.1f} MiB", highlight=False)
     if verify:
         checkpoint.verify()
-        console.print("every tensor is as it was written")
+        console.print("all checksums of tensors match")
         if kept := beside_config(run, checkpoint.folder).tokenizer:
             read_tokenizer(checkpoint.folder, kept)
-            console.print("the tokenizer gives the tokens that it gave")
+            console.print("the tokenizer is unchanged")
 
 
 def _print(text: str) -> None:

@@ -1,4 +1,4 @@
-"""How a preparation looks on a console: a bar while it runs, tables at its end."""
+"""Shows a preparation on a console: a bar while it runs, tables at its end."""
 
 from types import TracebackType
 
@@ -15,7 +15,7 @@ _BAR_CELLS = 16
 
 
 class PreparationBar:
-    """Shows how far a preparation is; gone when it ends."""
+    """Shows the progress of a preparation; disappears when it ends."""
 
     def __init__(self, console: Console):
         self._bar = Progress(
@@ -39,7 +39,7 @@ class PreparationBar:
         self._bar.stop()
 
     def update(self, now: Progressed) -> None:
-        """Shows `now`; the rate is that of this run."""
+        """Shows `now`, with the rate since this process started."""
         if self._resumed_tokens is None:
             self._resumed_tokens = now.tokens
         task: Task = self._bar.tasks[0]
@@ -49,7 +49,7 @@ class PreparationBar:
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Prints what is in the corpus and what is not."""
+    """Prints the contents of a corpus, and what was rejected."""
     splits = {"train": report.train, "validation": report.validation}
     sizes = plain_table("split", "documents", "tokens", "text MB", "bytes/token")
     for name, counts in splits.items():
@@ -71,7 +71,7 @@ def show_report(console: Console, report: Report) -> None:
     console.print()
     console.print(lengths)
     if report.rejected:
-        rejected = Table("left out because", "inputs", "the first", box=None, header_style="bold", pad_edge=False)
+        rejected = Table("rejected because", "inputs", "the first", box=None, header_style="bold", pad_edge=False)
         rejected.columns[1].justify = "right"
         for reason, what in sorted(report.rejected.items(), key=lambda item: -item[1].count):
             rejected.add_row(Text(reason), f"{what.count:,}", Text(what.first))

@@ -1,4 +1,4 @@
-"""One rank of a training run: builds the parts from the config and hands them to the trainer."""
+"""Runs one rank: builds the parts from the config and passes them to the trainer."""
 
 import os
 import socket
@@ -50,11 +50,11 @@ from triplane.training.stopwatch import Stopwatch
 from triplane.training.watchdog import Watchdog
 
 _START_S = 1800.0
-"""A start, which may read a large checkpoint, and an end may take so long, whatever limit steps have."""
+"""Minimum time limit, in seconds, of starting, which may read a large checkpoint, and of ending."""
 
 
 def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
-    """Joins the other ranks and trains."""
+    """Connects to the other ranks and trains."""
     run_dir, folder = Path(config.run_dir), checkpoints_folder(config)
     story = Story(
         run_dir,
@@ -69,7 +69,7 @@ def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
             hosts = [""] * rank.world_size
             dist.all_gather_object(hosts, socket.gethostname())
             story.hosts = hosts
-            train_on(mesh, config, rank.local_size, allow_fresh_start, story)
+            train_on(mesh, config, local_ranks=rank.local_size, allow_fresh_start=allow_fresh_start, story=story)
     except Exception as error:
         story.tell(failure_of(rank.rank, error), aftermath=lost_peers(error))
         raise
@@ -78,11 +78,12 @@ def run_rank(config: RunConfig, rank: Rank, allow_fresh_start: bool) -> None:
 def train_on(
     mesh: Mesh,
     config: RunConfig,
+    *,
     local_ranks: int = 1,
     allow_fresh_start: bool = False,
     story: Story | None = None,
 ) -> None:
-    """Trains from the newest whole checkpoint in the run folder, or from initial weights."""
+    """Trains from the newest intact checkpoint in the run folder, or from initial weights."""
     story = story or Story(
         Path(config.run_dir), rank=mesh.rank, world_size=mesh.world_size, watched=True, newest_step=lambda: 0
     )
@@ -94,7 +95,9 @@ def train_on(
         compiled=config.parallel.compile,
     ) as watchdog:
         with watchdog.work("start", 0, at_least_s=_START_S):
-            trainer, state = _prepare(mesh, config, local_ranks, allow_fresh_start, watchdog)
+            trainer, state = _prepare(
+                mesh, config, local_ranks=local_ranks, allow_fresh_start=allow_fresh_start, watchdog=watchdog
+            )
         state = trainer.run(state)
         with watchdog.work("end", state.step, at_least_s=_START_S):
             trainer.report.event(state.step, "end", steps=config.training.steps)
@@ -105,13 +108,13 @@ def train_on(
 
 
 def _prepare(
-    mesh: Mesh, config: RunConfig, local_ranks: int, allow_fresh_start: bool, watchdog: Watchdog
+    mesh: Mesh, config: RunConfig, *, local_ranks: int, allow_fresh_start: bool, watchdog: Watchdog
 ) -> tuple[Trainer, State]:
-    """Builds the parts of a run, and takes its state from the newest checkpoint. Collective."""
+    """Builds the parts of a run, and loads the newest checkpoint. Collective."""
     folder = checkpoints_folder(config)
     config = _resolve(config, folder, mesh)
     dtype = DTYPES[config.training.precision]
-    # Measured by one rank while the others wait: together they would share the memory's bandwidth.
+    # Only one rank measures: all at once would share the memory bandwidth.
     peak = on_rank_0(lambda: peak_flops_per_s(mesh.device, dtype))
     engine = Engine(
         config.model,
@@ -122,7 +125,7 @@ def _prepare(
         grad_clip=config.optimizer.grad_clip,
         make_optimizer=partial(adamw, config.optimizer),
     )
-    state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start)
+    state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start=allow_fresh_start)
     sources = open_sources(config.data, config.folder.corpora)
     own = {"id": on_rank_0(lambda: own_id(config)), "parent": _parent(config, resumed)}
     record = run_record(config, sources) | own
@@ -157,7 +160,7 @@ def _prepare(
             device=mesh.device,
         ),
         store=CheckpointStore(folder, config.checkpoint, sources.tokenizer),
-        restore=lambda: _restore(engine, config, folder, allow_fresh_start)[0],
+        restore=lambda: _restore(engine, config, folder, allow_fresh_start=allow_fresh_start)[0],
         run_record=record,
         report=report,
         watchdog=watchdog,
@@ -203,7 +206,7 @@ def _write_done(config: RunConfig) -> None:
 
 
 def _write_report(run_dir: Path, report: Report) -> None:
-    if problem := report_problem(run_dir):  # all that matters is saved
+    if problem := report_problem(run_dir):  # no reason to fail: the checkpoint is saved
         report.message(f"no report: {problem}")
 
 
@@ -213,9 +216,9 @@ def _saved_precision(folder: Location) -> Precision | None:
 
 
 def _restore(
-    engine: Engine, config: RunConfig, folder: Location, allow_fresh_start: bool
+    engine: Engine, config: RunConfig, folder: Location, *, allow_fresh_start: bool
 ) -> tuple[State, Resumed | None, list[str]]:
-    """Loads the newest whole checkpoint, or begins anew; with a line on each that was set aside. Collective."""
+    """Loads the newest intact checkpoint, or starts over; returns a line on each one set aside too. Collective."""
     resumed, damages = fill_from_newest(folder, engine.optimizer.fragments())
     on_rank_0(lambda: _record_damages(config, damages))
     set_aside = [f"{damage.reason}; set aside as {damage.path}" for damage in damages]
@@ -225,7 +228,7 @@ def _restore(
 
 
 def _begin(engine: Engine, resumed: Resumed | None, config: RunConfig) -> State:
-    """The state of the checkpoint that has filled the engine, or the start with initial weights."""
+    """Returns the state of the checkpoint that was loaded, or initializes the weights and returns the first state."""
     if resumed is not None:
         saved = resumed.state
         engine.optimizer.loaded(saved["step"])
@@ -241,10 +244,9 @@ def _begin(engine: Engine, resumed: Resumed | None, config: RunConfig) -> State:
 
 
 def _parent(config: RunConfig, resumed: Resumed | None) -> dict[str, Any] | None:
-    """Whose weights the run began with; those may be gone when it resumes."""
+    """Returns the model whose weights the run started from, which may no longer exist when it resumes."""
     if resumed is not None:
-        parent: dict[str, Any] | None = resumed.state["run"].get("parent")
-        return parent
+        return resumed.state["run"].get("parent")
     initial = config.checkpoint.initial
     return parent_of(initial).model_dump() if initial else None
 

@@ -1,4 +1,4 @@
-"""`triplane train`: asks the gate, then starts ranks or is one."""
+"""`triplane train`: checks the run, then starts the ranks or runs as one."""
 
 import os
 import sys
@@ -23,9 +23,9 @@ from triplane.training.stopping import LAUNCHER
 
 
 def train(
-    path: Path, overrides: list[str], allow_data_change: bool, allow_fresh_start: bool, on_cpu: bool = False
+    path: Path, overrides: list[str], *, allow_data_change: bool, allow_fresh_start: bool, on_cpu: bool = False
 ) -> int:
-    """Trains what the config says; returns the exit code."""
+    """Trains a run; returns the exit code."""
     if on_cpu:
         use_cpu()
     config = load_config(path, overrides)
@@ -36,15 +36,22 @@ def train(
     if not watched:
         found = list(_machine_problems(config, rank, ranks))
         if first:
-            found = _pass_gate(config, ranks, allow_data_change, allow_fresh_start, found, local=rank is None)
+            found = _pass_gate(
+                config,
+                ranks,
+                allow_data_change=allow_data_change,
+                allow_fresh_start=allow_fresh_start,
+                of_machine=found,
+                local=rank is None,
+            )
         if found:
-            if rank is not None:  # whoever started the ranks may see the exit code of one that waited for this one
+            if rank is not None:  # srun and torchrun may report the exit code of a rank that waited for this one
                 config.folder.logs.mkdir(parents=True, exist_ok=True)
                 config.folder.refused.write_text("\n".join(found) + "\n")
             raise ConfigError("\n".join(found))
         forget_failures(run_dir, rank.rank if rank else 0)
     if not watched and any(source.is_tars for source in config.data.sources):
-        # Tokenizes them: every process waits for it here, before the ranks wait for each other with a time limit.
+        # Tokenizes them. Every process waits here, since the ranks wait for each other only up to a time limit.
         open_sources(config.data, config.folder.corpora)
     if rank is None and ranks > 1:
         allowed = {"--allow-data-change": allow_data_change, "--allow-fresh-start": allow_fresh_start}
@@ -53,11 +60,17 @@ def train(
         from triplane.launcher.local import run_local_ranks  # loads torch
 
         with alone_in(config.folder.logs):
-            return run_local_ranks(ranks, arguments, run_dir, checkpoints_folder(config), config.faults.max_restarts)
+            return run_local_ranks(
+                ranks,
+                arguments,
+                run_dir,
+                checkpoints=checkpoints_folder(config),
+                max_restarts=config.faults.max_restarts,
+            )
     if rank is not None and rank.world_size > 1:
         os.environ.update(rendezvous(os.environ))
     if not first:
-        os.dup2(2, 1)  # what libraries print; the console is rank 0's
+        os.dup2(2, 1)  # keeps what libraries print off the console, which is rank 0's
     from triplane.launcher.run import run_rank
 
     with _alone(config) if first else nullcontext():
@@ -69,15 +82,15 @@ def train(
 def _pass_gate(
     config: RunConfig,
     ranks: int,
+    *,
     allow_data_change: bool,
     allow_fresh_start: bool,
     of_machine: list[str],
-    *,
     local: bool,
 ) -> list[str]:
-    """All that is wrong, with what is `of_machine`; if nothing is, what the user should know is printed.
+    """Returns all problems, including those `of_machine`; prints notes for the user if there are none.
 
-    `local` if this process starts the ranks. Raises BusyError if another run is at work in the folders.
+    `local`: this process starts the ranks. Raises BusyError if another run is using the folders.
     """
     found = examine(config, ranks, allow_data_change=allow_data_change, allow_fresh_start=allow_fresh_start)
     if problems := [*found.problems, *of_machine]:
@@ -92,12 +105,12 @@ def _pass_gate(
         print(f"triplane: {note}", flush=True)
     for source in config.data.sources:
         if source.is_tars:
-            print(f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it is there already", flush=True)
+            print(f"{source.corpus}: tokenized into {config.run_dir}/corpora unless it already is", flush=True)
     return []
 
 
 def _machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Iterator[str]:
-    """Why this machine cannot run its ranks: this one, or all if `rank` is None and this process starts them."""
+    """Yields why this machine cannot run `rank`, or all ranks if `rank` is None and this process starts them."""
     devices = visible_devices()
     yield from problems_of_devices(config.parallel, config.training.precision, devices, rank=rank, ranks=ranks)
     if rank is not None:
@@ -108,7 +121,7 @@ def _machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Itera
 
 @contextmanager
 def _alone(config: RunConfig) -> Iterator[None]:
-    """Holds the run folder, and the folder of its checkpoints if that lies elsewhere on a disk."""
+    """Locks the run folder, and the checkpoint folder if that is elsewhere on a disk."""
     with ExitStack() as held:
         held.enter_context(alone_in(Path(config.run_dir)))
         if config.checkpoint.folder and isinstance(folder := checkpoints_folder(config), Path):
@@ -118,17 +131,17 @@ def _alone(config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
-    """Two runs in one folder would write over each other."""
+    """Locks a folder, as two runs in it would overwrite each other's files."""
     with ExitStack() as held:
         try:
             held.enter_context(locked_folder(run_dir, wait=False))
         except NoLocksError as error:
-            print(f"triplane: {error}: see that no second run is started in this folder", file=sys.stderr)
+            print(f"triplane: {error}: make sure not to start a second run in this folder", file=sys.stderr)
         yield
 
 
 def _port_problems(port: int) -> Iterator[str]:
-    """Why rank 0 could not serve its metrics there."""
+    """Yields why rank 0 could not serve its metrics at this port."""
     from triplane.training.prometheus import Endpoint  # few runs need it
 
     try:
@@ -138,7 +151,7 @@ def _port_problems(port: int) -> Iterator[str]:
 
 
 def _local_ranks(config: RunConfig) -> int:
-    """Ranks to start on this machine: what the layout needs, dp filling up the GPUs if it is `auto`."""
+    """Returns the number of ranks to start on this machine; with dp `auto` they use all GPUs."""
     one, dp = config.parallel.ranks_of_one, config.parallel.dp
     if dp != "auto":
         return one * dp

@@ -26,6 +26,7 @@ _DAY_S = 86_400
 def plan(
     path: Path,
     overrides: list[str],
+    *,
     gpus: int,
     gpu_name: str,
     searching: bool,

@@ -42,7 +42,7 @@ class Result:
         return self.difference is not None and self.difference.within(self.tolerance)
 
 
-def prove(config: Path | None, ranks: int | None, quick: bool, json_path: Path | None) -> int:
+def prove(config: Path | None, *, ranks: int | None, quick: bool, json_path: Path | None) -> int:
     """Prints a line for each layout as it ends; returns the exit code."""
     machine = Machine.here(ranks)
     model, cases = proof_model(), []

@@ -22,7 +22,7 @@ _START_S = 60
 """Until the first step: imports, the check of the nodes, reading the checkpoint."""
 
 
-def submit(path: Path, overrides: list[str], request: Request, dry_run: bool) -> None:
+def submit(path: Path, overrides: list[str], request: Request, *, dry_run: bool) -> None:
     """Queues the run that the config says and prints the job's id; with `dry_run` prints the batch script."""
     config = load_config(path, overrides)
     partition = None

@@ -1,4 +1,4 @@
-"""`triplane board`: TensorBoard on the runs in a folder."""
+"""`triplane board`: starts TensorBoard on the runs in a folder."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,13 +7,13 @@ from triplane.launcher.monitor.jobs import runs_in
 
 
 def board(folder: Path, host: str, port: int) -> int:
-    """Runs TensorBoard, which says where it is, until Ctrl-C; returns the exit code.
+    """Runs TensorBoard, which prints its address, until Ctrl-C; returns the exit code.
 
     Raises LaunchError if there is no run in the folder.
     """
     runs_in(folder)
     with suppress(KeyboardInterrupt):
-        from tensorboard import default, program  # takes a second, in which one may press Ctrl-C
+        from tensorboard import default, program  # takes a second, during which Ctrl-C may arrive
 
         server = program.TensorBoard(default.get_plugins())
         server.configure(("", "--logdir", str(folder), "--host", host, "--port", str(port)))

@@ -1,4 +1,4 @@
-"""One chart as inline SVG, for a page that needs no script and no network."""
+"""Draws a chart as inline SVG, for a page without scripts or network access."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 400, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 392, 10, 176
 _BUCKETS = 300
-"""Each shows its lowest and its highest point, so that no spike is lost."""
+"""Each bucket shows its lowest and highest point, so that no spike is lost."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A step at which something happened."""
+    """A step with an event."""
 
     step: int
     text: str
@@ -23,7 +23,7 @@ class Mark:
 
 
 def chart(curves: Sequence[tuple[str, Points]], marks: Sequence[Mark], format_y: Callable[[float], str]) -> str:
-    """Curves over the step, each a name and points with finite values; at least one point in all."""
+    """Draws curves over the step, each a name and points with finite values; they need at least one point in all."""
     xs = [x for _, points in curves for x, _ in points]
     ys = [y for _, points in curves for _, y in points]
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
@@ -59,7 +59,7 @@ def chart(curves: Sequence[tuple[str, Points]], marks: Sequence[Mark], format_y:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round values from at most `low` to at least `high`; if these are equal, zero is in."""
+    """Returns three to seven round values that span `low` to `high`; if these are equal, includes zero."""
     if low == high:
         low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     span = high - low

@@ -1,4 +1,4 @@
-"""`triplane status`, `logs` and `cancel`: the runs in a folder, on this machine or as jobs."""
+"""`triplane status`, `logs` and `cancel`, for runs on this machine or as jobs."""
 
 import time
 from contextlib import suppress
@@ -13,18 +13,20 @@ from triplane.training.units import format_duration
 
 _POLL_S = 0.5
 _OBEY_S = 60.0
-"""How long a run on this machine may take to obey, at least; a step must end, and a save."""
+"""Minimum time for a run on this machine to finish a step and save."""
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run folders at or below `folder`; raises LaunchError if there are none."""
+    """Returns the run folders at or below `folder`; raises LaunchError if there are none."""
     if runs := find_runs(folder):
         return runs
-    raise LaunchError(f"{folder}: no run in it or below it; give a run folder or one with some below")
+    raise LaunchError(
+        f"{folder}: not a run folder, and contains none; give a run folder or a folder that contains some"
+    )
 
 
 def read_runs(folder: Path) -> tuple[list[RunStatus], dict[Path, str]]:
-    """The runs at or below `folder`, and a line on each that cannot be read."""
+    """Returns the runs at or below `folder`, and a line on each that cannot be read."""
     runs, unreadable = [], {}
     for run_dir in runs_in(folder):
         try:
@@ -35,8 +37,8 @@ def read_runs(folder: Path) -> tuple[list[RunStatus], dict[Path, str]]:
 
 
 def status(folder: Path) -> None:
-    """Prints a line on each run at or below `folder`."""
-    rows = [("run", "state", "step", "loss", "checkpoint", "restarts", "last word")]
+    """Prints a line for each run at or below `folder`."""
+    rows = [("run", "state", "step", "loss", "checkpoint", "restarts", "last update")]
     runs, unreadable = read_runs(folder)
     for run in runs:
         loss = f"{run.metrics['loss']:.4f}" if "loss" in run.metrics else "-"
@@ -52,7 +54,7 @@ def status(folder: Path) -> None:
 
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> None:
-    """Prints the newest log of a rank, or the job's; with `follow`, what is added and newer ones, until interrupted."""
+    """Prints the newest log of a rank, or of the job; with `follow`, also new output and logs, until interrupted."""
     path = _newest_log(run_dir, rank)
     lines = path.open(errors="replace")
     print(f"==> {path}")
@@ -76,17 +78,17 @@ def _newest_log(run_dir: Path, rank: int | None) -> Path:
         return max(found, key=lambda file: file.stat().st_mtime_ns)
     there = ", ".join(sorted(file.name for file in folder.glob("*.log")))
     if not there:
-        raise LaunchError(f"{run_dir}: no logs in there; give the folder of a run with a job or several ranks")
+        raise LaunchError(f"{run_dir}: no logs; give the folder of a run with a job or several ranks")
     advice = ": give --rank" if rank is None else ""
-    raise LaunchError(f"{folder / pattern}: no such log; there are {there}{advice}")
+    raise LaunchError(f"{folder / pattern}: no such log; found {there}{advice}")
 
 
 def cancel(run_dir: Path) -> None:
-    """Ends the job of a run, or asks a run without one to leave and waits until it has."""
+    """Cancels the job of a run, or asks a run without one to exit and waits until it has."""
     job = active_job(run_dir)
     if job is not None:
         slurm.cancel(job.id)
-        print(f"job {job.id} is cancelled; `triplane resume {run_dir}` goes on from the last checkpoint")
+        print(f"job {job.id} is cancelled; `triplane resume {run_dir}` resumes from the last checkpoint")
         return
     run = read_status(run_dir)
     if not RunFolder(run_dir).is_running():
@@ -97,18 +99,18 @@ def cancel(run_dir: Path) -> None:
     while stop.exists():
         if time.monotonic() > deadline_s:
             stop.unlink()
-            raise LaunchError(f"{run_dir}: no process responded to {stop} in time; it is removed again")
+            raise LaunchError(f"{run_dir}: no process responded to {stop} in time; the file has been removed")
         time.sleep(_POLL_S)
-    print(f"{run_dir} has saved and left")
+    print(f"{run_dir} has saved and exited")
 
 
 def may_move(run: RunStatus) -> bool:
-    """Whether the run is being trained, or waits to be."""
+    """Returns whether the run is running or queued."""
     return not run.done and (RunFolder(run.run_dir).is_running() or active_job(run.run_dir) is not None)
 
 
 def state_of(run: RunStatus) -> str:
-    """That of its job, if Slurm knows it, or else what its lock and its last event say."""
+    """Returns the state of the run's job if Slurm knows it, else the state by its lock and last event."""
     if run.done:
         return "done"
     if job := job_of(run.run_dir):
@@ -118,5 +120,5 @@ def state_of(run: RunStatus) -> str:
     if RunFolder(run.run_dir).is_running():
         return "running"
     if run.last_event is None:
-        return "not begun"
+        return "not started"
     return {"end": "stopped", "failure": "failed"}.get(run.last_event["event"], "died")

@@ -1,4 +1,4 @@
-"""`triplane report`: what a run has written into its folder, gathered for a page of HTML."""
+"""`triplane report`: gathers what a run has recorded into an HTML page."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from triplane.training.run_log import EVENTS, METRICS_RECORDS, SAMPLES, read_log
 
 
 def report(run_dir: Path, out: Path | None) -> None:
-    """Writes the report of a run and prints where it is."""
+    """Writes the report of a run and prints its path."""
     out = out or RunFolder(run_dir).report
     try:
         write_report(run_dir, out)
@@ -21,7 +21,7 @@ def report(run_dir: Path, out: Path | None) -> None:
 
 
 def report_problem(run_dir: Path) -> str | None:
-    """Writes the report into the run folder at the end of a run, which does not fail if that cannot be done."""
+    """Writes the report at the end of a run; returns an error instead of raising, so that the run does not fail."""
     try:
         write_report(run_dir, RunFolder(run_dir).report)
     except (OSError, TriplaneError) as error:
@@ -30,10 +30,11 @@ def report_problem(run_dir: Path) -> str | None:
 
 
 def write_report(run_dir: Path, out: Path) -> None:
-    """Raises LaunchError if `run_dir` is not the folder of a run."""
+    """Writes the report to `out`; raises LaunchError if `run_dir` is not a run folder."""
     status = read_status(run_dir)
     run = RunFolder(run_dir)
     lines = read_log(run.metrics, METRICS_RECORDS)
     events, samples = read_log(run.history, EVENTS), read_log(run.samples, SAMPLES)
-    html = page(status, lines, events, samples, run.config.read_text() if run.config.exists() else "")
+    config = run.config.read_text() if run.config.exists() else ""
+    html = page(status, metrics=lines, events=events, samples=samples, config=config)
     write_whole(out, html.encode())

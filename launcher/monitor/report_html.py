@@ -28,7 +28,7 @@ _CURVES = (
 )
 _BAD = ("failure", "rollback", "skip", "save failed", "checkpoint set aside")
 _SAMPLES = 12
-"""The last so many."""
+"""Number of the latest samples shown."""
 _TILES = (
     ("loss", "loss", "{:.4f}".format),
     ("validation_loss", "validation loss", "{:.4f}".format),
@@ -41,8 +41,8 @@ _TILES = (
 _TEMPLATE = "report.html.jinja"
 
 
-def page(status: RunStatus, metrics: Lines, events: Events, samples: Samples, config: str) -> str:
-    """Fills the template; the lines are those of metrics.jsonl, history.jsonl and samples.jsonl, `config` is TOML."""
+def page(status: RunStatus, *, metrics: Lines, events: Events, samples: Samples, config: str) -> str:
+    """Fills the template with the records of metrics.jsonl, history.jsonl and samples.jsonl, and the config's TOML."""
     marks = [Mark(event["step"], event["event"], event["event"] in _BAD) for event in events]
     marks = [mark for mark in marks if mark.bad or mark.text == "resume"]
     mixes, sources = _data(status.config)
@@ -74,7 +74,7 @@ def _how(status: RunStatus, events: Events) -> str:
 
 
 def _tiles(status: RunStatus, metrics: Lines) -> list[tuple[str, str]]:
-    """Labels and values."""
+    """Returns labels and values."""
     shown = status.metrics
     return [
         (f"of {status.steps:,} steps", f"{status.step:,}"),
@@ -85,7 +85,7 @@ def _tiles(status: RunStatus, metrics: Lines) -> list[tuple[str, str]]:
 
 
 def _trained_s(metrics: Lines) -> float:
-    """Seconds in the steps that count, without those rolled back and without pauses."""
+    """Returns the seconds of training, without steps rolled back and without pauses."""
     total = before = 0.0
     for line in metrics:
         if "step_time_s" in line:
@@ -122,7 +122,7 @@ def _shown(event: Event) -> dict[str, object]:
 
 
 def _data(config: ShownConfig) -> tuple[list[str], list[tuple[str, list[float]]]]:
-    """Names of the mixes, that of the start and of each later phase, and the share of each source in them."""
+    """Returns the names of the mixes, at the start and in each later phase, and each source's share in them."""
     mixes = [("share", [source.weight for source in config.data.sources])]
     mixes += [
         (f"from sequence {phase.from_sequence:,}", phase.weights) for phase in config.data.phases if phase.weights

@@ -1,4 +1,4 @@
-"""`triplane status --watch`: a live table of runs."""
+"""`triplane status --watch`: shows a live table of runs."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from triplane.training.run_folder import RunFolder
 from triplane.training.units import format_count, format_duration
 
 _REFRESH_S = 2.0
-"""Asks Slurm each time, if the runs have jobs."""
+"""Each refresh queries Slurm if the runs have jobs."""
 _METRICS = (
     ("loss", "loss", "{:.4f}".format),
     ("tokens/s", "tokens_per_s", format_count),
@@ -24,11 +24,11 @@ _METRICS = (
     ("validation loss", "validation_loss", "{:.4f}".format),
 )
 _PADDING = 3
-"""Of a column."""
+"""Cells added to a column."""
 
 
 def watch(folder: Path) -> None:
-    """Shows the runs at or below `folder`, until none runs or waits any more, or Ctrl-C."""
+    """Shows the runs at or below `folder` until none is running or queued, or until Ctrl-C."""
     with Live(auto_refresh=False) as live:
         try:
             while True:
@@ -43,9 +43,9 @@ def watch(folder: Path) -> None:
 
 
 def _table(runs: list[RunStatus], width: int) -> Table:
-    """A column for each run or, if these have no room, a row, with the first facts that have."""
+    """Returns a table with a column per run or, if that is too wide, a row per run with as many facts as fit."""
     facts = [_facts(run, time.time()) for run in runs]
-    columns = [tuple(facts[0]), *(tuple(one.values()) for one in facts)]
+    columns = [tuple(facts[0]), *(tuple(of_run.values()) for of_run in facts)]
     if sum(map(_width, columns)) >= width:
         rows = list(zip(*columns))
         columns = [row for row, end in zip(rows, accumulate(map(_width, rows))) if end < width] or rows[:2]
@@ -56,7 +56,7 @@ def _table(runs: list[RunStatus], width: int) -> Table:
 
 
 def _width(texts: Sequence[str]) -> int:
-    """Of a column."""
+    """Returns the width of a column."""
     return max(map(len, texts)) + _PADDING
 
 
@@ -75,7 +75,7 @@ def _facts(run: RunStatus, now_s: float) -> dict[str, str]:
         "checkpoint": saved,
         "restarts": str(run.restarts),
         "ranks": unknown if run.ranks is None else str(run.ranks),
-        "last word": unknown if run.updated_s is None else _age(run.updated_s, now_s),
+        "last update": unknown if run.updated_s is None else _age(run.updated_s, now_s),
     }
 
 

@@ -81,7 +81,16 @@ def test_what_nobody_means_is_refused_in_lines(
             ranks = 1 + seed % 8
             findings = examine(config, ranks)
             lines = [*findings.problems, *findings.notes()]
-            code = plan(Path("run.toml"), changed, ranks, "h100", False, None, None, None)
+            code = plan(
+                Path("run.toml"),
+                changed,
+                gpus=ranks,
+                gpu_name="h100",
+                searching=False,
+                price=None,
+                time_limit_days=None,
+                json_path=None,
+            )
             assert code == (Exit.FAILED if findings.problems else Exit.OK) or code == Exit.FAILED, changed
             if not findings.problems:
                 memory_problem(config, ranks)

@@ -49,7 +49,7 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
         if not child:
             os.environ.update(COLUMNS="200", LINES="40", TERM="xterm")
             os.execv(sys.executable, [sys.executable, "-m", "triplane", "status", str(tmp_path), "--watch"])
-        first = shown_by(master, "last word")
+        first = shown_by(master, "last update")
         record_event(tmp_path, "resume", 20, layout="dp 4", ranks=4, precision="fp32")
         writer.log(100, {"loss": 3.0})
         writer.close()

@@ -238,7 +238,7 @@ def test_rounding_alone_is_no_difference_on_cpus_without_bf16_products(isa: str)
         "from triplane.prove import command as p; from triplane.prove.cases import full_proof;"
         "p._STEPS = 4;"
         "p.full_proof = lambda *a: [c for c in full_proof(*a) if c.precision == 'bf16' and c.ranks == 8];"
-        "raise SystemExit(p.prove(None, 8, False, None))"
+        "raise SystemExit(p.prove(None, ranks=8, quick=False, json_path=None))"
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280)

@@ -122,12 +122,19 @@ def test_a_gradient_that_is_no_number_sends_the_run_back_and_past_its_batch(
     monkeypatch.undo()
     steps_of = Feed.steps
 
-    def without(feed: Feed, dataset: SequenceDataset, size: int, consumed: int, n: int) -> Iterator[list[Batch]]:
-        assert n == 8 or consumed != 0
-        yield from steps_of(feed, dataset, size, consumed, min(n, 4))
-        yield from steps_of(feed, dataset, size, consumed + 5 * size, n - 4)
+    def without(
+        feed: Feed, dataset: SequenceDataset, *, global_batch_size: int, consumed_sequences: int, steps: int
+    ) -> Iterator[list[Batch]]:
+        size, after = global_batch_size, consumed_sequences + 5 * global_batch_size
+        yield from steps_of(
+            feed, dataset, global_batch_size=size, consumed_sequences=consumed_sequences, steps=min(steps, 4)
+        )
+        yield from steps_of(feed, dataset, global_batch_size=size, consumed_sequences=after, steps=steps - 4)
 
-    monkeypatch.setattr(Feed, "steps", lambda *args: without(*args) if args[-1] == 8 else steps_of(*args))
+    def replaced(feed: Feed, dataset: SequenceDataset, **of: int) -> Iterator[list[Batch]]:
+        return (without if of["steps"] == 8 else steps_of)(feed, dataset, **of)
+
+    monkeypatch.setattr(Feed, "steps", replaced)
     clean = small_run(prepared, tmp_path / "clean", training=steps, **changes)
     start(clean)
     assert losses(config) == losses(clean)
@@ -163,9 +170,10 @@ def test_a_spike_is_skipped_alike_by_a_run_that_is_interrupted(
     """One batch of the corpus has targets that are noise."""
     steps_of = Feed.steps
 
-    def noisy(feed: Feed, dataset: SequenceDataset, size: int, consumed: int, n: int) -> Iterator[list[Batch]]:
-        for number, batches in enumerate(steps_of(feed, dataset, size, consumed, n)):
-            if consumed + number * size == 96 and n <= 16:  # not the validation, which begins at 0
+    def noisy(feed: Feed, dataset: SequenceDataset, **of: int) -> Iterator[list[Batch]]:
+        for number, batches in enumerate(steps_of(feed, dataset, **of)):
+            position = of["consumed_sequences"] + number * of["global_batch_size"]
+            if position == 96 and of["steps"] <= 16:  # not the validation, which begins at 0
                 for batch in batches:
                     noise = torch.randint(400, batch.targets_T.shape, generator=torch.Generator().manual_seed(1))
                     batch.targets_T.copy_(noise)
