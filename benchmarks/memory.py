@@ -118,7 +118,15 @@ def compare(keys: dict[str, Any], micro_batches: int, bf16: bool) -> Iterator[tu
     assert isinstance(layout.dp, int)
     dtype = torch.bfloat16 if bf16 else torch.float32
     found = run_ranks(layout, layout.ranks_of_one * layout.dp, measured, layout, micro_batches, dtype)
-    work = Work(MODEL, layout, layout.dp, bf16, MICRO_BATCH_SIZE, micro_batches, SEQ_LEN)
+    work = Work(
+        model=MODEL,
+        layout=layout,
+        dp=layout.dp,
+        bf16=bf16,
+        micro_batch_size=MICRO_BATCH_SIZE,
+        micro_batches=micro_batches,
+        seq_len=SEQ_LEN,
+    )
     for kind in pipeline(work):
         rank = kind.pp_rank * layout.tp * layout.cp * layout.dp
         stage = f", stage {kind.pp_rank}" if layout.pp > 1 else ""

@@ -94,7 +94,15 @@ def megatron() -> Iterator[Row]:
     ):
         layout = ParallelConfig(tp=tp, sequence_parallel=tp > 1, pp=pp, virtual_stages=virtual, dp=48, compile=True)
         micro = 2 if pp == 1 else 1
-        work = Work(gpt(dim, n_layers, n_heads, 131_072), layout, 48, True, micro, batch // 48 // micro, 4096)
+        work = Work(
+            model=gpt(dim, n_layers, n_heads, 131_072),
+            layout=layout,
+            dp=48,
+            bf16=True,
+            micro_batch_size=micro,
+            micro_batches=batch // 48 // micro,
+            seq_len=4096,
+        )
         name = f"{size}, {gpus} GPUs, {layout.describe()}"
         yield Row("Megatron-LM", name, work, tflops / 989, fitted=size in ("1.7B", "16B", "177B"))
 
@@ -132,7 +140,15 @@ def foundry() -> Iterator[Row]:
         ("70B", 2048, 512, 8, 1, 3, "full", 41.25),
     ):
         layout = ParallelConfig.model_validate({"zero": zero, "recompute": recompute, "dp": gpus})
-        work = Work(models[size], layout, gpus, True, micro, micro_batches, seq_len)
+        work = Work(
+            model=models[size],
+            layout=layout,
+            dp=gpus,
+            bf16=True,
+            micro_batch_size=micro,
+            micro_batches=micro_batches,
+            seq_len=seq_len,
+        )
         again = ", recompute" if recompute == "full" else ""
         name = f"{size}, {gpus} GPUs, {seq_len:,} tokens x {micro}{again}"
         yield Row("llm-foundry", name, work, percent / 100, fitted=(size, seq_len, gpus) in fitted)
@@ -169,7 +185,15 @@ def nanotron() -> Iterator[Row]:
         layout = ParallelConfig.model_validate(
             {"tp": tp, "sequence_parallel": tp > 1, "pp": pp, "dp": dp, "zero": zero}
         )
-        work = Work(models[size], layout, dp, True, micro, micro_batches, 4096)
+        work = Work(
+            model=models[size],
+            layout=layout,
+            dp=dp,
+            bf16=True,
+            micro_batch_size=micro,
+            micro_batches=micro_batches,
+            seq_len=4096,
+        )
         name = f"{size}, {8 * nodes} GPUs, {layout.describe()}, {micro_batches} x {micro}"
         yield Row("nanotron", name, work, percent / 100, fitted=(size, nodes) in {("8.9B", 1), ("8.9B", 8)})
 
@@ -200,7 +224,15 @@ def torchtitan() -> Iterator[Row]:
         layout = ParallelConfig.model_validate(keys)
         dp = gpus // layout.ranks_of_one
         layout = layout.model_copy(update={"dp": dp})
-        work = Work(models[size], layout, dp, True, micro, micro_batches, 8192)
+        work = Work(
+            model=models[size],
+            layout=layout,
+            dp=dp,
+            bf16=True,
+            micro_batch_size=micro,
+            micro_batches=micro_batches,
+            seq_len=8192,
+        )
         mfu = rate * flops_per_token(models[size], 8192) / 989e12
         name = f"{size}, {gpus} GPUs, {layout.describe()}" + (", async" if hidden else "")
         program = "torchtitan, async" if hidden else "torchtitan"

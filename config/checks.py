@@ -1,4 +1,4 @@
-"""What the keys of a run config must be to each other and to the number of ranks."""
+"""Constraints among the keys of a run config, and between them and the number of ranks."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from triplane.training.schedule import decay_steps, warmup_steps
 
 
 def check(config: RunConfig, ranks: int | None) -> list[str]:
-    """All that cannot work, a line each with its operands; `ranks` None leaves out what depends on it."""
+    """Returns all problems, a line each with its operands; with `ranks` None only those that do not depend on it."""
     layout = list(_check_ranks(config, ranks)) if ranks is not None else []
     dp = None if layout else _dp(config, ranks)
     return [
@@ -23,7 +23,7 @@ def check(config: RunConfig, ranks: int | None) -> list[str]:
 
 
 def tokens_per_step(config: RunConfig) -> int:
-    """Tokens in one update, over all ranks, until a phase of the data changes the length."""
+    """Returns the tokens in one update, over all ranks, until a data phase changes the length."""
     return config.training.global_batch_size * config.data.seq_len
 
 
@@ -34,13 +34,13 @@ def _dp(config: RunConfig, ranks: int | None) -> int | None:
 
 
 def _check_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
-    layout, one = config.parallel, config.parallel.ranks_of_one
+    layout, replica = config.parallel, config.parallel.ranks_of_one
     axes = f"tp ({layout.tp}) x pp ({layout.pp})" + (f" x cp ({layout.cp})" if layout.cp > 1 else "")
     if layout.dp == "auto":
-        if ranks % one:
-            yield f"{axes} = {one} does not divide {ranks} ranks"
-    elif layout.dp * one != ranks:
-        yield f"dp ({layout.dp}) x {axes} = {layout.dp * one}, but {ranks} ranks"
+        if ranks % replica:
+            yield f"{axes} = {replica} does not divide {ranks} ranks"
+    elif layout.dp * replica != ranks:
+        yield f"dp ({layout.dp}) x {axes} = {layout.dp * replica}, but {ranks} ranks"
     if config.profile.start_step is not None and max(config.profile.ranks) >= ranks:
         yield f"profile.ranks has {max(config.profile.ranks)}, but the last of {ranks} ranks is {ranks - 1}"
 
@@ -49,7 +49,7 @@ def _check_model(config: RunConfig) -> Iterator[str]:
     model = config.model
     yield from multiple("n_heads", model.n_heads, f"n_kv_heads ({model.n_kv_heads})", model.n_kv_heads)
     if model.head_dim % 2:
-        yield f"head_dim ({model.head_dim}) is odd, but RoPE turns pairs; take {model.head_dim + 1}"
+        yield f"head_dim ({model.head_dim}) is odd, but RoPE rotates pairs; set it to {model.head_dim + 1}"
 
 
 def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
@@ -60,9 +60,11 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
     for seq_len in {config.data.seq_len, *(phase.seq_len or config.data.seq_len for phase in config.data.phases)}:
         tokens = f"micro_batch_size ({micro}) x seq_len ({seq_len})"
         shares = token_multiple(layout)
-        split = f"the ranks that tp with sequence_parallel and cp (twice for a ring) make ({shares})"
+        ring = layout.cp > 1 and layout.cp_method == "ring"
+        split = f"tp ({layout.tp}) x " if layout.sequence_parallel else ""
+        split += f"{'2 x ' if ring else ''}cp ({layout.cp}) = {shares}"
         yield from multiple(tokens, micro * seq_len, split, shares)
-        if layout.fp8:  # a product of gradients contracts over the tokens of a rank
+        if layout.fp8:  # the product for weight gradients contracts over the tokens of a rank
             yield from multiple(tokens, micro * seq_len, f"16 x cp ({layout.cp}), for fp8", 16 * layout.cp)
     for name in ("global_batch_size", "eval_sequences"):
         sequences = getattr(config.training, name)

@@ -1,4 +1,4 @@
-"""What of a run's data has changed since a checkpoint, and whether the run may go on with it."""
+"""Finds what has changed in a run's data since a checkpoint, and whether the run may resume with it."""
 
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -9,18 +9,18 @@ from triplane.data.config import DataConfig
 
 @dataclass(frozen=True)
 class DataChange:
-    """Lines for the user, and what is recorded."""
+    """Changes, a line each."""
 
     refused: list[str]
-    """What would give positions that have been read another meaning."""
+    """Changes to the meaning of positions that have been read."""
     replaced: list[str]
-    """Corpora that are no longer what they were; allowed if the user says so."""
+    """Corpora whose content has changed, which the user may allow."""
     appended: list[str]
-    """Sources and phases that only what is to come has."""
+    """Sources and phases that affect only positions still to be read."""
 
 
 def data_change(saved: dict[str, Any], ours: dict[str, Any], consumed_sequences: int) -> DataChange:
-    """Compares the `run_record` of a checkpoint after `consumed_sequences` with that of the run that would go on."""
+    """Compares the `run_record` of a checkpoint after `consumed_sequences` with that of the resuming run."""
     old, new = DataConfig.model_validate(saved["data"]), DataConfig.model_validate(ours["data"])
     refused: list[str] = []
     replaced: list[str] = []
@@ -28,7 +28,9 @@ def data_change(saved: dict[str, Any], ours: dict[str, Any], consumed_sequences:
     pairs = zip_longest(old.sources, saved["corpus_digests"], new.sources, ours["corpus_digests"])
     for number, (before, old_digest, after, new_digest) in enumerate(pairs):
         if after is None:
-            refused.append(f"data.sources[{number}] was {before.corpus} and is gone; give it weight 0 in a new phase")
+            refused.append(
+                f"data.sources[{number}] was {before.corpus} and is missing; give it weight 0 in a new phase"
+            )
         elif before is None:
             appended.append(f"data.sources[{number}]: {after.corpus} ({new_digest})")
         elif old_digest != new_digest:
@@ -55,7 +57,7 @@ Phase = tuple[int, list[float], int]
 
 
 def _timeline(old: DataConfig, new: DataConfig) -> list[Phase]:
-    """The phases of `old` as if the sources that were appended since had been there with weight 0."""
+    """Returns the phases of `old`, with weight 0 for the sources that have been appended since."""
     absent = [0.0] * (len(new.sources) - len(old.sources))
     return [(start, weights + absent, seq_len) for start, weights, seq_len in old.timeline()]
 

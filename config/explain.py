@@ -1,4 +1,4 @@
-"""Pydantic's errors in the user's terms: which key, what is wrong, what would be right."""
+"""Explains pydantic's errors: which key, what is wrong, what would be valid."""
 
 import re
 from collections import defaultdict
@@ -13,11 +13,11 @@ from triplane.config.toml import format_value
 
 _WANTED = "Input should be "
 _SHOWN = 80
-"""Characters of a value that is no good."""
+"""Characters shown of an invalid value."""
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> dict[tuple[str, ...], str]:
-    """For each bad key of a config read by `schema`, its path and one line on what is wrong."""
+    """Maps the path of each invalid key of a config read by `schema` to one line on what is wrong."""
     by_key: dict[tuple[str, ...], list[ErrorDetails]] = defaultdict(list)
     tables: dict[tuple[str, ...], type[BaseModel]] = {}
     for details in error.errors():
@@ -27,15 +27,15 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> dict[tuple[str, 
 
 
 def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[str, ...], type[BaseModel]]:
-    """The key that an error is about, and the table that it is in.
+    """Returns the key that an error is about, and its table.
 
-    `loc` is longer than the key where a field takes several types: it then ends in the type tried.
+    If a field takes several types, `loc` is longer than the key and ends in the type tried.
     """
     key: list[str] = []
     table, below = schema, schema
     for name in loc:
         key.append(str(name))
-        if isinstance(name, int):  # the number of a table in a list
+        if isinstance(name, int):  # an index into a list of tables
             continue
         table, subtable = below, _subtable(below, name)
         if subtable is None:
@@ -52,12 +52,12 @@ def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDet
     if kind == "missing":
         if below := _subtable(table, name):
             needs = [key for key, field in below.model_fields.items() if field.is_required()]
-            return f"missing table; it needs {', '.join(needs)}"
+            return f"missing table; it requires {', '.join(needs)}"
         meaning = " ".join((table.model_fields[name].description or "").split()).partition(". ")[0]
         return f"missing. {meaning}".rstrip(". ")
     if kind == "model_type":
         return f"{given} given; should be a table, [{spelled(key)}]"
-    # One error for each type that the field takes: the value may be any of them.
+    # There is one error for each type that the field takes.
     messages = [details["msg"] for details in errors]
     wanted = [message.removeprefix(_WANTED) for message in messages if message.startswith(_WANTED)]
     if not wanted:
@@ -66,7 +66,7 @@ def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDet
 
 
 def spelled(key: Sequence[str]) -> str:
-    """`data.sources[0].weight`."""
+    """Spells a path as `data.sources[0].weight`."""
     return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(key))
 
 
@@ -91,7 +91,7 @@ def _paths(table: type[BaseModel]) -> Iterator[tuple[str, ...]]:
 
 
 def _subtable(table: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The schema of the table under `name`; None for a value or an unknown key."""
+    """Returns the schema of the table `name`; None for a value or an unknown key."""
     if name not in table.model_fields:
         return None
     annotation = table.model_fields[name].annotation

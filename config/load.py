@@ -1,4 +1,4 @@
-"""Reads a run config: one TOML file and the overrides of the command line."""
+"""Loads a run config from a TOML file and command-line overrides."""
 
 import tomllib
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from triplane.training.config import RunConfig
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads the TOML file `path`, with `key.path=value` overrides on top; of two for one key the later holds.
+    """Reads the TOML file `path` and applies `key.path=value` overrides; the last one for a key wins.
 
-    Keys, types and bounds are validated here, what depends on several keys in `checks.check`.
-    Raises ConfigError with all that is wrong, each line naming the file or the override to blame.
+    Validates keys, types and bounds; `checks.check` validates constraints among keys.
+    Raises ConfigError with all problems, each line naming the file or the override at fault.
     """
     problems: list[str] = []
     parsed: list[Override] = []
@@ -39,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(values, strict=True)
     except ValidationError as error:
         for key, problem in explain(error, RunConfig).items():
-            # An override may have made the table that an unknown key is in, or stand in what it replaced.
+            # An override may have created the table of the key, or replaced it or a value in it.
             overridden = any(override.path[: len(key)] == key[: len(override.path)] for override in parsed)
             problems.append(f"{'override' if overridden else path}: {spelled(key)}: {problem}")
     if problems:

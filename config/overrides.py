@@ -1,4 +1,4 @@
-"""`key.path=value` on the command line, over what the config file says."""
+"""Command-line overrides `key.path=value` of the config file."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ _UNSET = ("none", "null")
 
 @dataclass(frozen=True)
 class Override:
-    """`path` gets `value`, whatever the file says there."""
+    """Replaces the value at `path`."""
 
     path: tuple[str, ...]
     value: object
-    """None: the key has its default."""
+    """None resets the key to its default."""
 
     @classmethod
     def parse(cls, text: str) -> "Override":
-        """Reads `key.path=value`; a value that is not TOML is a string as it stands, `none` unsets the key.
+        """Parses `key.path=value`; a value that is not TOML is taken as a string, `none` unsets the key.
 
-        Raises ConfigError for anything of another form.
+        Raises ConfigError for any other form.
         """
         path, _, value = text.partition("=")
         keys = tuple(key.strip() for key in path.split("."))
@@ -30,15 +30,15 @@ class Override:
         return cls(keys, _parse_value(value.strip()))
 
     def apply(self, values: Mapping[str, object]) -> dict[str, object]:
-        """A copy of the nested tables `values` with `path` set; tables that lack are made.
+        """Returns a copy of the nested tables `values` with `path` set; creates missing tables.
 
-        Raises ConfigError if `path` leads through something that is not a table.
+        Raises ConfigError if `path` leads through a value.
         """
         return _set(values, self.path, self.value, depth=1)
 
 
 def _parse_value(text: str) -> object:
-    if text.lower() in _UNSET:  # TOML has no word for it
+    if text.lower() in _UNSET:  # TOML has no null
         return None
     try:
         parsed = tomllib.loads(f"value = {text}")

@@ -1,4 +1,4 @@
-"""The run folder and its checkpoints: where they are, whose they are, whether a run may go on from them."""
+"""Checks the run folder and its checkpoints: where they are, which run they belong to, whether a run may resume."""
 
 import tomllib
 from collections.abc import Iterator
@@ -32,19 +32,19 @@ _FIXED = (
     "data.packing",
     "data.lanes",
 )
-"""Keys that a run may not change when it is resumed: they define the weights' shapes and the order of the data."""
+"""Keys that may not change when a run resumes: they determine the weights' shapes and the order of the data."""
 
 T = TypeVar("T", bound=BaseModel)
 
 
 class BesideConfig(BaseModel, strict=True):
-    """What a `run_record` says that is no choice of the run."""
+    """The keys of a `run_record` besides the config."""
 
     corpus_digests: list[str] = []
     tokenizer: KeptTokenizer | None = None
     parent: Parent | None = None
     id: str | None = None
-    """Of the run, whatever its folder is called; None in checkpoints that were written before runs had one."""
+    """The run's id, independent of its folder's name; None in checkpoints from before runs had ids."""
 
 
 class _CheckpointFolder(BaseModel, strict=True):
@@ -52,9 +52,9 @@ class _CheckpointFolder(BaseModel, strict=True):
 
 
 def check_run_dir(
-    config: RunConfig, record: dict[str, Any], allow_data_change: bool, allow_fresh_start: bool
+    config: RunConfig, record: dict[str, Any], *, allow_data_change: bool, allow_fresh_start: bool
 ) -> list[str]:
-    """A run folder whose newest checkpoint belongs to another run, or read other data; or whose are all damaged."""
+    """Returns why the run cannot resume: its newest checkpoint is another run's or read other data; all are damaged."""
     try:
         folder = checkpoints_folder(config)
         found = newest_manifest(folder)
@@ -73,7 +73,7 @@ def check_run_dir(
     differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]
     problems = [
         f"{newest} belongs to another run: {key} is {theirs.get(key)} there and {ours.get(key)} here; "
-        f"set another run_dir, or delete {config.run_dir} to start afresh"
+        f"set another run_dir, or delete {config.run_dir} to start over"
         for key in differing
     ]
     problems += [*_another_run(config, newest, state["run"]), *_phase_problems(config, newest, state)]
@@ -81,27 +81,27 @@ def check_run_dir(
     problems += [f"{newest}: {line}" for line in change.refused]
     if not allow_data_change:
         problems += [
-            f"{newest}: {line}; restore the corpus, or go on with the new one by --allow-data-change"
+            f"{newest}: {line}; restore the corpus, or resume with the new one by --allow-data-change"
             for line in change.replaced
         ]
     return problems
 
 
 def _another_run(config: RunConfig, newest: Location, theirs: dict[str, Any]) -> Iterator[str]:
-    """A `checkpoint.folder` that another run writes to. One in the run folder moves and is copied with it."""
+    """Yields a problem if another run writes to `checkpoint.folder`; without one, checkpoints move with the run."""
     if config.checkpoint.folder is None:
         return
     ours, named = _read_id(Path(config.run_dir)), theirs["run_dir"]
     same = ours == theirs.get("id") if ours and theirs.get("id") else named == config.run_dir
     if not same:
         yield (
-            f"{newest} belongs to the run {named}, not to {config.run_dir}: set another checkpoint.folder; to begin "
-            f"from its weights, set checkpoint.initial={newest} too; to go on with it, run_dir={named}"
+            f"{newest} belongs to the run {named}, not to {config.run_dir}: set another checkpoint.folder; to start "
+            f"from its weights, also set checkpoint.initial={newest}; to resume it, set run_dir={named}"
         )
 
 
 def _phase_problems(config: RunConfig, newest: Location, state: dict[str, Any]) -> Iterator[str]:
-    """A later phase with sequences of another length that begins within a step, counted from the checkpoint."""
+    """Yields later phases that change the sequence length within a step, counted from the checkpoint."""
     size, consumed = config.training.global_batch_size, state["consumed_sequences"]
     for number, ((_, _, before), (start, _, after)) in enumerate(pairwise(config.data.timeline())):
         left = start - consumed
@@ -113,7 +113,7 @@ def _phase_problems(config: RunConfig, newest: Location, state: dict[str, Any]) 
 
 
 def own_id(config: RunConfig) -> str:
-    """The run's id: in its folder, or that of its checkpoints if the folder is lost; made if there is none."""
+    """Returns the run's id from its folder, else from its checkpoints, else a new one."""
     run_dir = Path(config.run_dir)
     if known := _read_id(run_dir):
         return known
@@ -129,12 +129,12 @@ def _read_id(run_dir: Path) -> str | None:
 
 
 def checkpoints_folder(config: RunConfig) -> Location:
-    """Where the run's checkpoints lie."""
+    """Returns the folder of the run's checkpoints."""
     return location(config.checkpoint.folder or f"{config.run_dir}/{CHECKPOINTS}")
 
 
 def done_steps(config: RunConfig) -> int:
-    """Steps of the checkpoint that the run would go on from; none if none can be read, which is a problem too."""
+    """Returns the step that the run would resume from; 0 if none is readable, which `check_run_dir` reports."""
     try:
         newest = newest_manifest(checkpoints_folder(config))
     except CheckpointError:
@@ -143,7 +143,7 @@ def done_steps(config: RunConfig) -> int:
 
 
 def find_checkpoint(text: str) -> Location:
-    """The checkpoint at a path or URL, or the newest of a run folder or a folder of checkpoints."""
+    """Finds the checkpoint at a path or URL, or the newest in a run folder or a folder of checkpoints."""
     place = location(text)
     found = entries(place)
     if MANIFEST in found:
@@ -161,21 +161,20 @@ def find_checkpoint(text: str) -> Location:
 
 
 def _configured_folder(path: Location) -> str | None:
-    """`checkpoint.folder` in the config of a run."""
+    """Reads `checkpoint.folder` from the config of a run."""
     try:
         config = tomllib.loads(read(path).decode())
-        folder: str | None = _CheckpointFolder.model_validate(config.get("checkpoint", {})).folder
+        return _CheckpointFolder.model_validate(config.get("checkpoint", {})).folder
     except ValidationError as error:
         raise CheckpointError(f"{path}: checkpoint.{first_problem(error)}") from error
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: not TOML: {error}") from error
-    return folder
 
 
 def _check_initial(config: RunConfig) -> Iterator[str]:
-    """Initial weights that are not there, or of another network."""
+    """Yields problems with the initial weights: missing, or of another network."""
     initial = config.checkpoint.initial
     if initial is None:
         return
@@ -192,12 +191,12 @@ def _check_initial(config: RunConfig) -> Iterator[str]:
 
 
 def change_since(state: dict[str, Any], record: dict[str, Any]) -> DataChange:
-    """How the data differs from that of the checkpoint with this state."""
+    """Compares the data with that of the checkpoint with this state."""
     return data_change(state["run"], record, state["consumed_sequences"])
 
 
 def run_record(config: RunConfig, sources: Sources) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it, but for its parent."""
+    """Returns what a checkpoint records about its run, except its id and parent."""
     return {
         **config.model_dump(mode="json"),
         "corpus_digests": sources.digests,
@@ -206,7 +205,7 @@ def run_record(config: RunConfig, sources: Sources) -> dict[str, Any]:
 
 
 def parent_of(initial: str) -> Parent:
-    """The model whose weights a run begins with: the one that was imported, or the run that trained it."""
+    """Returns the model whose weights a run starts from: the one imported, or the run that trained it."""
     found = find_checkpoint(initial)
     record = read_manifest(found).state["run"]
     grandparent = beside_config(record, found).parent
@@ -221,19 +220,19 @@ def _context_of(record: dict[str, Any], where: Location) -> int | None:
 
 
 def beside_config(record: dict[str, Any], where: Location) -> BesideConfig:
-    """The rest of a `run_record`, or of what stands for it in an imported checkpoint; raises CheckpointError."""
+    """Reads the keys besides the config from the record of a run or an import; raises CheckpointError."""
     return _of_this_version(BesideConfig, record, where)
 
 
 def config_of(record: dict[str, Any], where: Location) -> RunConfig:
-    """The config in the `run_record` of the checkpoint `where`; CheckpointError if this version cannot read it."""
+    """Reads the config from the `run_record` of checkpoint `where`; raises CheckpointError if it is incompatible."""
     beside_config(record, where)
     content = {key: value for key, value in record.items() if key not in BesideConfig.model_fields}
     return _of_this_version(RunConfig, content, where)
 
 
 def model_of(record: dict[str, Any], where: Location) -> ModelConfig:
-    """The network in the `run_record`, or in what stands for it in an imported checkpoint; raises CheckpointError."""
+    """Reads the network from the record of a run or an import; raises CheckpointError."""
     return _of_this_version(ModelConfig, record.get("model"), where)
 
 
@@ -247,7 +246,7 @@ def _of_this_version(schema: type[T], content: object, where: Location) -> T:
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One table, with the keys of nested ones as `outer.inner`."""
+    """Flattens nested tables into one with keys such as `outer.inner`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):

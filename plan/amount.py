@@ -1,4 +1,4 @@
-"""How much text a run reads, beside what its corpora hold and what its model can take up."""
+"""Compares how much text a run reads with the size of its corpora and its model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from triplane.training.config import RunConfig
 from triplane.training.units import format_count
 
 _MOST_EPOCHS = 4
-"""Up to so many, repeated text is nearly worth new text (Muennighoff et al. 2023)."""
+"""Up to this many epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023)."""
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,16 @@ class Amount:
     """Tokens of a whole run."""
 
     read: float
-    """By all ranks, in all steps."""
+    """Tokens read by all ranks, in all steps."""
     held: int
-    """In the training splits of all sources that are read."""
+    """Tokens in the training splits of all sources that are read."""
     parameters: int
     epochs: dict[str, float]
-    """How often each source is read, by its name in the config."""
+    """Epochs of each source, by its name in the config."""
 
     @classmethod
     def of(cls, config: RunConfig, sources: Sources) -> "Amount":
-        """That of a run over opened corpora."""
+        """Computes the amount of a run over opened corpora."""
         names = [source.corpus for source in config.data.sources]
         read = dict.fromkeys(names, 0.0)
         last = config.training.steps * config.training.global_batch_size
@@ -38,10 +38,15 @@ class Amount:
                 read[name] += tokens * weight / sum(weights)
         held = {name: corpus.tokens for name, corpus in zip(names, sources.train) if read[name]}
         epochs = {name: read[name] / tokens for name, tokens in held.items()}
-        return cls(sum(read.values()), sum(held.values()), count_parameters(config.model), epochs)
+        return cls(
+            read=sum(read.values()),
+            held=sum(held.values()),
+            parameters=count_parameters(config.model),
+            epochs=epochs,
+        )
 
     def describe(self) -> str:
-        """One line."""
+        """Describes the amount in one line."""
         epochs = self.read / self.held
         return (
             f"{format_count(self.read)} tokens of {format_count(self.held)} in the corpora ({epochs:.3g} epochs), "
@@ -49,10 +54,10 @@ class Amount:
         )
 
     def warnings(self) -> Iterator[str]:
-        """Sources that are read too often."""
+        """Yields a line for each source that is read too often."""
         for name, epochs in self.epochs.items():
             if epochs > _MOST_EPOCHS:
                 yield (
-                    f"{name}: read {epochs:,.1f} times; over {_MOST_EPOCHS} epochs repeated text teaches little: "
-                    f"prepare more text, or take fewer training.steps"
+                    f"{name}: read {epochs:,.1f} times; over {_MOST_EPOCHS} epochs repeated text adds little: "
+                    f"prepare more text, or reduce training.steps"
                 )

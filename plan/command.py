@@ -1,4 +1,4 @@
-"""`triplane plan`: what is wrong with a run, and what it will take, with no GPU."""
+"""`triplane plan`: checks a run and estimates its memory, time and cost, without a GPU."""
 
 import json
 from dataclasses import asdict
@@ -34,23 +34,23 @@ def plan(
     time_limit_days: float | None,
     json_path: Path | None,
 ) -> int:
-    """Prints the plan, then all that is wrong; returns the exit code, 1 if something is."""
+    """Prints the plan, then all problems; returns the exit code, 1 if there are any."""
     config, gpu = load_config(path, overrides), find_gpu(gpu_name)
     gate = examine(config, gpus)
     found = gate.problems
     show = Show()
     done = done_steps(config)
-    stands = set(check(config, gpus)) <= beyond_layout(config)
-    layout = work_of(config, gpus).layout if stands else config.parallel
+    valid_layout = set(check(config, gpus)) <= beyond_layout(config)
+    layout = work_of(config, gpus).layout if valid_layout else config.parallel
     show.text(f"{path} on {gpus} x {gpu_name}: {layout.describe()}\n")
     show.facts(_facts(config, done, gate))
     record: dict[str, Any] = {"config": str(path), "overrides": overrides, "gpus": gpus, "gpu": gpu_name}
     record |= _figures(config, done)
-    answer = estimate(config, gpus, gpu, done) if stands else None
+    answer = estimate(config, gpus, gpu, done_steps=done) if valid_layout else None
     if answer is not None:
         per_hour = gpu.price_per_hour if price is None else price
         cost = answer.total_s / 3600 * gpus * per_hour
-        source = ", a guess: give yours by --price" if price is None and gpu_name.lower() in GPUS else ""
+        source = ", a guess: set yours with --price" if price is None and gpu_name.lower() in GPUS else ""
         show.memory(answer, gpu)
         show.speed(answer)
         show.text()
@@ -63,9 +63,9 @@ def plan(
     if searching or not fits:
         results = search(config, gpus, gpu)
         if searching:
-            show.search(results, [changes(config, one.config) for one in results.found])
+            show.search(results, [changes(config, layout.config) for layout in results.found])
             record["search"] = [
-                {"overrides": changes(config, one.config)} | _record(one.estimate) for one in results.found
+                {"overrides": changes(config, layout.config)} | _record(layout.estimate) for layout in results.found
             ]
         if not fits:
             hint = _advice(config, gpus, results.found)
@@ -97,8 +97,8 @@ def _facts(config: RunConfig, done: int, gate: Findings) -> dict[str, str]:
         "parameters": f"{figures['parameters']:,}",
         "FLOPs per token": f"{figures['flops_per_token']:.4g}",
         "tokens": f"{figures['tokens']:.4g} in {steps:,} steps of {tokens_per_step(config):,}",
-        "FLOPs in all": f"{figures['flops']:.4g}",
-        "checkpoints": f"{one:,.1f} GiB each, {count} at once at the most: {one * count:,.1f} GiB",
+        "total FLOPs": f"{figures['flops']:.4g}",
+        "checkpoints": f"{one:,.1f} GiB each, at most {count} at once: {one * count:,.1f} GiB",
         **({"text": gate.amount.describe()} if gate.amount else {}),
         **({"done": f"{done:,} steps, in {config.run_dir}"} if done else {}),
     }
@@ -108,7 +108,7 @@ def _outcome(answer: Estimate, gpus: int) -> dict[str, str]:
     speed, hours = answer.speed, answer.total_s / 3600
     return {
         "MFU": f"{100 * speed.mfu:.1f} %",
-        "tokens/s": f"{speed.tokens_per_s:,.0f}, {speed.tokens_per_s / gpus:,.0f} on a GPU",
+        "tokens/s": f"{speed.tokens_per_s:,.0f}, {speed.tokens_per_s / gpus:,.0f} per GPU",
         "to the end": f"{_duration(answer.total_s)}, {hours * gpus:,.0f} GPU hours",
     }
 
@@ -123,14 +123,14 @@ def _limits(answer: Estimate, gpu: Gpu, time_limit_days: float | None) -> list[s
         tokens = answer.speed.tokens_per_s * time_limit_days * _DAY_S
         found.append(
             f"{_duration(answer.total_s)} to the end, but --time-limit-days is {time_limit_days:g}, enough for "
-            f"{tokens:.3g} tokens: take more GPUs, or fewer training.steps"
+            f"{tokens:.3g} tokens: use more GPUs, or reduce training.steps"
         )
     return found
 
 
 def _advice(config: RunConfig, gpus: int, found: list[Found]) -> str:
     if not found:
-        return f"no layout of this model and batch fits {gpus} of these GPUs: take more; --search says why"
+        return f"no layout of this model and batch fits {gpus} of these GPUs: use more; --search explains why"
     return f"the nearest layout that fits: {' '.join(changes(config, nearest(config, found).config))}"
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints that a run keeps, and the room that they need."""
+"""Computes the disk space that a run's checkpoints need."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from triplane.storage.remote import is_url
 from triplane.training.config import RunConfig
 
 _STATE_BYTES = 12
-"""fp32 weight and two moments of each parameter."""
+"""fp32 weight and two moments per parameter."""
 
 
 def kept_checkpoints(config: RunConfig) -> int:
-    """How many whole checkpoints there are at once at the most: those that the rules keep, and one being written."""
+    """Returns the maximum number of checkpoints at once: those that the rules keep, and one being written."""
     rules, steps = config.checkpoint, config.training.steps
     saves = -(-steps // rules.every_steps)
     kept = rules.keep_last + rules.keep_best + (steps // rules.keep_every if rules.keep_every else 0)
@@ -24,21 +24,21 @@ def kept_checkpoints(config: RunConfig) -> int:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Of one checkpoint."""
+    """Returns the size of one checkpoint."""
     return _STATE_BYTES * count_parameters(config.model)
 
 
 def disk_problems(config: RunConfig) -> Iterator[str]:
-    """A disk without room for the checkpoints that the rules keep; one at a URL is not asked."""
+    """Yields a problem if the disk has no room for the checkpoints that the rules keep; URLs are not checked."""
     if is_url(config.checkpoint.folder):
         return
     folder = Path(str(checkpoints_folder(config)))
     try:
-        there = sum(max(0, size) for name in entries(folder) for size in entries(folder / name).values())
+        existing = sum(max(0, size) for name in entries(folder) for size in entries(folder / name).values())
         disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(disk).free + there
+        free = shutil.disk_usage(disk).free + existing
     except (CheckpointError, OSError):
-        return  # cannot be looked into: whether it can be written to is found by writing
+        return  # unreadable: `write_problem` reports whether it is writable
     one, count = checkpoint_bytes(config), kept_checkpoints(config)
     if one * count > free:
         yield (

@@ -1,4 +1,4 @@
-"""What a run config comes to on a number of GPUs: memory of each kind of rank, time of a step, of the whole run."""
+"""Estimates a run on a number of GPUs: memory of each kind of rank, time of a step and of the whole run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,19 +16,19 @@ from triplane.training.config import RunConfig
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one layout."""
+    """Memory and time of one layout."""
 
     work: Work
     memory: dict[str, Memory]
-    """By kind of rank."""
+    """Peak memory by kind of rank."""
     speed: Speed
-    """Of a step of the first phase of the data."""
+    """Speed of a step in the first data phase."""
     total_s: float
-    """Of all steps that are left."""
+    """Time of all remaining steps."""
 
     @property
     def peak_gib(self) -> float:
-        """Of the fullest rank."""
+        """Peak memory of the fullest rank."""
         return max(memory.total for memory in self.memory.values()) / 2**30
 
     def fits(self, gpu: Gpu) -> bool:
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def beyond_layout(config: RunConfig) -> set[str]:
-    """What is wrong with a config under every layout, and so keeps none from being reckoned."""
+    """Returns the problems of a config that no layout can solve, and that no estimate depends on."""
     alone = {
         "parallel": ParallelConfig(),
         "training": config.training.model_copy(update={"micro_batch_size": 1, "precision": "auto"}),
@@ -45,29 +45,37 @@ def beyond_layout(config: RunConfig) -> set[str]:
 
 
 def work_of(config: RunConfig, gpus: int) -> Work:
-    """The layout must fit as many ranks."""
+    """Returns the work of a rank; the layout must fit `gpus` ranks."""
     layout, training = config.parallel, config.training
     dp = gpus // layout.ranks_of_one
     layout = layout.model_copy(update={"dp": dp})
     micro_batches = training.global_batch_size // (dp * training.micro_batch_size)
     bf16 = training.precision == "bf16" or (training.precision == "auto" and layout.zero > 0)
-    return Work(config.model, layout, dp, bf16, training.micro_batch_size, micro_batches, config.data.seq_len)
+    return Work(
+        model=config.model,
+        layout=layout,
+        dp=dp,
+        bf16=bf16,
+        micro_batch_size=training.micro_batch_size,
+        micro_batches=micro_batches,
+        seq_len=config.data.seq_len,
+    )
 
 
-def estimate(config: RunConfig, gpus: int, gpu: Gpu, done_steps: int = 0) -> Estimate:
-    """Memory is that of the longest sequences that the data has."""
+def estimate(config: RunConfig, gpus: int, gpu: Gpu, *, done_steps: int = 0) -> Estimate:
+    """Estimates a run; memory is for its longest sequences."""
     work = work_of(config, gpus)
     lengths = [seq_len for _, seq_len in phases(config, done_steps)]
-    longest = replace(work, seq_len=max(lengths, default=config.data.seq_len))  # none is left of a run that is done
+    longest = replace(work, seq_len=max(lengths, default=config.data.seq_len))  # a finished run has none left
     memory = {rank.name: peak_memory(longest, rank) for rank in rank_kinds(longest)}
     total_s = sum(
         steps * speed(replace(work, seq_len=seq_len), gpu).step_s for steps, seq_len in phases(config, done_steps)
     )
-    return Estimate(work, memory, speed(work, gpu), total_s)
+    return Estimate(work=work, memory=memory, speed=speed(work, gpu), total_s=total_s)
 
 
 def phases(config: RunConfig, done_steps: int = 0) -> Iterator[tuple[float, int]]:
-    """Steps after `done_steps` with one length of sequences, and that length."""
+    """Yields, for each data phase, its steps after `done_steps` and its sequence length."""
     size, end = config.training.global_batch_size, config.training.steps
     starts = [(start / size, seq_len) for start, _, seq_len in config.data.timeline()]
     for (start, seq_len), (stop, _) in pairwise([*starts, (cast(float, end), 0)]):
@@ -77,6 +85,6 @@ def phases(config: RunConfig, done_steps: int = 0) -> Iterator[tuple[float, int]
 
 
 def tokens_of(config: RunConfig, done_steps: int = 0) -> int:
-    """That are read after `done_steps`."""
+    """Returns the tokens read after `done_steps`."""
     size = config.training.global_batch_size
     return round(sum(steps * size * seq_len for steps, seq_len in phases(config, done_steps)))

@@ -1,6 +1,6 @@
-"""The gate: all that can be known to be wrong with a run, found once, before a rank starts. Imports no torch.
+"""Finds all problems of a run that can be known before a rank starts. Imports no torch.
 
-`plan`, `train` and `submit` ask it. Ranks do not: what one process has found holds for all.
+`plan`, `train` and `submit` call it, once for all ranks.
 """
 
 from collections.abc import Iterator
@@ -29,17 +29,17 @@ _HIGH_INIT_STD = 1.0
 
 @dataclass(frozen=True)
 class Findings:
-    """What the gate has found."""
+    """The result of `examine`."""
 
     problems: list[str]
-    """A line each; a run with one is not started."""
+    """Lines; a run with any does not start."""
     warnings: list[str]
-    """A line each; the run starts."""
+    """Lines; the run starts anyway."""
     amount: Amount | None
-    """None while it is not known: a source is absent, or tars that are not tokenized yet."""
+    """None if it is unknown: a source is missing, or is tars that are not tokenized yet."""
 
     def notes(self) -> Iterator[str]:
-        """Lines to show before the run starts."""
+        """Yields lines to show before the run starts."""
         if self.amount is not None:
             yield self.amount.describe()
         yield from (f"warning: {warning}" for warning in self.warnings)
@@ -48,7 +48,7 @@ class Findings:
 def examine(
     config: RunConfig, ranks: int, *, allow_data_change: bool = False, allow_fresh_start: bool = False
 ) -> Findings:
-    """Examines a run on so many ranks. Reads files, writes none, and tokenizes nothing."""
+    """Examines a run on `ranks` ranks. Reads files, writes none, and does not tokenize."""
     problems = check(config, ranks)
     warnings = list(_odd_values(config))
     amount = None
@@ -56,7 +56,7 @@ def examine(
         problems += _tar_problems(config)
     else:
         if config.data.tokenizer is not None:
-            warnings.append(f"data.tokenizer ({config.data.tokenizer}) is not used: prepared corpora bring their own")
+            warnings.append(f"data.tokenizer ({config.data.tokenizer}) is ignored: prepared corpora include their own")
         try:
             sources = open_sources(config.data, config.folder.corpora)
         except TriplaneError as error:
@@ -67,34 +67,39 @@ def examine(
                 warnings += [*amount.warnings(), *_held_out(config, sources)]
             unexportable = export_problems(config.model, sources.tokenizer)
             warnings += [f"it could not be exported: {problem}" for problem in unexportable]
-            # Whether the run folder holds this run means nothing until model and data fit each other.
+            # Comparing with the run folder makes sense only once model and data match.
             problems += list(_vocabulary(config, sources.tokenizer.vocab_size, config.data.sources[0].corpus)) or (
-                check_run_dir(config, run_record(config, sources), allow_data_change, allow_fresh_start)
+                check_run_dir(
+                    config,
+                    run_record(config, sources),
+                    allow_data_change=allow_data_change,
+                    allow_fresh_start=allow_fresh_start,
+                )
             )
     problems += disk_problems(config)
     return Findings(problems, warnings, amount)
 
 
 def memory_problem(config: RunConfig, ranks: int) -> str | None:
-    """Why `ranks` on this machine's CPUs cannot hold the state of the run, whatever else they need."""
+    """Returns why `ranks` ranks on this machine's CPUs cannot hold even the state of the run."""
     work = work_of(config, ranks)
     each = [peak_memory(work, rank, "cpu") for rank in pipeline(work)]
     state = sum(memory.weights + memory.gradients + memory.optimizer for memory in each) * ranks // len(each)
-    there = psutil.virtual_memory().total
-    if state <= there:
+    available = psutil.virtual_memory().total
+    if state <= available:
         return None
     return (
         f"weights, gradients and optimizer of {ranks} ranks need {state / 2**30:,.1f} GiB of memory, but this machine "
-        f"has {there / 2**30:,.1f}; take a smaller model, or more machines"
+        f"has {available / 2**30:,.1f}; use a smaller model, or more machines"
     )
 
 
 def _tar_problems(config: RunConfig) -> Iterator[str]:
-    """What keeps tars from being tokenized when the run begins."""
+    """Yields why tars cannot be tokenized when the run starts."""
     data = config.data
     tars = [source.corpus for source in data.sources if source.is_tars]
     if data.tokenizer is None:
-        yield f"{tars[0]}: tars need data.tokenizer, the model file to tokenize them with"
+        yield f"{tars[0]}: tars require data.tokenizer, the model file to tokenize them with"
     else:
         try:
             tokenizer = open_tokenizer(Path(data.tokenizer))
@@ -109,7 +114,7 @@ def _tar_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _vocabulary(config: RunConfig, vocab_size: int, where: str) -> Iterator[str]:
-    """A tokenizer that does not fit the model. Imported weights may have more embeddings than there are tokens."""
+    """Yields a mismatch of tokenizer and model. Imported weights may have more embeddings than there are tokens."""
     spare = config.model.vocab_size - vocab_size
     if spare < 0 or (spare and config.checkpoint.initial is None):
         yield (
@@ -123,7 +128,7 @@ def _held_out(config: RunConfig, sources: Sources) -> Iterator[str]:
     read = [corpus for source, corpus in zip(config.data.sources, sources.validation) if source.weight]
     held = sum(-(-corpus.tokens // config.data.seq_len) for corpus in read)
     if wanted > held:
-        yield f"training.eval_sequences ({wanted}) is more than the {held} that are held out: all of them are read"
+        yield f"training.eval_sequences ({wanted}) is more than the {held} held out; validation reads all of them"
 
 
 def _odd_values(config: RunConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The GPUs that a plan knows, and a file that describes another."""
+"""The GPUs known to `triplane plan`, and files that describe others."""
 
 import tomllib
 from pathlib import Path
@@ -9,26 +9,26 @@ from triplane.config.explain import explain
 from triplane.storage.errors import ConfigError
 
 RESERVED_GIB = 3.0
-"""Of each GPU: the CUDA context, NCCL's buffers, what the allocator cannot use."""
+"""Memory reserved on each GPU: the CUDA context, NCCL's buffers, fragmentation."""
 
 
 class Gpu(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """A kind of GPU, and the machines that it comes in; rates are those of data sheets."""
+    """A kind of GPU and its machine; rates are from data sheets."""
 
     memory_gib: PositiveFloat
     bf16_tflops: PositiveFloat
-    """Dense products, 10^12 FLOP/s."""
+    """Dense matrix products, 10^12 FLOP/s."""
     fp8_tflops: PositiveFloat | None = None
-    """None: it has no fp8 products."""
+    """None: fp8 is not supported."""
     memory_gb_per_s: PositiveFloat
-    """Of its own memory, 10^9 bytes/s."""
+    """Bandwidth of its own memory, 10^9 bytes/s."""
     node_gb_per_s: PositiveFloat
-    """To the other GPUs of its machine, one way."""
+    """Bandwidth to the other GPUs of its machine, one way."""
     network_gb_per_s: PositiveFloat
-    """Of the machine's network, one way, for each GPU."""
+    """Bandwidth of the machine's network, one way, per GPU."""
     gpus_per_node: PositiveInt = 8
     price_per_hour: NonNegativeFloat
-    """What to reckon with where no price is given; in any currency. Those below are guesses."""
+    """Default price, in any currency. Those below are guesses."""
 
 
 GPUS = {
@@ -89,13 +89,13 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A kind by its name, or as a TOML file describes it. Raises ConfigError with the kinds that there are."""
+    """Finds a kind by name, or reads one from a TOML file. Raises ConfigError with the known kinds."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     path = Path(name)
     if path.suffix != ".toml":
         raise ConfigError(
-            f"--gpu {name}: not known; known are {', '.join(sorted(GPUS))}; for another give a TOML file with "
+            f"--gpu {name}: unknown; choose from {', '.join(sorted(GPUS))}, or give a TOML file with "
             f"{', '.join(Gpu.model_fields)}"
         )
     try:

@@ -1,7 +1,7 @@
-"""How much memory a rank takes at its peak, by part: what autograd, DeepSpeed and the schedules keep, counted.
+"""Computes the peak memory of a rank by part, counting what autograd, DeepSpeed and the schedules keep.
 
-The counts are of our own code: `parallel/zero.py` and `replicated.py` for the state, `model/` and `recompute.py` for
-activations. `benchmarks/memory.py` compares them with real ranks.
+The counts follow our code: `parallel/zero.py` and `replicated.py` for the state, `model/` and `recompute.py` for
+activations. `benchmarks/memory.py` compares them with measurements.
 """
 
 from dataclasses import dataclass, replace
@@ -14,23 +14,23 @@ from triplane.plan.shares import RankKind, Work, in_flight, layer_parameters, pa
 Device = Literal["cuda", "cpu"]
 
 _LIVE_ELEMENTS = 1_000_000_000
-"""Weights that DeepSpeed's ZeRO 3 leaves gathered for their next use."""
+"""Gathered weights that DeepSpeed's ZeRO 3 keeps for their next use."""
 _STATISTIC = 4
-"""Bytes of what is kept in fp32 for each token or head."""
+"""Bytes of an fp32 value that is kept per token or head."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank at one moment."""
+    """Bytes on one rank at one point in time."""
 
     weights: int
     gradients: int
     optimizer: int
     """fp32 weights and moments."""
     activations: int
-    """What forward keeps for backward."""
+    """Tensors that forward keeps for backward."""
     temporary: int
-    """Buckets of reduction, gathered weights, the head's logits, a block's gradients."""
+    """Reduction buckets, gathered weights, the head's logits, a block's gradients."""
 
     @property
     def total(self) -> int:
@@ -38,14 +38,14 @@ class Memory:
 
 
 def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
-    """At the fullest moment of a step. On a CPU norms keep more, chunks are smaller, and nothing overlaps."""
+    """Returns the peak memory during a step. On a CPU norms keep more, chunks are smaller, and nothing overlaps."""
     zero, owned = work.layout.zero, parameters(work, rank)
     share = owned // work.replicas
     weights = work.element_bytes * (share if zero == 3 else owned)
     optimizer = 8 * owned if zero == 0 else 12 * share
     if work.layout.offload_optimizer and device == "cuda":
         optimizer = 0
-    # Under a pipeline all gradients stay until the schedule ends.
+    # With a pipeline all gradients are kept until the schedule ends.
     partitioned = zero == 3 or (zero == 2 and work.layout.pp == 1)
     gradients = 4 * (share if partitioned else owned)
     bucket = _bucket(work, owned, device)
@@ -53,10 +53,16 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
     activations = kept_activations(work, rank, device)
 
     def moment(gradients: int, activations: int, temporary: int) -> Memory:
-        return Memory(weights, gradients, optimizer, activations, temporary)
+        return Memory(
+            weights=weights,
+            gradients=gradients,
+            optimizer=optimizer,
+            activations=activations,
+            temporary=temporary,
+        )
 
     accumulated = gradients if work.micro_batches > 1 or zero == 3 else 0
-    # ZeRO 1 takes its bucket in the first backward and keeps it until the last.
+    # ZeRO 1 allocates its bucket in the first backward and keeps it until the last.
     kept = bucket if zero == 3 or (zero == 1 and max(work.micro_batches, work.layout.pp) > 1) else 0
     loss = moment(accumulated, activations, kept + gathered + (_loss(work, device) if rank.has_head else 0))
     block = _block_gradients(work, device) if rank.layers else 0
@@ -69,41 +75,41 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
 
 def _bucket(work: Work, owned: int, device: Device) -> int:
     pipelined = work.layout.pp > 1
-    if work.layout.zero == 0 or (pipelined and work.layout.zero == 2):  # the latter takes it when activations are gone
+    if work.layout.zero == 0 or (pipelined and work.layout.zero == 2):  # allocated once the activations are freed
         return 0
-    overlapped = device == "cuda" and not pipelined  # one fills while the other is sent
+    overlapped = device == "cuda" and not pipelined  # one is filled while the other is sent
     return _STATISTIC * min(BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)
 
 
 def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int:
-    """What forward keeps for backward, of all micro-batches that are in flight at once."""
+    """Returns what forward keeps for backward, for all micro-batches in flight."""
     block, stream = _block_kept(work, device), _stream(work)
     kept = 0
     for stage, count in zip(rank.stages, in_flight(work, rank)):
-        passed_on = stream if work.layout.pp > 1 and not stage.head else 0  # the schedules hold what a stage sends
+        passed_on = stream if work.layout.pp > 1 and not stage.head else 0  # the schedules keep what a stage sends
         kept += count * (stage.layers * block + passed_on)
     return kept + (_head_kept(work, device) if rank.has_head else 0)
 
 
 def _block_kept(work: Work, device: Device) -> int:
-    """Of one block and micro-batch, by the mode of recomputation."""
+    """Returns what a block keeps of a micro-batch, depending on recomputation."""
     model, layout, tokens, width = work.model, work.layout, work.tokens, work.element_bytes
     match layout.recompute:
         case "full":
             return _stream(work)
         case "none":
             return _block(work, device)
-    # Selective: the block's input, and the outputs of products and attention; with tp wo's and w_down's are partial
-    # sums of all tokens.
+    # Selective keeps the block's input and the outputs of products and attention; with tp, those of wo and w_down are
+    # partial sums of all tokens.
     products = 2 * model.dim + 2 * model.hidden_dim // layout.tp
     return _stream(work) + tokens * width * products + _attention(work)
 
 
 def _block(work: Work, device: Device) -> int:
-    """All that one block keeps of a micro-batch without recomputation."""
+    """Returns what a block keeps of a micro-batch without recomputation."""
     model, layout, tokens, width = work.model, work.layout, work.tokens, work.element_bytes
     hidden = model.hidden_dim // layout.tp
-    if layout.fp8:  # each product keeps its own copy of its input and its weight, in a byte
+    if layout.fp8:  # each product keeps one-byte copies of its input and weight
         heads = model.n_heads // layout.tp * model.head_dim
         products = tokens * (5 * model.dim + heads + hidden + 3 * hidden * width) + layer_parameters(work)
     else:
@@ -112,48 +118,48 @@ def _block(work: Work, device: Device) -> int:
 
 
 def _attention(work: Work) -> int:
-    """Queries, keys, values, the output, and the log-sum-exp of each query's scores."""
+    """Returns the bytes of queries, keys, values, the output, and the log-sum-exp of each query's scores."""
     model, layout = work.model, work.layout
     heads, kv_heads = model.n_heads // layout.tp, work.kv_heads
     kept = 2 * (heads + kv_heads) * model.head_dim
-    if layout.cp > 1 and layout.cp_method == "ulysses":  # the output once more, as it was before the exchange
+    if layout.cp > 1 and layout.cp_method == "ulysses":  # also the output before the exchange
         kept += heads * model.head_dim
     return work.tokens * (work.element_bytes * kept + _STATISTIC * heads)
 
 
 def _norm(work: Work, device: Device) -> int:
-    """What an RMSNorm keeps besides its output: its input; a CPU's also the normalized one, both in fp32."""
+    """Returns what an RMSNorm keeps besides its output: its input; on a CPU also the normalized one, both in fp32."""
     fused = device == "cuda"
     return _stream(work) if fused else _stream(work) * 8 // work.element_bytes
 
 
 def _stream(work: Work) -> int:
-    """The residual stream of a micro-batch on this rank."""
+    """Returns the bytes of the residual stream of a micro-batch on this rank."""
     split = work.layout.tp if work.layout.sequence_parallel else 1
     return work.tokens // split * work.model.dim * work.element_bytes
 
 
 def _head_kept(work: Work, device: Device) -> int:
-    """The norm's input, and the gradients of the head's input and weight, which its forward pass takes."""
+    """Returns the bytes of the norm's input, and of the head's gradients, which its forward pass computes."""
     width = work.element_bytes
     return _norm(work, device) + width * (work.tokens * work.model.dim + table_parameters(work))
 
 
 def _loss(work: Work, device: Device) -> int:
-    """The largest of what the head has besides what it keeps: a chunk's logits, and its weight's gradient in fp32."""
+    """Returns the head's largest temporary memory: a chunk's logits, and its weight's gradient in fp32."""
     table, tokens, width = table_parameters(work), work.tokens, work.element_bytes
     rows = table // work.model.dim
     chunk = min(tokens * rows, max(CHUNK_LOGITS[device], rows))
     copied = 4 if work.layout.tp > 1 and not work.bf16 else 0
     logits = chunk * ((8 if work.bf16 else 4) + copied)
-    # Its weight's gradient is counted as kept in its own width already.
+    # `_head_kept` already counts the weight's gradient in its own width.
     summed = table * (4 - width)
     product = chunk * 4 + 2 * table if work.bf16 else 0
     return tokens * work.model.dim * width + summed + max(logits, product)
 
 
 def _block_gradients(work: Work, device: Device) -> int:
-    """Besides what is kept: the block computed again, and the gradients that stand between its products."""
+    """Returns the temporary memory of a block's backward: what is recomputed, and gradients between its products."""
     model, layout = work.model, work.layout
     between = work.tokens * work.element_bytes * (model.dim + 2 * model.hidden_dim // layout.tp)
     again = 0 if layout.recompute == "none" else _block(work, device) - _block_kept(work, device)

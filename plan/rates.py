@@ -1,4 +1,4 @@
-"""What share of a GPU's and a network's rates a training program reaches."""
+"""Rates of GPU and network that a training program achieves."""
 
 from dataclasses import dataclass
 
@@ -10,36 +10,36 @@ _FP32_SLOWER = 15
 
 @dataclass(frozen=True)
 class Program:
-    """What share of a data sheet's rates a training program reaches, and what it hides behind what.
+    """Shares of data-sheet rates that a training program achieves, and which communication it overlaps.
 
-    The defaults are ours. The shares were fitted to published measurements (docs/plan.md); what hides behind what is
-    read off the code (docs/parallelism.md).
+    The defaults are ours. The shares are fitted to published measurements (docs/plan.md); the overlap follows from the
+    code (docs/parallelism.md).
     """
 
     products: float = 0.68
     fp8_products: float = 0.45
     attention: float = 0.19
-    """Of the peak of products, counting what a causal mask leaves."""
+    """Share of the peak of products, counting only unmasked scores."""
     memory: float = 0.83
     node: float = 0.75
     network: float = 0.87
     hop_s: float = 3.4e-6
-    """What a collective loses for each of its ranks, to latency and to waiting for the slowest."""
+    """Overhead of a collective per rank, from latency and from waiting for the slowest."""
     launch_s: float = 6e-4
-    """Of the host, to start the kernels of one block, forward and backward."""
+    """Host time to launch the kernels of one block, forward and backward."""
     fused: float = 0.25
     """Memory traffic of a compiled block, as a share of an uncompiled one's."""
     tp_hidden: float = 0.0
-    """Share of the tensor-parallel traffic that goes on beside products."""
+    """Share of the tensor-parallel traffic that overlaps with products."""
     pipeline_hides: bool = False
-    """Whether gradients are reduced while backward goes on under a pipeline too."""
+    """Whether the reduction of gradients overlaps with backward even in a pipeline."""
     gather_hidden: bool = False
-    """Whether updated weights are gathered while the next step's forward goes on."""
+    """Whether the gathering of updated weights overlaps with the next step's forward."""
     all_reduces: bool = True
-    """Whether ZeRO 1 and 2 reduce all gradients on each rank, where a share would do."""
+    """Whether ZeRO 1 and 2 reduce all gradients on each rank, although a share would do."""
     gradient_bytes: int = 4
     again: float = 0.0
-    """Share of the products that selective recomputation does again."""
+    """Share of the products that selective recomputation repeats."""
 
 
 OURS = Program()
@@ -53,13 +53,13 @@ class Rates:
     program: Program
 
     def products_flops_per_s(self, bf16: bool, fp8: bool = False) -> float:
-        """Of matrix products."""
+        """Returns the rate of matrix products."""
         if fp8 and self.gpu.fp8_tflops is not None:
             return self.gpu.fp8_tflops * 1e12 * self.program.fp8_products
         return self._peak(bf16) * self.program.products
 
     def attention_flops_per_s(self, bf16: bool) -> float:
-        """Of attention's two products, fused."""
+        """Returns the rate of fused attention."""
         return self._peak(bf16) * self.program.attention
 
     def _peak(self, bf16: bool) -> float:
@@ -67,11 +67,11 @@ class Rates:
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """Of the GPU's own memory."""
+        """Bandwidth of the GPU's own memory."""
         return self.gpu.memory_gb_per_s * 1e9 * self.program.memory
 
     def link_bytes_per_s(self, ranks: int, stride: int) -> float:
-        """Of one rank in a group of `ranks` that are `stride` apart: a ring through all links that a machine has."""
+        """Returns the bandwidth per rank of a ring over `ranks` ranks, `stride` apart, with all links in use."""
         inside = self.gpu.node_gb_per_s * 1e9 * self.program.node
         here = max(1, self.gpu.gpus_per_node // stride)
         if ranks <= here:
@@ -79,7 +79,7 @@ class Rates:
         return min(inside, here * self.gpu.network_gb_per_s * 1e9 * self.program.network)
 
     def collective_s(self, whole_bytes: float, ranks: int, stride: int) -> float:
-        """An all-gather or reduce-scatter of `whole_bytes`; an all-reduce is two."""
+        """Returns the time of an all-gather or reduce-scatter of `whole_bytes`; an all-reduce takes two."""
         if ranks == 1:
             return 0.0
         moved_s = whole_bytes * (ranks - 1) / ranks / self.link_bytes_per_s(ranks, stride)

@@ -1,4 +1,4 @@
-"""Every layout of a run on a number of GPUs: which fit, how fast, and why the others do not."""
+"""Searches the layouts of a run on a number of GPUs: which fit, how fast, and why others do not."""
 
 import re
 from collections import defaultdict
@@ -26,16 +26,16 @@ class Found:
 
 @dataclass
 class Refusal:
-    """Layouts that do not fit, for one reason."""
+    """Layouts that do not fit for the same reason."""
 
     reason: str
-    """That of the first."""
+    """The first layout's reason."""
     layouts: int = 0
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search has found."""
+    """The result of a search."""
 
     found: list[Found]
     """Fastest first."""
@@ -44,12 +44,12 @@ class Search:
 
 
 def search(config: RunConfig, gpus: int, gpu: Gpu) -> Search:
-    """Tries axes that divide the GPUs, ZeRO, recomputation and micro-batches; other keys stay as they are."""
+    """Tries all axes that divide the GPUs, ZeRO stages, recomputation modes and micro-batch sizes; keeps other keys."""
     found: list[Found] = []
     refused: dict[str, Refusal] = defaultdict(lambda: Refusal(""))
-    unmendable = beyond_layout(config)
+    other_problems = beyond_layout(config)
     for candidate in _candidates(config, gpus, gpu):
-        answer = _try(candidate, gpus, gpu, unmendable)
+        answer = _try(candidate, gpus, gpu, ignored=other_problems)
         if isinstance(answer, Estimate):
             found.append(Found(candidate, answer))
             continue
@@ -57,12 +57,12 @@ def search(config: RunConfig, gpus: int, gpu: Gpu) -> Search:
         first = f"{candidate.parallel.describe()}, micro-batches of {candidate.training.micro_batch_size}: {answer}"
         refused[kind].reason = refused[kind].reason or first
         refused[kind].layouts += 1
-    found.sort(key=lambda one: one.estimate.speed.step_s)
-    return Search(found, sorted(refused.values(), key=lambda one: -one.layouts))
+    found.sort(key=lambda layout: layout.estimate.speed.step_s)
+    return Search(found, sorted(refused.values(), key=lambda refusal: -refusal.layouts))
 
 
 def changes(config: RunConfig, other: RunConfig) -> list[str]:
-    """The overrides that make `config` into `other`."""
+    """Returns the overrides that turn `config` into `other`."""
     lines = []
     for table in ("parallel", "training"):
         theirs = getattr(other, table).model_dump()
@@ -74,8 +74,8 @@ def changes(config: RunConfig, other: RunConfig) -> list[str]:
 
 
 def nearest(config: RunConfig, found: list[Found]) -> Found:
-    """The layout that fits and changes the fewest keys; of equal ones the fastest."""
-    return min(found, key=lambda one: (len(changes(config, one.config)), one.estimate.speed.step_s))
+    """Returns the layout that changes the fewest keys, and of equal ones the fastest."""
+    return min(found, key=lambda layout: (len(changes(config, layout.config)), layout.estimate.speed.step_s))
 
 
 def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
@@ -111,9 +111,9 @@ def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
         )
 
 
-def _try(config: RunConfig, gpus: int, gpu: Gpu, unmendable: set[str]) -> Estimate | str:
-    """What it comes to, or why it does not fit."""
-    if problems := [problem for problem in check(config, gpus) if problem not in unmendable]:
+def _try(config: RunConfig, gpus: int, gpu: Gpu, *, ignored: set[str]) -> Estimate | str:
+    """Returns the estimate of a layout, or why it does not fit."""
+    if problems := [problem for problem in check(config, gpus) if problem not in ignored]:
         return problems[0]
     answer = estimate(config, gpus, gpu)
     if not answer.fits(gpu):

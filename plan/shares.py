@@ -1,4 +1,4 @@
-"""What a rank holds of a model: stages, layers, parameters, micro-batches in flight."""
+"""Computes a rank's share of a model: stages, layers, parameters, micro-batches in flight."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from triplane.parallel.stages import group_size, stage_layers
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank of a layout is given to do in a step."""
+    """The work of one rank in a step."""
 
     model: ModelConfig
     layout: ParallelConfig
@@ -18,7 +18,7 @@ class Work:
     bf16: bool
     micro_batch_size: int
     micro_batches: int
-    """Of each dp rank, in a step."""
+    """Micro-batches per dp rank and step."""
     seq_len: int
 
     @property
@@ -28,12 +28,12 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, on one cp rank."""
+        """Tokens per micro-batch on one cp rank."""
         return self.micro_batch_size * self.seq_len // self.layout.cp
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight or an activation."""
+        """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4
 
     @property
@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of layers, with the tables at the ends of the model."""
+    """Consecutive layers, with the embedding or head at the ends of the model."""
 
     layers: int
     embedding: bool
@@ -53,12 +53,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class RankKind:
-    """Ranks that hold equal parts."""
+    """Ranks with equal shares."""
 
     name: str
     pp_rank: int
     stages: tuple[Stage, ...]
-    """As many as there are virtual stages."""
+    """One per virtual stage."""
 
     @property
     def layers(self) -> int:
@@ -74,7 +74,7 @@ class RankKind:
 
 
 def pipeline(work: Work) -> list[RankKind]:
-    """The ranks of one pipeline, in order."""
+    """Returns the ranks of one pipeline, in order."""
     layout = work.layout
     count = layout.pp * layout.virtual_stages
     layers = stage_layers(work.model, count, work.seq_len)
@@ -84,15 +84,15 @@ def pipeline(work: Work) -> list[RankKind]:
 
 
 def rank_kinds(work: Work) -> list[RankKind]:
-    """First, middle and last of a pipeline; of the middle the one that keeps the most micro-batches."""
+    """Returns the first, a middle and the last rank of a pipeline; the second rank keeps most micro-batches."""
     ranks = pipeline(work)
     return ranks if len(ranks) < 3 else [ranks[0], ranks[1], ranks[-1]]
 
 
 def layer_parameters(work: Work) -> int:
-    """Of one layer on one tp rank."""
+    """Returns the parameters of one layer on one tp rank."""
     model, tp = work.model, work.layout.tp
-    shared = model.n_kv_heads % tp != 0  # key and value projections are then held whole
+    shared = model.n_kv_heads % tp != 0  # each rank then has whole key and value projections
     kv_heads = model.n_kv_heads if shared else model.n_kv_heads // tp
     heads = model.n_heads // tp
     attention = (2 * model.dim * (heads + kv_heads) + model.qkv_bias * (heads + 2 * kv_heads)) * model.head_dim
@@ -100,12 +100,12 @@ def layer_parameters(work: Work) -> int:
 
 
 def table_parameters(work: Work) -> int:
-    """Of the embedding or the head on one tp rank, padding rows among them."""
+    """Returns the parameters of the embedding or the head on one tp rank, including padding."""
     return vocabulary_rows(work.model.vocab_size, work.layout.tp) * work.model.dim
 
 
 def parameters(work: Work, rank: RankKind) -> int:
-    """Elements that a rank holds before ZeRO takes its part."""
+    """Returns the parameters of a rank before ZeRO partitions them."""
     shared = work.model.tie_embeddings and rank.has_embedding and rank.has_head
     tables = rank.has_embedding + rank.has_head - shared
     norm = work.model.dim * rank.has_head
@@ -113,11 +113,11 @@ def parameters(work: Work, rank: RankKind) -> int:
 
 
 def in_flight(work: Work, rank: RankKind) -> list[int]:
-    """For each stage of the rank, the micro-batches that it keeps activations of at the most."""
+    """Returns, for each stage of the rank, the maximum number of micro-batches whose activations it keeps."""
     layout, total = work.layout, work.micro_batches
     if layout.virtual_stages == 1:
         return [min(total, layout.pp - rank.pp_rank)]
-    # megatron-core's warm-up: each stage takes `group` micro-batches, then the rank turns to its next stage.
+    # megatron-core's warm-up: each stage runs `group` micro-batches, then the rank switches to its next stage.
     group = group_size(total, layout.pp)
     forwards = 2 * (layout.pp - rank.pp_rank - 1) + (layout.virtual_stages - 1) * group + 1
     counts = [0] * layout.virtual_stages

@@ -1,4 +1,4 @@
-"""How a plan looks on a console."""
+"""Prints a plan on a console."""
 
 from rich.console import Console
 
@@ -9,7 +9,7 @@ from triplane.plan.tables import plain_table
 
 _GIB = 2**30
 _BEST = 10
-"""Layouts of a search that are shown."""
+"""Number of layouts of a search shown."""
 
 
 class Show:
@@ -22,24 +22,24 @@ class Show:
         self._console.print(line, markup=False)
 
     def facts(self, facts: dict[str, str]) -> None:
-        """Names and values, in two columns."""
+        """Prints names and values in two columns."""
         width = max(map(len, facts))
         for name, value in facts.items():
             self.text(f"{name:<{width}}  {value}")
 
     def memory(self, answer: Estimate, gpu: Gpu) -> None:
-        """A row for each kind of rank."""
+        """Prints a row for each kind of rank."""
         room = gpu.memory_gib - RESERVED_GIB
-        self.text(f"\nGiB at the peak of a step, of {room:,.1f} that a GPU has for it")
+        self.text(f"\npeak GiB during a step, of {room:,.1f} available per GPU")
         parts = ("weights", "gradients", "optimizer", "activations", "temporary")
-        table = plain_table("", *parts, "in all")
+        table = plain_table("", *parts, "total")
         for name, memory in answer.memory.items():
             gib = [getattr(memory, part) / _GIB for part in (*parts, "total")]
             table.add_row(name, *(f"{value:,.1f}" for value in gib))
         self._console.print(table)
 
     def speed(self, answer: Estimate) -> None:
-        """Where a step's time goes."""
+        """Prints the time of a step by cause."""
         speed = answer.speed
         spent = {
             "products and attention": speed.products_s,
@@ -51,35 +51,35 @@ class Show:
             "update": speed.update_s,
         }
         self.text()
-        table = plain_table("a step", "s", "%")
+        table = plain_table("step", "s", "%")
         for name, seconds in spent.items():
             if seconds:
                 table.add_row(name, f"{seconds:,.3f}", f"{100 * seconds / speed.step_s:.1f}")
-        table.add_row("in all", f"{speed.step_s:,.3f}", "")
+        table.add_row("total", f"{speed.step_s:,.3f}", "")
         self._console.print(table)
 
     def search(self, results: Search, changed: list[list[str]]) -> None:
-        """The fastest layouts, each with the overrides that make it, and why others do not fit."""
+        """Prints the fastest layouts with their overrides, and why others do not fit."""
         self.text(f"\n{len(results.found):,} layouts fit; the fastest:")
         table = plain_table("MFU", "tokens/s", "GiB")
         table.add_column("overrides")
-        for one, keys in list(zip(results.found, changed))[:_BEST]:
-            speed = one.estimate.speed
-            figures = (f"{100 * speed.mfu:.1f} %", f"{speed.tokens_per_s:,.0f}", f"{one.estimate.peak_gib:,.1f}")
-            table.add_row(*figures, " ".join(keys) or "(as it is)")
+        for layout, keys in list(zip(results.found, changed))[:_BEST]:
+            speed = layout.estimate.speed
+            figures = (f"{100 * speed.mfu:.1f} %", f"{speed.tokens_per_s:,.0f}", f"{layout.estimate.peak_gib:,.1f}")
+            table.add_row(*figures, " ".join(keys) or "(unchanged)")
         self._console.print(table)
         if results.refused:
-            self.text("\nlayouts that do not fit, and why the first of them does not:")
+            self.text("\nlayouts that do not fit, with the first one's reason:")
         for refusal in results.refused:
             self.text(f"{refusal.layouts:>6,}  {refusal.reason}")
 
     def warnings(self, warnings: list[str]) -> None:
-        """What a run may do, and seldom means."""
+        """Prints what is allowed but rarely intended."""
         for warning in warnings:
             self.text(f"\nwarning: {warning}")
 
     def problems(self, problems: list[str], hint: str | None) -> None:
-        """All that is wrong, last, where it is seen."""
+        """Prints all problems; comes last, where they are seen."""
         self.text(f"\n{_count(len(problems), 'problem')}{':' if problems else ''}")
         for problem in problems:
             self.text(f"- {problem}")

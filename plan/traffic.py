@@ -1,19 +1,19 @@
-"""Seconds that messages between ranks take from a step, as far as nothing hides them."""
+"""Estimates the exposed communication time of a step."""
 
 from triplane.plan.rates import Rates
 from triplane.plan.shares import Work
 
 
 def tensor_s(work: Work, rates: Rates) -> float:
-    """Of a block and micro-batch: two all-reduces forward and two backward, each an all-gather and a reduce-scatter."""
-    # Computed again are both gathers and the first reduce-scatter, or the first all-reduce.
+    """Returns the time per block and micro-batch: two all-reduces forward and two backward, of two collectives each."""
+    # Recomputation repeats both gathers and the first reduce-scatter, or the first all-reduce.
     again = 0 if work.layout.recompute == "none" else 3 if work.layout.sequence_parallel else 2
     whole = work.tokens * work.model.dim * work.element_bytes
     return (8 + again) * rates.collective_s(whole, work.layout.tp, 1) * (1 - rates.program.tp_hidden)
 
 
 def context_s(work: Work, rates: Rates, attention_s: float) -> float:
-    """Of a block and micro-batch, beside attention that takes `attention_s`."""
+    """Returns the time per block and micro-batch, overlapped with `attention_s` of attention."""
     layout, model, hop_s = work.layout, work.model, rates.program.hop_s
     if layout.cp == 1:
         return 0.0
@@ -23,14 +23,14 @@ def context_s(work: Work, rates: Rates, attention_s: float) -> float:
     if layout.cp_method == "ulysses":
         exchanged = (2 * heads + 2 * max(kv_heads, layout.cp)) * head * (layout.cp - 1) / layout.cp
         return 2 * exchanged / bandwidth + 4 * hop_s * layout.cp
-    # Keys and values forward; these and their fp32 gradients backward.
+    # Forward sends keys and values; backward sends them and their fp32 gradients.
     hop = 2 * kv_heads * head / bandwidth
     exposed = max(0.0, hop * (layout.cp - 1) * (2 + 4 / work.element_bytes) - attention_s)
     return exposed + 2 * hop_s * layout.cp
 
 
 def sends_s(work: Work, rates: Rates) -> float:
-    """Of a micro-batch between plain stages, there and back; between virtual ones they hide."""
+    """Returns the time of a micro-batch's sends between stages, there and back; virtual stages overlap them."""
     layout = work.layout
     if layout.pp == 1 or layout.virtual_stages > 1:
         return 0.0
@@ -38,10 +38,10 @@ def sends_s(work: Work, rates: Rates) -> float:
     return 2 * sent / rates.link_bytes_per_s(layout.pp, layout.tp * work.replicas)
 
 
-def data_s(work: Work, rates: Rates, parameters: int, micro_batch_s: float) -> float:
-    """Of a step over dp x cp: a rank's gradients and weights.
+def data_s(work: Work, rates: Rates, *, parameters: int, micro_batch_s: float) -> float:
+    """Returns the time per step of a rank's gradients and weights over dp x cp.
 
-    Backward is two thirds of a micro-batch's `micro_batch_s`, forward the rest.
+    Backward takes two thirds of a micro-batch's `micro_batch_s`, forward the rest.
     """
     layout, zero, program = work.layout, work.layout.zero, rates.program
 
@@ -50,7 +50,7 @@ def data_s(work: Work, rates: Rates, parameters: int, micro_batch_s: float) -> f
 
     weights_s = collective_s(work.element_bytes)
     if zero == 3:
-        # Each block's weights come twice and its gradients go once, in every micro-batch, beside its neighbours.
+        # Every micro-batch gathers each block's weights twice and reduces its gradients once, while others compute.
         hops_s = 3 * program.hop_s * (work.replicas - 1) * work.model.n_layers / layout.pp
         exposed = max(0.0, 2 * weights_s + collective_s(program.gradient_bytes) - micro_batch_s)
         return work.micro_batches * (exposed + hops_s)

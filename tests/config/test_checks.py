@@ -55,8 +55,7 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
         (
             {"cp": 8, "cp_method": "ring", "seq_len": 20},
             16,
-            "micro_batch_size (2) x seq_len (20) (40) is not a multiple of the ranks that tp with sequence_parallel "
-            "and cp (twice for a ring) make (16); the next multiple is 48",
+            "micro_batch_size (2) x seq_len (20) (40) is not a multiple of 2 x cp (8) = 16; the next multiple is 48",
         ),
         (
             {"n_layers": 1, "pp": 4, "global_batch_size": 16},
@@ -99,7 +98,7 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             "fp8 requires precision bf16: fp32 weights would gain nothing",
         ),
         ({"n_kv_heads": 3, "tp": 1}, 4, "n_heads (4) is not a multiple of n_kv_heads (3); the next multiple is 6"),
-        ({"head_dim": 7}, 4, "head_dim (7) is odd, but RoPE turns pairs; take 8"),
+        ({"head_dim": 7}, 4, "head_dim (7) is odd, but RoPE rotates pairs; set it to 8"),
         (
             {"global_batch_size": 10},
             4,

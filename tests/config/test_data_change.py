@@ -53,7 +53,9 @@ def test_what_would_change_the_past_is_refused(now: dict, refused: str) -> None:
 
 
 def test_a_source_that_is_gone_is_refused() -> None:
-    assert data_change(_record([_A, _B]), _record([_A]), 1).refused[0].startswith("data.sources[1] was b and is gone")
+    assert (
+        data_change(_record([_A, _B]), _record([_A]), 1).refused[0].startswith("data.sources[1] was b and is missing")
+    )
 
 
 def test_another_corpus_is_refused_with_both_names() -> None:

@@ -105,7 +105,7 @@ def test_a_missing_or_wrong_table_says_what_it_needs(write: Callable[..., Path])
         "a.toml: model.rope_scaling.kind: \"yarn\" given; should be 'linear' or 'llama3'",
         "a.toml: model.rope_scaling.factor: missing. How many times longer the context becomes",
         "override: data: 3 given; should be a table, [data]",
-        "a.toml: training: missing table; it needs steps, global_batch_size, micro_batch_size",
+        "a.toml: training: missing table; it requires steps, global_batch_size, micro_batch_size",
     ]
 
 

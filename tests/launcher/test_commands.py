@@ -120,7 +120,7 @@ def test_raw_tars_are_tokenized_once_and_trained_on(folder: Path, prepared: Prep
             tar.write({"__key__": f"{number:06d}", "txt": text})
     arguments = ("train", "small.toml", "data.sources=[{corpus='raw.tar'}]", "run_dir=raw", "parallel.dp=1")
     without = triplane(*arguments, cwd=folder)
-    assert "raw.tar: tars need data.tokenizer" in refused(without)
+    assert "raw.tar: tars require data.tokenizer" in refused(without)
     tokenizer = f"data.tokenizer={prepared.folder / 'tokenizer.model'}"
     first = triplane(*arguments, tokenizer, "training.stop_at_step=4", cwd=folder)
     assert first.returncode == 0, first.stderr

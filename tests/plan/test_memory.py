@@ -15,7 +15,15 @@ memory = benchmark("memory")
 
 
 def work(micro_batches: int = 4, **layout: Any) -> Work:
-    return Work(small_config(n_layers=9), ParallelConfig(dp=1, **layout), 1, True, 2, micro_batches, 32)
+    return Work(
+        model=small_config(n_layers=9),
+        layout=ParallelConfig(dp=1, **layout),
+        dp=1,
+        bf16=True,
+        micro_batch_size=2,
+        micro_batches=micro_batches,
+        seq_len=32,
+    )
 
 
 @pytest.mark.parametrize(

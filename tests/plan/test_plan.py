@@ -56,7 +56,7 @@ def test_a_corpus_that_is_not_there_does_not_hide_the_rest(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "h1000"], "--gpu h1000: not known; known are a100, b200, h100"),
+        (["--gpu", "h1000"], "--gpu h1000: unknown; choose from a100, b200, h100"),
         (["--gpu", "mine.toml"], "--gpu mine.toml: bf16_tflops: missing"),
         (["--gpu", "none.toml"], "--gpu none.toml: No such file or directory"),
         (["parallel.tpp=2"], "override: parallel.tpp: unknown key; did you mean tp?"),
@@ -85,7 +85,7 @@ def test_a_gpu_that_a_file_describes(tmp_path: Path) -> None:
         "price_per_hour = 0.3\n"
     )
     result = plan(CONFIGS / "125m.toml", "--gpus", 1, "--gpu", "mine.toml", cwd=tmp_path)
-    assert "of 21.0 that a GPU has for it" in result.stdout
+    assert "of 21.0 available per GPU" in result.stdout
 
 
 def test_all_problems_come_together(prepared: Prepared, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_is_planned_from_its_checkpoint(prepared: Prepared, t
     write_manifest(folder, Manifest({"step": 6, "consumed_sequences": 48, "tokens_seen": 0, "run": record}, [], {}))
     assert examine(config, ranks=1).problems == []
     assert done_steps(config) == 6
-    whole, rest = (estimate(config, 1, GPUS["h100"], done) for done in (0, 6))
+    whole, rest = (estimate(config, 1, GPUS["h100"], done_steps=done) for done in (0, 6))
     assert rest.total_s == pytest.approx(whole.total_s / 4)
     other = small_run(prepared, tmp_path, model={"n_layers": 3})
     assert any(
