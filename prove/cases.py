@@ -22,7 +22,7 @@ _CHOICES: list[list[dict[str, Any]]] = [
     [{"tied": True}],
     [_BF16],
 ]
-"""What each axis may be besides its default: one rank, zero 1, an untied head, fp32."""
+"""Choices for each axis besides its default: one rank, zero 1, an untied head, fp32."""
 
 _LARGE: list[dict[str, Any]] = [
     {"tp": 2, "sequence_parallel": True, "pp": 2, "virtual_stages": 2, "dp": 2, "recompute": "selective"},
@@ -116,7 +116,7 @@ RunsHere = Callable[[Case], bool]
 
 
 def full_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case]:
-    """Every choice alone, every pair of choices that go together, and the large ones."""
+    """Returns every choice alone, every compatible pair of choices, and the large cases."""
     alone = [choice for choices in _CHOICES for choice in choices]
     pairs = [a | b for first, second in combinations(_CHOICES, 2) for a, b in product(first, second)]
     cases = [_case(model, setting, ranks, runs_here) for setting in [{}, *alone, *pairs, *_LARGE, *_LARGE_TENSORS]]
@@ -124,7 +124,7 @@ def full_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case
 
 
 def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case]:
-    """A few layouts of many choices each, in which every pair of choices that go together occurs."""
+    """Returns a few layouts of many choices each that cover every compatible pair of choices."""
     candidates = []
     for picked in product(*([{}, *choices] for choices in _CHOICES)):
         setting = {key: value for choice in picked for key, value in choice.items()}
@@ -166,7 +166,7 @@ def own_case(
 
 
 def _case(model: ModelConfig, setting: dict[str, Any], ranks: int, runs_here: RunsHere) -> Case | None:
-    """None if the choices do not fit the machine or each other."""
+    """Returns a case; None if the choices do not fit the machine or each other."""
     options = dict(setting)
     tied, precision, large = (options.pop(key, default) for key, default in _OF_CASE.items())
     layout = ParallelConfig(**({"dp": 1, "timeout_s": 300.0} | options))

@@ -20,7 +20,7 @@ from triplane.parallel.groups import connected
 
 
 class RanksFailedError(RuntimeError):
-    """What each failed rank said."""
+    """Raised with the traceback of each failed rank."""
 
 
 def run_ranks(
@@ -31,9 +31,9 @@ def run_ranks(
     device: str = "cpu",
     timeout_s: float = 60,
 ) -> list[Any]:
-    """`function(mesh, *args)` on every rank of the layout; returns what each returned, by rank.
+    """Runs `function(mesh, *args)` on every rank of the layout; returns the results by rank.
 
-    Forking costs a second where a fresh start costs ten, but CUDA forbids it: there `function` must be importable.
+    Forking takes a second and spawning ten, but CUDA requires spawning, for which `function` must be importable.
     """
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     with TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def run_ranks(
 
 
 def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
-    """The next answer; RanksFailedError if a rank was killed, Empty if none comes in time."""
+    """Returns the next answer; raises RanksFailedError if a rank was killed, Empty on timeout."""
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
         killed = [

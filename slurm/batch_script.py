@@ -1,4 +1,4 @@
-"""The batch script of a run: the template `slurm/train.sbatch`, filled in."""
+"""Fills in the batch script of a run, from the template `slurm/train.sbatch`."""
 
 import math
 import re
@@ -16,17 +16,17 @@ from triplane.training.run_folder import RunFolder
 from triplane.training.run_log import EVENTS, METRICS_RECORDS, read_log
 
 _WRITE_BYTES_PER_S = 200e6
-"""Of one node, if the run has not shown yet how long a save takes."""
+"""Write rate of one node, assumed until the run has measured a save."""
 _LIMIT_PERIOD_S = 60
-"""Slurm looks at the limits every half minute, and warns up to as much too early."""
+"""Slurm checks the limits every half minute, and warns up to a minute early."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks of Slurm."""
+    """The user's request to Slurm."""
 
     nodes: str
-    """`4`, or `2-4`: as many of them as are free."""
+    """`4`, or `2-4`: as many as are free."""
     ranks_per_node: int | None
     """None: the GPUs of a node, or what the layout needs."""
     time: str | None
@@ -35,15 +35,15 @@ class Request:
     container: str | None
     """Image for pyxis."""
     chain: int | None
-    """Jobs that follow each other, instead of one that goes back into the queue."""
+    """Number of jobs that follow each other, instead of one that requeues itself."""
     allow_data_change: bool
     allow_fresh_start: bool
-    """Both until the submission has saved for the first time."""
+    """Both apply until the submission has saved for the first time."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """A run, and where it shall run."""
+    """A run, and where to run it."""
 
     config: RunConfig
     request: Request
@@ -51,7 +51,7 @@ class Order:
     most_nodes: int
     ranks_per_node: int
     partition: Partition | None
-    """None where there is no Slurm to ask."""
+    """None without Slurm."""
 
     @property
     def run_dir(self) -> Path:
@@ -59,7 +59,7 @@ class Order:
 
     @cached_property
     def warning_s(self) -> int:
-        """How long before its limit a job begins to save: twice what a step and a save took at most so far."""
+        """How long before its limit a job starts to save: twice the longest step and save so far."""
         lines = read_log(RunFolder(self.run_dir).metrics, METRICS_RECORDS)[-1000:]
         step_s = max((line.get("step_time_s", 0) for line in lines), default=0)
         saves_s = [line["checkpoint_time_s"] for line in lines if "checkpoint_time_s" in line]
@@ -68,7 +68,7 @@ class Order:
 
 
 def batch_script(order: Order, submission: Path) -> str:
-    """The template with its `{{names}}` filled in; `submission` is the folder of what the job runs."""
+    """Fills in the `{{names}}` of the template; `submission` is the folder of the job's code and config."""
     request = order.request
     cpus_per_rank = max(1, order.partition.cpus_per_node // order.ranks_per_node) if order.partition else 1
     options = {"time": request.time, "partition": request.partition, "account": request.account}
@@ -109,7 +109,7 @@ def batch_script(order: Order, submission: Path) -> str:
 
 
 def _mounted(order: Order) -> list[Path]:
-    """Folders that a container must see: the run's, the current one, and those that the config names."""
+    """Returns the folders to mount in a container: the run's, the current one, and those that the config names."""
     config = order.config
     named = [config.data.tokenizer, config.checkpoint.initial, config.checkpoint.folder]
     named += [source.corpus for source in config.data.sources]

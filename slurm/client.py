@@ -1,4 +1,4 @@
-"""Slurm's commands, as far as a run needs them; sacct is not, since few clusters let everyone use it."""
+"""Runs the Slurm commands that a run needs, without sacct, which few clusters let everyone use."""
 
 import re
 import shutil
@@ -9,49 +9,49 @@ from pathlib import Path
 from triplane.storage.errors import LaunchError
 
 ACTIVE = {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING", "STOPPED"}
-"""States of a job that still is to do something."""
+"""States of a job that has not ended."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Some nodes, and for how long a job may have them."""
+    """A partition's nodes and time limits."""
 
     name: str
     default: bool
     default_s: float
-    """The time limit of a job that asks for none."""
+    """Default time limit of a job."""
     max_s: float
     nodes: int
     cpus_per_node: int
-    """Of the smallest node; GPUs too."""
+    """CPUs of the smallest node, as for the GPUs."""
     gpus_per_node: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that Slurm remembers; it forgets those that have ended after some minutes."""
+    """A job known to Slurm, which forgets jobs some minutes after they end."""
 
     id: str
-    """Of the whole array, if it is one of an array."""
+    """The array's id if the job belongs to one."""
     state: str
     reason: str
-    """Why it waits."""
+    """Why it is pending."""
     nodes: str
     restarts: int
 
 
 def is_here() -> bool:
-    """Whether jobs can be submitted from this machine."""
+    """Returns whether jobs can be submitted from this machine."""
     return shutil.which("sbatch") is not None
 
 
 def has_containers() -> bool:
-    """Whether the cluster has pyxis, which starts the tasks of a step in a container."""
+    """Returns whether the cluster has pyxis, which runs the tasks of a step in a container."""
     return "--container-image" in _run("srun", "--help")
 
 
 def partition(name: str | None) -> Partition:
-    """The partition of this name; None: the default one. Raises LaunchError if there is none."""
+    """Finds a partition by name, or the default one for None. Raises LaunchError if there is none."""
     found = [_partition(line) for line in _records("partition")]
     for candidate in found:
         if candidate.name == name or (name is None and candidate.default):
@@ -68,7 +68,7 @@ def submit(script: Path) -> str:
 
 
 def find_job(job: str) -> Job | None:
-    """A job, or of an array the one that runs, or else waits; None if Slurm has forgotten it."""
+    """Finds a job, preferring an array's running job, then a pending one; None if Slurm has forgotten it."""
     shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False)
     if "Invalid job id" in shown.stderr:
         return None
@@ -80,12 +80,12 @@ def find_job(job: str) -> Job | None:
 
 
 def cancel(job: str) -> None:
-    """Ends a job, or takes it from the queue."""
+    """Cancels a running or queued job."""
     _run("scancel", job)
 
 
 def limit_s(text: str) -> float:
-    """A time as Slurm writes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises LaunchError if it is no such time."""
+    """Parses a Slurm time: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises LaunchError if it is invalid."""
     if text in ("UNLIMITED", "INFINITE"):
         return float("inf")
     days, dash, clock = text.rpartition("-")
@@ -98,7 +98,7 @@ def limit_s(text: str) -> float:
         hours, minutes, seconds = parts
     else:
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    # To Slurm a limit of 0 is none.
+    # Slurm takes 0 as no limit.
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or float("inf")
 
 
@@ -107,18 +107,18 @@ def _partition(fields: dict[str, str]) -> Partition:
     default = fields["DefaultTime"]
     nodes = _records("node", fields["Nodes"]) if fields["Nodes"] != "(null)" else []
     return Partition(
-        fields["PartitionName"],
-        fields["Default"] == "YES",
-        max_s if default == "NONE" else limit_s(default),
-        max_s,
-        len(nodes),
-        min((int(node["CPUTot"]) for node in nodes), default=0),
-        min((_gpus(node["Gres"]) for node in nodes), default=0),
+        name=fields["PartitionName"],
+        default=fields["Default"] == "YES",
+        default_s=max_s if default == "NONE" else limit_s(default),
+        max_s=max_s,
+        nodes=len(nodes),
+        cpus_per_node=min((int(node["CPUTot"]) for node in nodes), default=0),
+        gpus_per_node=min((_gpus(node["Gres"]) for node in nodes), default=0),
     )
 
 
 def _gpus(resources: str) -> int:
-    """`gpu:h100:8(S:0-1),nic:1` has 8."""
+    """Counts the GPUs in a string such as `gpu:h100:8(S:0-1),nic:1`."""
     counts = re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", resources)
     return sum(map(int, counts))
 
@@ -126,11 +126,11 @@ def _gpus(resources: str) -> int:
 def _job(line: str) -> Job:
     fields = _fields(line)
     return Job(
-        fields.get("ArrayJobId", fields["JobId"]),
-        fields["JobState"],
-        fields["Reason"],
-        fields.get("NodeList", ""),
-        int(fields["Restarts"]),
+        id=fields.get("ArrayJobId", fields["JobId"]),
+        state=fields["JobState"],
+        reason=fields["Reason"],
+        nodes=fields.get("NodeList", ""),
+        restarts=int(fields["Restarts"]),
     )
 
 

@@ -1,4 +1,4 @@
-"""The job of a run: the last one that was submitted for it."""
+"""Finds and resumes the last job of a run."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from triplane.training.run_folder import CONFIG, RunFolder
 
 
 def job_of(run_dir: Path) -> slurm.Job | None:
-    """The last job of a run; None if it has none, or none that Slurm remembers."""
+    """Returns the last job of a run; None if it has none, or Slurm has forgotten it."""
     submission = last_submission(run_dir)
     if submission is None or not slurm.is_here():
         return None
@@ -18,13 +18,13 @@ def job_of(run_dir: Path) -> slurm.Job | None:
 
 
 def active_job(run_dir: Path) -> slurm.Job | None:
-    """The job of a run that is in the queue or runs."""
+    """Returns the job of a run if it is queued or running."""
     job = job_of(run_dir)
     return job if job and job.state in slurm.ACTIVE else None
 
 
 def resume(run_dir: Path) -> None:
-    """Queues the last submission again."""
+    """Queues the last submission of a run again."""
     submission = last_submission(run_dir)
     if submission is None:
         raise LaunchError(f"{run_dir}: it was never submitted; `triplane submit CONFIG` queues it")
@@ -34,7 +34,7 @@ def resume(run_dir: Path) -> None:
         raise LaunchError(f"{run_dir}: the run is done; submit it with more training.steps to go on")
     if job := active_job(run_dir):
         raise LaunchError(f"{run_dir}: job {job.id} is {job.state} already")
-    for name in ("crashes", "bad_nodes"):  # that were mended since
+    for name in ("crashes", "bad_nodes"):  # fixed since, or the user would not resume
         (submission / name).unlink(missing_ok=True)
     job_id = slurm.submit(submission / SCRIPT)
     (submission / JOB_ID).write_text(f"{job_id}\n")

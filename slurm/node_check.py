@@ -1,4 +1,4 @@
-"""`triplane check-nodes`: what each node of a job is like, before it trains; names those out of line."""
+"""`triplane check-nodes`: measures the nodes of a job before it trains, and reports outliers."""
 
 import hashlib
 import math

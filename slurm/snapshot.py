@@ -1,4 +1,4 @@
-"""What a submitted job runs and what it came from, copied into the run folder, whatever is edited while it waits."""
+"""Copies a job's code, config and environment into the run folder, so that later edits do not affect the job."""
 
 import os
 import platform
@@ -19,18 +19,18 @@ SCRIPT = "train.sbatch"
 
 
 def next_submission(run_dir: Path) -> Path:
-    """The folder that the next submission of a run gets."""
+    """Returns the folder for the next submission of a run."""
     return next(path for number in count(1) if not (path := RunFolder(run_dir).jobs / str(number)).exists())
 
 
 def last_submission(run_dir: Path) -> Path | None:
-    """The newest one that Slurm has accepted."""
+    """Returns the newest submission that Slurm has accepted."""
     submitted = [path.parent for path in RunFolder(run_dir).jobs.glob(f"*/{JOB_ID}")]
     return max(submitted, key=lambda path: int(path.name), default=None)
 
 
 def take_snapshot(folder: Path, config: RunConfig) -> None:
-    """Writes `code/`, `config.toml`, `environment.txt`, and `git.txt` if the code stands in a repository."""
+    """Writes `code/`, `config.toml`, `environment.txt`, and `git.txt` if the code is in a repository."""
     code = Path(triplane.__file__).parent
     # The rooms may be links into a checkout; what is copied stands by itself.
     shutil.copytree(code, folder / "code" / code.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,7 +43,7 @@ def take_snapshot(folder: Path, config: RunConfig) -> None:
 
 
 def _environment() -> str:
-    """Names of variables only: their values may be secrets."""
+    """Describes host, packages and variables, without the variables' values, which may be secrets."""
     packages = {f"{package.metadata['Name']}=={package.version}" for package in distributions()}
     return "\n".join(
         [
@@ -59,7 +59,7 @@ def _environment() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """None where there is no git or no repository."""
+    """Returns git's output; None without git or a repository."""
     where = Path(__file__).resolve().parent
     try:
         done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`triplane submit`: checks everything that can be known, then queues a job with Slurm."""
+"""`triplane submit`: checks a run, then queues a job with Slurm."""
 
 import math
 import re
@@ -23,7 +23,7 @@ _START_S = 60
 
 
 def submit(path: Path, overrides: list[str], request: Request, *, dry_run: bool) -> None:
-    """Queues the run that the config says and prints the job's id; with `dry_run` prints the batch script."""
+    """Queues a run and prints the job's id; with `dry_run` prints the batch script."""
     config = load_config(path, overrides)
     partition = None
     if slurm.is_here():
@@ -54,7 +54,7 @@ def _say(notes: list[str]) -> None:
 
 
 def _queue(order: Order, submission: Path, script: str) -> str:
-    """Leaves nothing behind if Slurm refuses."""
+    """Queues the job and returns its id; leaves no files behind if Slurm refuses it."""
     logs = RunFolder(order.run_dir).logs  # Slurm makes none
     made = [_first_missing(submission), _first_missing(logs)]
     try:
@@ -72,7 +72,7 @@ def _queue(order: Order, submission: Path, script: str) -> str:
 
 
 def _first_missing(folder: Path) -> Path | None:
-    """The highest folder that has to be made for this one."""
+    """Returns the topmost folder that must be created for this one."""
     return next((path for path in reversed([folder, *folder.parents]) if not path.exists()), None)
 
 
@@ -95,7 +95,7 @@ def _ranks_per_node(config: RunConfig, fewest: int, most: int, partition: slurm.
 
 
 def _check(order: Order) -> list[str]:
-    """What the user should know; raises ConfigError with all that is wrong, a line each."""
+    """Returns notes for the user; raises ConfigError with all problems, a line each."""
     request, ranks = order.request, order.fewest_nodes * order.ranks_per_node
     gate = examine(
         order.config,
