@@ -51,9 +51,9 @@ def tell_batches_and_spoil_gradients() -> None:
         hook.remove()
         return loss
 
-    def agreed(agreement: Agreement, step: int, position: int, *others: Any) -> None:
+    def agreed(agreement: Agreement, *, step: int, position: int, **others: Any) -> None:
         lines.write(json.dumps({"time": time.time(), "step": step, "position": position, **read}) + "\n")
-        put(agreement, step, position, *others)
+        put(agreement, step=step, position=position, **others)
 
     Engine.forward_backward = trained  # type: ignore[assignment]
     Agreement.put = agreed  # type: ignore[assignment]
