@@ -1,22 +1,22 @@
-"""The choices that define when state is saved and what is kept."""
+"""The config table `[checkpoint]`: when state is saved and which checkpoints are kept."""
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """Checkpoints are named `step_N`; what no `keep_` key names is deleted after a save."""
+    """Checkpoints are named `step_N`; a save deletes those that no `keep_` key keeps."""
 
     folder: str | None = Field(default=None, min_length=1)
-    """Where they lie: a path, or an fsspec URL such as `s3://bucket/run`. None: in `RUN/checkpoints`."""
+    """Their folder: a path, or an fsspec URL such as `s3://bucket/run`. None: `RUN/checkpoints`."""
     every_steps: PositiveInt = 1000
-    """Save after each this many steps, and after the last."""
+    """Save every this many steps, and after the last."""
     asynchronous: bool = True
-    """Write while training goes on; takes as much host memory as the state that a rank holds."""
+    """Write while training continues; takes as much host memory as a rank's state."""
     keep_last: int = Field(default=2, ge=1)
     """Keep this many newest checkpoints."""
     keep_every: PositiveInt | None = None
-    """Keep those after multiples of this many steps too."""
+    """Also keep those at multiples of this many steps."""
     keep_best: NonNegativeInt = 0
-    """Keep this many with the lowest validation loss too."""
+    """Also keep this many with the lowest validation loss."""
     initial: str | None = Field(default=None, min_length=1)
-    """A checkpoint, or a run folder with one, whose weights a new run begins with; `triplane import` makes one."""
+    """A checkpoint, or a run folder with one, whose weights a new run starts from; `triplane import` makes one."""

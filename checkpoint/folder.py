@@ -1,10 +1,10 @@
-"""Which checkpoints a folder holds, and how one comes, goes, and is passed over; each is whole or absent.
+"""Lists, creates, deletes and sets aside the checkpoints of a folder; each is whole or absent.
 
     step_100/          a checkpoint; .step_100.tmp is being written, .step_100.old deleted
-    damaged_step_90/   was found damaged when a run resumed
+    damaged_step_90/   found damaged when a run resumed
 
-At a URL, where nothing can be renamed at once, files are written to and deleted from step_100 itself: it is a
-checkpoint while it has a manifest, which is written last and deleted first.
+At a URL, where renames are not atomic, files are written to and deleted from step_100 itself: it is a checkpoint
+while it has a manifest, which is written last and deleted first.
 """
 
 from itertools import count
@@ -18,29 +18,29 @@ _PREFIX, _DAMAGED = "step_", "damaged_"
 
 
 def checkpoint_of(folder: Location, step: int) -> Location:
-    """Where the checkpoint that is written after `step` lies."""
+    """Returns the place of the checkpoint of `step`."""
     return folder / f"{_PREFIX}{step}"
 
 
 def step_of(checkpoint: Location) -> int:
-    """The step after which a checkpoint was written, by its name."""
+    """Returns the step of a checkpoint, from its name."""
     return int(checkpoint.name.rpartition(_PREFIX)[2])
 
 
 def checkpoints(folder: Location) -> list[Location]:
-    """The checkpoints under `folder`, whole or damaged, oldest first."""
+    """Returns the checkpoints under `folder`, whole or damaged, oldest first."""
     found = _steps(folder)
     return found if isinstance(folder, Path) else [step for step in found if MANIFEST in entries(step)]
 
 
 def latest(folder: Location) -> Location | None:
-    """The newest checkpoint under `folder`, whole or damaged."""
+    """Returns the newest checkpoint under `folder`, whole or damaged."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
 
 def newest_manifest(folder: Location) -> tuple[Location, Manifest] | None:
-    """The newest checkpoint under `folder` whose manifest, and files' sizes, are as they were written."""
+    """Returns the newest checkpoint under `folder` with an intact manifest and files of the right size."""
     for path in reversed(checkpoints(folder)):
         try:
             return path, read_manifest(path)
@@ -50,13 +50,13 @@ def newest_manifest(folder: Location) -> tuple[Location, Manifest] | None:
 
 
 def newest_step(folder: Location) -> int:
-    """The step of the newest checkpoint under `folder`, whole or damaged; 0 if there is none."""
+    """Returns the step of the newest checkpoint under `folder`, whole or damaged; 0 without one."""
     newest = latest(folder)
     return step_of(newest) if newest else 0
 
 
 def begin(folder: Location, step: int) -> Location:
-    """Removes what killed saves have left, and makes a folder to write the files of a checkpoint to."""
+    """Removes what killed saves left behind, and creates a folder for the files of a checkpoint."""
     final = checkpoint_of(folder, step)
     for leftover in _leftovers(folder):
         remove(leftover)
@@ -70,14 +70,14 @@ def begin(folder: Location, step: int) -> Location:
 
 
 def commit(written: Location, manifest: Manifest) -> None:
-    """Makes what was written to `written` a checkpoint."""
+    """Turns the files in `written` into a checkpoint."""
     write_manifest(written, manifest)
     if isinstance(written, Path):
         rename(written, written.stem.removeprefix("."))
 
 
 def delete(checkpoint: Location) -> None:
-    """Deletes it; killed half-way, it is no checkpoint, and the next save deletes the rest."""
+    """Deletes a checkpoint; if killed half-way, it no longer is one, and the next save deletes the rest."""
     if isinstance(checkpoint, Path):
         remove(rename(checkpoint, f".{checkpoint.name}.old"))
         return
@@ -87,26 +87,26 @@ def delete(checkpoint: Location) -> None:
 
 
 def set_aside(checkpoint: Location) -> Location:
-    """Renames a damaged checkpoint, which is never deleted, so that no run takes it; returns its new place."""
+    """Renames a damaged checkpoint, rather than deleting it, so that no run uses it; returns its new place."""
     taken = entries(checkpoint.parent)
     names = (f"{_DAMAGED}{checkpoint.name}{'' if number == 1 else f'.{number}'}" for number in count(1))
     return rename(checkpoint, next(name for name in names if name not in taken))
 
 
 def fresh_start_problem(folder: Location) -> str | None:
-    """Why a run that finds no whole checkpoint under `folder` may not begin anew: there are damaged ones."""
+    """Returns why a run without a whole checkpoint under `folder` may not start fresh: there are damaged ones."""
     damaged = {name for name in entries(folder) if name.startswith(f"{_DAMAGED}{_PREFIX}")}
     damaged |= {checkpoint.name for checkpoint in checkpoints(folder)}
     if not damaged:
         return None
     return (
-        f"{folder}: {', '.join(sorted(damaged))}: no checkpoint is whole; restore one from a copy, or let the run "
-        f"begin anew by --allow-fresh-start"
+        f"{folder}: {', '.join(sorted(damaged))}: no checkpoint is whole; restore one from a copy, or start "
+        f"fresh with --allow-fresh-start"
     )
 
 
 def write_problem(folder: Location) -> str | None:
-    """Why nothing can be written to `folder`, found by writing."""
+    """Returns why nothing can be written to `folder`, by trying."""
     probe = folder / ".probe"
     try:
         if isinstance(folder, Path):

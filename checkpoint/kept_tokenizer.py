@@ -1,4 +1,4 @@
-"""A checkpoint holds its tokenizer, so that it can be sampled and exported wherever it is copied."""
+"""Keeps the tokenizer in a checkpoint, so that a copy can be sampled and exported anywhere."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ from triplane.storage.location import Location, read, writing
 
 
 class KeptTokenizer(BaseModel, strict=True):
-    """What the state says of it."""
+    """The tokenizer's entry in the state."""
 
     digest: str
     files: list[FileName]
 
 
 def kept_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the state says of a tokenizer whose files lie beside the manifest."""
+    """Returns the state's entry for a tokenizer whose files lie beside the manifest."""
     return KeptTokenizer(digest=tokenizer.digest, files=list(tokenizer.files)).model_dump()
 
 
 def write_tokenizer(tokenizer: Tokenizer, checkpoint: Location) -> dict[str, int]:
-    """Writes its files into a checkpoint that is being written; returns their bytes, for the manifest."""
+    """Writes the tokenizer's files into an unfinished checkpoint; returns their sizes for the manifest."""
     for name, content in tokenizer.files.items():
         with writing(checkpoint / name) as file:
             file.write(content)
@@ -32,7 +32,7 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Location) -> dict[str, int
 
 
 def read_tokenizer(checkpoint: Location, kept: KeptTokenizer) -> Tokenizer:
-    """The tokenizer of a checkpoint; raises DamagedError if it is not the one that was written."""
+    """Reads a checkpoint's tokenizer; raises DamagedError if it differs from the one that was written."""
     try:
         tokenizer = tokenizer_of({name: read(checkpoint / name) for name in kept.files}, checkpoint)
     except TriplaneError as error:

@@ -1,9 +1,9 @@
-"""What a checkpoint says of itself: global tensors by name, where each of their boxes lies, and the run's state.
+"""Reads and writes manifests: global tensors by name, where each of their boxes lies, and the run's state.
 
     step_100/manifest.json       written last: no manifest, no checkpoint
-    step_100/rank_0.safetensors  one file for each rank that had something to write
+    step_100/rank_0.safetensors  one file per rank that had something to write
 
-How many ranks wrote it is not part of its meaning.
+A reader need not know how many ranks wrote it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _Count = Annotated[int, Field(ge=0, le=2**62)]
 _Dims = Annotated[tuple[_Count, ...], Field(max_length=8)]
 _Span = Annotated[list[_Count], Field(min_length=2, max_length=2)]
 _ELEMENT_BYTES = 4
-"""All that is saved is fp32."""
+"""Every saved tensor is fp32."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Box:
 
     key: Name
     shape: _Dims
-    """Of the global tensor."""
+    """Shape of the global tensor."""
     offsets: _Dims
     sizes: _Dims
     file: FileName
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
-    """Of the box's bytes."""
+    """Checksum of the box's bytes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Manifest:
 
 
 class _Progress(BaseModel, strict=True, extra="allow"):
-    """The run's progress, and what a run of a newer version says besides."""
+    """The run's progress, and any further keys of a newer version."""
 
     step: _Count
     consumed_sequences: _Count
@@ -80,7 +80,7 @@ class _Format(BaseModel, strict=True):
 
 
 class _Body(BaseModel, strict=True, extra="forbid"):
-    """The text under the checksum, which says only that nothing has changed it by accident."""
+    """The text under the checksum, which only protects it from accidental change."""
 
     format: int
     state: _Progress
@@ -89,7 +89,7 @@ class _Body(BaseModel, strict=True, extra="forbid"):
 
 
 def read_manifest(folder: Location) -> Manifest:
-    """Reads and verifies a manifest; the files beside it must have the sizes that it says, and room for its boxes."""
+    """Reads and verifies a manifest; the files beside it must have the listed sizes, and room for its boxes."""
     path = folder / MANIFEST
     found = entries(folder)
     if MANIFEST not in found:
@@ -129,6 +129,6 @@ def _check_room(body: _Body) -> None:
 
 
 def write_manifest(folder: Location, manifest: Manifest) -> None:
-    """Puts the manifest beside files that are there already."""
+    """Writes the manifest beside the files that it lists."""
     with writing(folder / MANIFEST) as file:
         file.write(manifest.to_json().encode())

@@ -1,4 +1,4 @@
-"""The model that another one was begun from: its name and licence go wherever the weights go."""
+"""Identifies the model that a run started from: its name and licence accompany the weights."""
 
 import re
 from pathlib import Path
@@ -14,17 +14,17 @@ _MOST_BYTES = 2**20
 
 
 class Parent(BaseModel, strict=True, frozen=True):
-    """As a model card names it."""
+    """A parent model, as a model card names it."""
 
     name: str
     licence: str | None = None
-    """By the hub's identifier; None if the folder does not say."""
+    """The hub's identifier; None if the folder gives none."""
     context: int | None = None
-    """Tokens that it reads, `max_position_embeddings`."""
+    """Tokens of context, `max_position_embeddings`."""
 
 
 def parent_in(folder: Path, context: int) -> Parent:
-    """The model in a Hugging Face folder: named by the folder, or by the hub's cache; licence by its card or file."""
+    """Returns the model in a Hugging Face folder: name from the folder or hub cache, licence from its card or file."""
     path = folder.resolve()
     name = path.name
     if path.parent.name == "snapshots":
@@ -45,4 +45,4 @@ def _text(path: Path) -> str:
         with open(path, "rb") as file:
             return file.read(_MOST_BYTES).decode(errors="replace").replace("\r\n", "\n")
     except (CheckpointError, OSError):
-        return ""  # a folder without a readable card has no licence to tell
+        return ""  # a folder without a readable card gives no licence

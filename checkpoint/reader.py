@@ -1,4 +1,4 @@
-"""Reads any box of any tensor of a checkpoint, whatever layout wrote it; every byte is verified as it is read."""
+"""Reads any box of any tensor of a checkpoint, whatever layout wrote it; verifies every byte that it reads."""
 
 import math
 from collections import defaultdict
@@ -17,7 +17,7 @@ from triplane.storage.location import Location
 
 
 class Checkpoint:
-    """A checkpoint, opened for reading; holds memory for the largest box that it has read."""
+    """A checkpoint opened for reading; holds memory for the largest box read so far."""
 
     def __init__(self, folder: Location):
         self.folder = folder
@@ -32,16 +32,16 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its files but the manifest."""
+        """Bytes of all files but the manifest."""
         return sum(self.file_bytes.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the global tensors, by key (`weight/blocks.0.attention.wq.weight`)."""
+        """Shapes of the global tensors by key (`weight/blocks.0.attention.wq.weight`)."""
         return {key: boxes[0].shape for key, boxes in self._boxes.items()}
 
     def fill(self, fragments: Iterable[Fragment]) -> None:
-        """Copies what the checkpoint holds into the fragments' memory."""
+        """Copies the checkpoint's values into the fragments' memory."""
         wanted: dict[str, list[Fragment]] = defaultdict(list)
         for fragment in fragments:
             wanted[fragment.key].append(fragment)
@@ -49,7 +49,7 @@ class Checkpoint:
             self._fill_tensor(key, targets)
 
     def tensor(self, key: str) -> Tensor:
-        """A whole tensor, on the host."""
+        """Reads a whole tensor to the host."""
         shape = self.shapes.get(key)
         if shape is None:
             raise CheckpointError(f"{self.folder}: holds no {key}; it was written by another model")
@@ -63,7 +63,7 @@ class Checkpoint:
         return whole
 
     def verify(self) -> None:
-        """Reads everything; raises at the first tensor with a gap, or byte that differs from what was written."""
+        """Reads everything; raises at the first tensor with a gap or byte that differs from what was written."""
         for key, boxes in self._boxes.items():
             self._check_tiling(key)
             for box in boxes:
@@ -96,7 +96,7 @@ class Checkpoint:
             )
 
     def _read(self, box: Box) -> Tensor:
-        """The box, in memory that the next read overwrites."""
+        """Reads the box into memory that the next read overwrites."""
         if box.file not in self._files:
             self._files[box.file] = TensorFile(self.folder / box.file, self.file_bytes[box.file])
         elements = math.prod(box.sizes)
@@ -111,7 +111,7 @@ Span = tuple[int, int]
 
 
 def _overlap(box: Box, fragment: Fragment) -> list[Span] | None:
-    """The span of each dim, in the global tensor, that both cover."""
+    """Returns the span of each dim of the global tensor that both cover, if any."""
     spans = []
     for a, a_size, b, b_size in zip(box.offsets, box.sizes, fragment.offsets, fragment.data.shape):
         start, stop = max(a, b), min(a + a_size, b + b_size)

@@ -1,4 +1,4 @@
-"""Takes a run's state from its newest whole checkpoint, passing over damaged ones."""
+"""Restores a run's state from its newest whole checkpoint, setting damaged ones aside."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from triplane.storage.location import Location
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     path: Location
     state: dict[str, Any]
@@ -24,23 +24,23 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Damage:
-    """A checkpoint that was passed over."""
+    """A damaged checkpoint that was set aside."""
 
     step: int
     path: Location
-    """Where it is now."""
+    """Its new place."""
     reason: str
 
 
 def fill_from_newest(folder: Location, fragments: Iterable[Fragment]) -> tuple[Resumed | None, list[Damage]]:
-    """Fills the fragments of all ranks from the newest checkpoint under `folder` that is whole; collective.
+    """Fills the fragments of all ranks from the newest whole checkpoint under `folder`; collective.
 
-    What any rank finds damaged is set aside. Without a whole checkpoint the fragments are zero. Raises
-    CheckpointError on all ranks if one meets a checkpoint that is whole and does not fit.
+    Sets aside any checkpoint that a rank finds damaged. Without a whole checkpoint the fragments are zero. Raises
+    CheckpointError on all ranks if one finds a whole checkpoint that does not fit.
     """
     fragments = list(fragments)
     damages: list[Damage] = []
-    # Rank 0 looks, since a shared file system may show its ranks different moments.
+    # Only rank 0 looks, since a shared file system may show the ranks different states.
     while path := on_rank_0(lambda: latest(folder)):
         resumed, error = _try(path, fragments)
         errors: list[CheckpointError | None] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps."""
+"""Decides which checkpoints a run keeps."""
 
 import math
 from collections.abc import Iterable
@@ -8,15 +8,15 @@ from triplane.checkpoint.config import CheckpointConfig
 
 
 class Kept(NamedTuple):
-    """A checkpoint that is there."""
+    """An existing checkpoint."""
 
     step: int
     validation_loss: float | None
-    """Measured at its step; None if there was no validation."""
+    """Measured at its step; None without validation."""
 
 
 def expendable(kept: Iterable[Kept], rules: CheckpointConfig) -> list[int]:
-    """The steps of the checkpoints that no rule keeps, oldest first; of two equal losses the later is better."""
+    """Returns the steps of the checkpoints that no rule keeps, oldest first; of equal losses the later is better."""
     found = sorted(kept, key=lambda checkpoint: checkpoint.step)
     steps = [step for step, _ in found]
     wanted = set(steps[-rules.keep_last :])

@@ -1,4 +1,4 @@
-"""Copies of a rank's state in host memory, from which it is written while training changes the state."""
+"""Copies a rank's state to host memory, from which it is written while training changes the original."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,29 +9,29 @@ from torch import Tensor
 from triplane.parallel.placement import Fragment
 
 _BUFFER_BYTES = 2**30
-"""Pinned memory comes in powers of two, and all launches wait while it is made: so it is made bit by bit."""
+"""Pinned memory comes in powers of two, and all launches wait for its allocation, so it is allocated in pieces."""
 
 
 class Snapshot:
-    """Host memory as large as the fragments of a rank, pinned for a GPU; used again by each save."""
+    """Host memory as large as a rank's fragments, pinned for a GPU; every save reuses it."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     def take(self, fragments: Sequence[Fragment], changed: torch.cuda.Event | None) -> list[Fragment]:
-        """The same state as fragments of copies, large ones in pieces; overwrites those of the call before.
+        """Returns copies of the fragments, large ones in pieces; overwrites those of the previous call.
 
-        `changed` was recorded on the GPU after their last change; the copy waits for that, and for nothing later.
+        `changed` was recorded on the GPU after their last change; the copy waits for that and nothing later.
         """
         groups = _groups([piece for fragment in fragments for piece in _pieces(fragment)])
         sizes = [sum(piece.data.numel() for piece in group) for group in groups]
         if sizes != [buffer.numel() for buffer in self._buffers]:
-            self._buffers = []  # before there are others
+            self._buffers = []  # freed before allocating others
             self._buffers = [torch.empty(size, pin_memory=changed is not None) for size in sizes]
         if changed is None:
             return self._copies(groups)
         device = next(fragment.data.device for fragment in fragments if fragment.data.is_cuda)
-        # A thread begins on GPU 0, and leaving the stream returns there, which takes half a GiB of it for each rank.
+        # A thread starts on GPU 0, and leaving the stream returns there, which costs half a GiB of it per rank.
         torch.cuda.set_device(device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
@@ -51,7 +51,7 @@ class Snapshot:
 
 
 def _pieces(fragment: Fragment) -> Iterator[Fragment]:
-    """The fragment as runs of rows that fit a buffer."""
+    """Splits the fragment into runs of rows that fit a buffer."""
     row = fragment.data[0].nbytes if len(fragment.data) else 1
     begin, *rest = fragment.offsets
     for rows in torch.split(fragment.data, max(1, _BUFFER_BYTES // row)):
@@ -60,7 +60,7 @@ def _pieces(fragment: Fragment) -> Iterator[Fragment]:
 
 
 def _groups(pieces: list[Fragment]) -> list[list[Fragment]]:
-    """Runs of pieces that fit a buffer together."""
+    """Groups successive pieces that fit a buffer together."""
     groups: list[list[Fragment]] = []
     room = 0
     for piece in pieces:
@@ -73,7 +73,7 @@ def _groups(pieces: list[Fragment]) -> list[list[Fragment]]:
 
 
 def last_change(fragments: Sequence[Fragment]) -> torch.cuda.Event | None:
-    """What `take` waits for: all that this thread has given the GPU to do so far; None on a CPU."""
+    """Records the event that `take` waits for, after all GPU work of this thread so far; None on a CPU."""
     if not any(fragment.data.is_cuda for fragment in fragments):
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

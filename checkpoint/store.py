@@ -1,7 +1,7 @@
-"""Writes checkpoints of a run, while it trains on, so that each is whole or absent.
+"""Writes checkpoints while training continues, so that each is whole or absent.
 
-A thread of every rank writes its fragments; when all have, rank 0 writes the manifest, which makes their files a
-checkpoint. A kill at any moment leaves the earlier checkpoints as they were.
+A thread on every rank writes its fragments; then rank 0 writes the manifest, which makes their files a checkpoint.
+A kill at any moment leaves earlier checkpoints untouched.
 """
 
 import shutil
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -32,26 +33,26 @@ from triplane.storage.errors import DamagedError
 from triplane.storage.location import Location, remove
 
 _SLOWEST_WRITE = timedelta(hours=1)
-"""How long the first rank to have written waits for the last."""
+"""How long the first rank to finish waits for the last."""
 
 
 @dataclass(frozen=True)
 class Save:
-    """A save that has ended."""
+    """A finished save."""
 
     step: int
     path: Location
     stall_s: float
-    """How long training stood still for it on the slowest rank."""
+    """How long it stalled training on the slowest rank."""
     time_s: float
-    """From its start until the checkpoint stood."""
+    """From its start until the checkpoint was complete."""
     error: str | None
-    """Why there is none."""
+    """Why it failed; None if it succeeded."""
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What a rank tells rank 0 of its file."""
+    """A rank's report to rank 0 about its file."""
 
     file: str
     boxes: list[Box]
@@ -68,7 +69,7 @@ class CheckpointStore:
         self.folder = folder
         self._tokenizer = tokenizer
         self.config = config
-        # The threads' own: a group serves one thread at a time.
+        # For the threads alone, since a group serves one thread at a time.
         self._group = dist.new_group(backend="gloo", timeout=_SLOWEST_WRITE)
         self._snapshot = Snapshot()
         self._thread: Thread | None = None
@@ -79,10 +80,10 @@ class CheckpointStore:
         self._losses: dict[int, float | None] = {}
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
-        """Begins to write the checkpoint of `step` from the fragments of all ranks.
+        """Starts writing the checkpoint of `step` from the fragments of all ranks.
 
-        They may be read from then on, and change after `wait_until_copied`. Waits for the save before it, and for its
-        own end if it is not to be asynchronous.
+        The fragments may change only after `wait_until_copied`. Waits for the previous save, and for its own end
+        unless saves are asynchronous.
         """
         start_s = perf_counter()
         self._wait()
@@ -91,23 +92,24 @@ class CheckpointStore:
         if self.config.asynchronous:
             self._copied.clear()
         self._stall_s = perf_counter() - start_s
-        # A daemon, since at the end of a failed run the other ranks may never answer.
-        self._thread = Thread(target=self._run, args=(step, mine, changed, state, start_s), daemon=True)
+        # A daemon, since the other ranks of a failed run may never answer.
+        save = partial(self._run, step, mine, state, changed=changed, start_s=start_s)
+        self._thread = Thread(target=save, daemon=True)
         self._thread.start()
         if not self.config.asynchronous:
             self._wait()
 
     def wait_until_copied(self) -> None:
-        """Until the save in flight needs the fragments no more."""
+        """Waits until the save in flight no longer needs the fragments."""
         start_s = perf_counter()
         self._copied.wait()
         self._stall_s += perf_counter() - start_s
 
     def ended(self, wait: bool = False) -> list[Save]:
-        """The saves that have ended since the last call, with `wait` the one in flight too.
+        """Returns the saves that ended since the last call; with `wait`, also the one in flight.
 
-        A save ends alike on all ranks, but not at the same moment. Raises what went wrong in this rank's thread
-        other than writing files.
+        A save ends with the same result on all ranks, but not at the same moment. Raises any error of this rank's
+        thread other than from writing files.
         """
         if wait:
             self._wait()
@@ -127,8 +129,9 @@ class CheckpointStore:
         self,
         step: int,
         fragments: list[Fragment],
-        changed: torch.cuda.Event | None,
         state: dict[str, Any],
+        *,
+        changed: torch.cuda.Event | None,
         start_s: float,
     ) -> None:
         final = checkpoint_of(self.folder, step)
@@ -144,7 +147,9 @@ class CheckpointStore:
         except Exception as caught:  # raised again by `ended`
             self._ended.append(caught)
             return
-        self._ended.append(Save(step, final, stall_s if self.config.asynchronous else time_s, time_s, error))
+        if not self.config.asynchronous:
+            stall_s = time_s
+        self._ended.append(Save(step=step, path=final, stall_s=stall_s, time_s=time_s, error=error))
 
     def _copy(self, fragments: Sequence[Fragment], changed: torch.cuda.Event | None) -> list[Fragment]:
         try:
@@ -153,25 +158,26 @@ class CheckpointStore:
             self._copied.set()
 
     def _write(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> float:
-        """Returns the longest stall, on all ranks; an OSError of one is raised on all."""
+        """Writes the checkpoint; returns the longest stall, and raises an OSError of one rank on all."""
         sizes = self._on_rank_0_gathered(sum(fragment.data.nbytes for fragment in fragments))
         folder = on_rank_0(lambda: self._begin(step, sum(sizes)), self._group)
         path = folder / f"rank_{dist.get_rank()}.safetensors"
         try:
-            written = _Written(path.name, *write_tensors(path, fragments), self._stall_s, None)
+            boxes, size = write_tensors(path, fragments)
+            written = _Written(file=path.name, boxes=boxes, bytes=size, stall_s=self._stall_s, error=None)
         except OSError as error:
-            written = _Written(path.name, [], 0, self._stall_s, error)
+            written = _Written(file=path.name, boxes=[], bytes=0, stall_s=self._stall_s, error=error)
         ranks = self._on_rank_0_gathered(written)
-        return on_rank_0(lambda: self._commit(step, folder, ranks, state), self._group)
+        return on_rank_0(lambda: self._commit(folder, step, state, ranks=ranks), self._group)
 
     def _on_rank_0_gathered(self, mine: Any) -> list[Any]:
-        """What all ranks give, on rank 0; an empty list on the others."""
+        """Returns every rank's value on rank 0; an empty list on the others."""
         gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(mine, gathered, group=self._group)
         return gathered or []
 
     def _begin(self, step: int, needed: int) -> Location:
-        """A folder with room for `needed` bytes of tensors, and the tokenizer."""
+        """Creates a folder; raises OSError unless it has room for `needed` bytes of tensors and the tokenizer."""
         folder = begin(self.folder, step)
         if self._tokenizer is not None:
             needed += sum(map(len, self._tokenizer.files.values()))
@@ -180,7 +186,7 @@ class CheckpointStore:
             raise OSError(f"{needed:,} bytes needed, {free:,} free")
         return folder
 
-    def _commit(self, step: int, folder: Location, ranks: list[_Written], state: dict[str, Any]) -> float:
+    def _commit(self, folder: Location, step: int, state: dict[str, Any], *, ranks: list[_Written]) -> float:
         boxes = [box for rank in ranks for box in rank.boxes]
         sizes = {rank.file: rank.bytes for rank in ranks if rank.bytes}
         try:
@@ -191,7 +197,7 @@ class CheckpointStore:
                 sizes |= write_tokenizer(self._tokenizer, folder)
             commit(folder, Manifest(state, boxes, sizes))
         except OSError:
-            with suppress(OSError):  # else the next save removes it
+            with suppress(OSError):  # the next save removes what is left
                 remove(folder)
             raise
         self._losses[step] = state.get("validation_loss")
@@ -208,10 +214,9 @@ class CheckpointStore:
 
 def _loss_of(checkpoint: Location) -> float | None:
     try:
-        loss: float | None = read_manifest(checkpoint).state.get("validation_loss")
+        return read_manifest(checkpoint).state.get("validation_loss")
     except DamagedError:
         return None  # no rule keeps it for its loss
-    return loss
 
 
 def _explain(error: OSError, final: Location) -> str:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: writes a rank's boxes to one, and reads a box of any."""
+"""Writes a rank's boxes to a safetensors file, and reads boxes from such files."""
 
 import json
 import zlib
@@ -17,13 +17,13 @@ from triplane.storage.foreign import first_problem, regular_file
 from triplane.storage.location import Location, fill, writing
 
 _LENGTH_BYTES = 8
-"""Before the header: its length, little-endian."""
+"""The header's length, little-endian, comes before it."""
 _MOST_HEADER_BYTES = 100_000_000
-"""As the safetensors library allows."""
+"""The safetensors library's limit."""
 
 
 def write_tensors(path: Location, fragments: Sequence[Fragment]) -> tuple[list[Box], int]:
-    """Writes the fragments; returns what is where, and the file's bytes. Without fragments there is no file."""
+    """Writes the fragments; returns their boxes and the file's size. Without fragments writes no file."""
     if not fragments:
         return [], 0
     arrays = [fragment.data.cpu().numpy() for fragment in fragments]
@@ -38,10 +38,17 @@ def write_tensors(path: Location, fragments: Sequence[Fragment]) -> tuple[list[B
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for array in arrays:
             file.write(array.data.cast("B"))
-        # This core works while the block ends, which waits for the disk.
+        # This core computes checksums while the end of the block waits for the disk.
         checksums = thread.map(lambda array: zlib.crc32(array.data), arrays)
     boxes = [
-        Box(fragment.key, tuple(fragment.shape), fragment.offsets, tuple(fragment.data.shape), path.name, checksum)
+        Box(
+            key=fragment.key,
+            shape=tuple(fragment.shape),
+            offsets=fragment.offsets,
+            sizes=tuple(fragment.data.shape),
+            file=path.name,
+            crc32=checksum,
+        )
         for fragment, checksum in zip(fragments, checksums)
     ]
     return boxes, _LENGTH_BYTES + len(text) + end
@@ -57,7 +64,7 @@ _Header = TypeAdapter(dict[str, _Entry])
 
 
 class TensorFile:
-    """A file of boxes. Raises DamagedError if its header is not one."""
+    """A file of boxes, opened for reading. Raises DamagedError if its header is invalid."""
 
     def __init__(self, path: Location, size_bytes: int):
         self.path = path
@@ -76,7 +83,7 @@ class TensorFile:
         self._data_bytes = size_bytes - self._start
 
     def read(self, box: Box, into: Tensor) -> None:
-        """Fills `into`, which has the box's sizes, and verifies what it reads."""
+        """Fills `into`, which has the box's sizes, and verifies the bytes."""
         target = into.numpy().data.cast("B") if into.numel() else memoryview(b"")
         entry = self._entries.get(_entry_name(box.key, box.offsets))
         if entry is None:
@@ -114,5 +121,5 @@ class TensorFile:
 
 
 def _entry_name(key: str, offsets: Sequence[int]) -> str:
-    """A box's name within the file."""
+    """Returns a box's name within the file."""
     return f"{key}@{','.join(map(str, offsets))}"

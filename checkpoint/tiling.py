@@ -1,4 +1,4 @@
-"""Whether boxes cover a tensor: each element once, none twice, nothing outside."""
+"""Checks that boxes tile a tensor: each element once, nothing outside."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,10 +8,10 @@ Dims = tuple[int, ...]
 
 
 def tiles(shape: Dims, boxes: Iterable[tuple[Dims, Dims]]) -> bool:
-    """True if the boxes, each its offsets and sizes, tile a tensor of `shape`.
+    """Returns True if the boxes, given as (offsets, sizes), tile a tensor of `shape`.
 
-    A box is told by its corners, with the sign of the mixed difference of its indicator function there. These
-    functions add up to that of the whole just if their signed corners do, which takes a pass over the boxes.
+    The corners of a box, signed by the mixed difference of its indicator function there, determine it. The indicator
+    functions sum to that of the whole if and only if the signed corners do, which takes one pass over the boxes.
     """
     corners: Counter[Dims] = Counter()
     for weight, (offsets, sizes) in [(-1, ((0,) * len(shape), shape)), *((1, box) for box in boxes)]:

@@ -1,4 +1,4 @@
-"""A checkpoint's weights by name, read when they are asked for."""
+"""Presents a checkpoint's weights as a mapping by name, read on access."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,7 +10,7 @@ _KIND = "weight/"
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """Whole fp32 tensors on the host by the model's parameter names; holds none of them."""
+    """Whole fp32 tensors on the host by the model's parameter names; keeps none of them."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
