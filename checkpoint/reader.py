@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -63,11 +64,17 @@ class Checkpoint:
         return whole
 
     def verify(self) -> None:
-        """Reads everything; raises at the first tensor with a gap or byte that differs from what was written."""
+        """Reads everything; raises if a tensor has a gap or is not listed, or a byte differs from what was written."""
         for key, boxes in self._boxes.items():
             self._check_tiling(key)
             for box in boxes:
                 self._read(box)
+        listed: dict[str, list[Box]] = defaultdict(list)
+        for box in chain.from_iterable(self._boxes.values()):
+            listed[box.file].append(box)
+        for name in self.file_bytes:
+            if name.endswith(".safetensors"):
+                self._file(name).check_listed(listed[name])
 
     def _fill_tensor(self, key: str, targets: list[Fragment]) -> None:
         boxes = self._boxes.get(key)
@@ -97,14 +104,17 @@ class Checkpoint:
 
     def _read(self, box: Box) -> Tensor:
         """Reads the box into memory that the next read overwrites."""
-        if box.file not in self._files:
-            self._files[box.file] = TensorFile(self.folder / box.file, self.file_bytes[box.file])
         elements = math.prod(box.sizes)
         if elements > self._memory.numel():
             self._memory = torch.empty(elements)
         tensor = self._memory[:elements].view(box.sizes)
-        self._files[box.file].read(box, tensor)
+        self._file(box.file).read(box, tensor)
         return tensor
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            self._files[name] = TensorFile(self.folder / name, self.file_bytes[name])
+        return self._files[name]
 
 
 Span = tuple[int, int]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triplane.checkpoint.manifest import Box
 from triplane.parallel.placement import Fragment
-from triplane.storage.errors import CheckpointError, DamagedError, OutOfReachError
+from triplane.storage.errors import CheckpointError, DamagedError, OutOfReachError, printable
 from triplane.storage.foreign import first_problem, regular_file
 from triplane.storage.location import Location, fill, writing
 
@@ -81,6 +81,12 @@ class TensorFile:
         except (OSError, ValueError, MemoryError) as error:
             raise self._unreadable(error) from error
         self._data_bytes = size_bytes - self._start
+
+    def check_listed(self, boxes: Sequence[Box]) -> None:
+        """Raises DamagedError if the file holds a box that is not among `boxes`, all that the manifest has of it."""
+        unlisted = self._entries.keys() - {_entry_name(box.key, box.offsets) for box in boxes}
+        if unlisted:
+            raise self._unreadable(f"the manifest lists no {printable(min(unlisted))}")
 
     def read(self, box: Box, into: Tensor) -> None:
         """Fills `into`, which has the box's sizes, and verifies the bytes."""

@@ -124,6 +124,11 @@ HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {
         "3 boxes leave a gap or overlap",
     ),
     "gap": (lambda body: body | {"boxes": body["boxes"][1:]}, "its 1 boxes leave a gap or overlap"),
+    "all boxes lost": (_change(boxes=[]), "the manifest lists no weight/"),
+    "a tensor lost": (
+        lambda body: body | {"boxes": [box for box in body["boxes"] if box["key"] != body["boxes"][0]["key"]]},
+        "the manifest lists no weight/",
+    ),
     "two at one place": (
         lambda body: body | {"boxes": [body["boxes"][0], body["boxes"][0], *body["boxes"][3:]]},
         "boxes leave a gap or overlap|bytes, but boxes of",
