@@ -3,9 +3,12 @@
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt
+
+Weight = Annotated[float, Field(ge=0, le=1e12)]
+"""Bounded, so that sums of weights are finite."""
 
 
 class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
@@ -14,7 +17,7 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, 
     corpus: str
     """Folder written by `triplane prepare`, or its fsspec URL (`https://...`, `s3://...`, `gs://...`). Or WebDataset
     tars with `txt` or `json` members, as a path, URL or pattern ending in `.tar`, which are tokenized once."""
-    weight: NonNegativeFloat = 1.0
+    weight: Weight = 1.0
     """Share of the sequences from this source, relative to the other weights, until a phase changes it."""
 
     @property
@@ -28,7 +31,7 @@ class PhaseConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
 
     from_sequence: PositiveInt
     """Sequences read before it, over all ranks."""
-    weights: list[NonNegativeFloat]
+    weights: list[Weight]
     """One per source, in order."""
     seq_len: PositiveInt | None = None
     """Tokens in a sequence from here on; None keeps the length."""
@@ -52,16 +55,16 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
     document_mask: bool = True
     """True: tokens attend only within their document, positions restart at 0 in each, and a document's first token
     is never a target."""
-    shuffle_window: PositiveInt = 4096
+    shuffle_window: int = Field(default=4096, gt=0, le=2**40)
     """Sequences, of the first length, that are shuffled together; neighbours in a window share shards."""
     lanes: Literal[1, 2, 4, 8, 16, 32, 64] = 1
     """Position p belongs to lane p mod `lanes`, and no two lanes of a window read the same shards. With a multiple of
     the dp ranks, a shard is fetched by one node per window instead of by all."""
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=0, ge=0, le=256)
     """Loader processes per rank; 0 reads in the training process. Does not affect the order."""
     cache_dir: str = "~/.cache/triplane"
     """Local folder for the shards of corpora at URLs, shared by the ranks of a node."""
-    cache_gib: PositiveFloat = 64
+    cache_gib: float = Field(default=64, gt=0, le=2**30)
     """Size limit of `cache_dir`; the least recently opened shards are removed first."""
     download_retries: int = Field(default=5, ge=0)
     """Retries of a failed transfer, each after a longer wait, before the run stops with an error."""

@@ -109,6 +109,21 @@ def test_a_missing_or_wrong_table_says_what_it_needs(write: Callable[..., Path])
     ]
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.shuffle_window=99999999999999999999",
+        "data.cache_gib=1e300",
+        "data.num_workers=99999",
+        'data.sources=[{corpus="a", weight=1e308}]',
+        "data.phases=[{from_sequence=8, weights=[1e308]}]",
+    ],
+)
+def test_what_no_machine_can_count_is_out_of_bounds(write: Callable[..., Path], override: str) -> None:
+    (problem,) = problems(write(GOOD), override)
+    assert "given; should be less than or equal to" in problem
+
+
 def test_bad_toml_is_placed_and_told_with_bad_overrides(write: Callable[..., Path]) -> None:
     syntax, override = problems(write('run_dir = "a\n'), "x")
     assert syntax.startswith("a.toml: not TOML: ") and "line 1" in syntax
