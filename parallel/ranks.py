@@ -62,6 +62,10 @@ def current_rank(environment: Mapping[str, str]) -> Rank | None:
             local_size=whole_number({"SLURM_STEP_TASKS_PER_NODE": tasks}, "SLURM_STEP_TASKS_PER_NODE", least=1),
             shown_apart=True,
         )
+    # Libraries read these without asking who set them.
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        if (given := environment.get(name, alone)) != alone:
+            raise LaunchError(f"{name} is {given!r}, but no launcher started ranks: unset it, or set MASTER_ADDR too")
     return None
 
 

@@ -39,6 +39,13 @@ def test_a_slurm_task_is_a_rank_but_a_batch_script_is_not() -> None:
 
 def test_a_plain_shell_is_no_rank() -> None:
     assert current_rank({"RANK": "0"}) is None
+    assert current_rank({"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize("given", [{"RANK": "abc"}, {"RANK": ""}, {"WORLD_SIZE": "2"}, {"RANK": "1"}])
+def test_a_rank_that_no_launcher_started_is_named(given: dict[str, str]) -> None:
+    with pytest.raises(LaunchError, match=r"^(RANK|WORLD_SIZE) is '.*', but no launcher started ranks: unset it"):
+        current_rank(given)
 
 
 def test_the_tasks_of_a_step_agree_on_a_meeting_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
