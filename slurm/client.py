@@ -45,6 +45,11 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
+def is_out_of_reach() -> bool:
+    """Whether Slurm's commands find no controller."""
+    return subprocess.run(["scontrol", "ping"], capture_output=True, check=False).returncode != 0
+
+
 def has_containers() -> bool:
     """Returns whether the cluster has pyxis, which runs the tasks of a step in a container."""
     return "--container-image" in _run("srun", "--help")

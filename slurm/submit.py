@@ -26,7 +26,7 @@ def submit(path: Path, overrides: list[str], request: Request, *, dry_run: bool)
     """Queues a run and prints the job's id; with `dry_run` prints the batch script."""
     config = load_config(path, overrides)
     partition = None
-    if slurm.is_here():
+    if slurm.is_here() and not (dry_run and slurm.is_out_of_reach()):
         partition = slurm.partition(request.partition)
     elif not dry_run:
         raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted, or --dry-run")

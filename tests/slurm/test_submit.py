@@ -59,6 +59,22 @@ def test_without_slurm_a_job_can_only_be_shown(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
+def test_a_dry_run_needs_no_controller(folder: Path) -> None:
+    for name in ("sbatch", "scontrol"):
+        program = folder / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2; exit 1\n")
+        program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "triplane", "submit", "long.toml", *NODES]
+    for flags, code, told in ([], 2, "scontrol: "), (["--dry-run"], 0, "no Slurm here"):
+        done = subprocess.run(
+            [*command, *flags], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code and told in done.stderr, done.stderr
+    assert "#SBATCH" in done.stdout
+
+
 def test_a_dry_run_shows_the_script_with_what_the_nodes_have(cluster: Cluster, folder: Path) -> None:
     asked = ["--nodes", "2", "--partition", "gpu", "--account", "me", "--chain", "3", "--dry-run"]
     result = cluster.run(sys.executable, "-m", "triplane", "submit", "long.toml", *asked, cwd=folder)
