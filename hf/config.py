@@ -10,7 +10,7 @@ from triplane.storage.errors import ModelError
 from triplane.storage.foreign import first_problem
 
 Size = Annotated[int, Field(gt=0, le=2**20)]
-"""Of a dim. The bound keeps the bytes of any weight within 64 bits."""
+"""Largest size of a dim. The bound keeps the bytes of any weight within 64 bits."""
 _One = Annotated[float, Field(ge=1, le=1)]
 
 
@@ -32,7 +32,7 @@ class _Rope(_Schema, frozen=True, extra="allow"):
 
 
 class HfConfig(_Schema, frozen=True):
-    """What bears on the computation, by Hugging Face's names."""
+    """The keys that affect the computation, by Hugging Face's names."""
 
     vocab_size: Annotated[int, Field(gt=0, le=2**24)]
     hidden_size: Size
@@ -152,7 +152,7 @@ def _window_problem(family: str, hf: HfConfig) -> str | None:
 
 
 def _rope(hf: HfConfig) -> _Rope:
-    """Of both forms, the one that transformers heeds."""
+    """Returns the form that transformers reads, if both are present."""
     empty = _Rope()
     return next((rope for rope in (hf.rope_scaling, hf.rope_parameters) if rope not in (None, empty)), None) or empty
 

@@ -65,7 +65,7 @@ def export(
 
 
 def _begins_with_bos(tokenizer: Tokenizer, folder: Path) -> str:
-    """What a user must know of the token that begins each text of the training."""
+    """Explains the token that started each training text, for the model card."""
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     bos = library.id_to_token(tokenizer.bos_id)
     if library.encode("a").ids[:1] == [tokenizer.bos_id]:  # a model may not know the letter

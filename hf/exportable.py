@@ -1,4 +1,4 @@
-"""What keeps a model from being exported, known before it is trained; imports no torch."""
+"""Tells before training whether a model can be exported; imports no torch."""
 
 from triplane.data.tokenizer import Tokenizer
 from triplane.hf.families import llama_problem

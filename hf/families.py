@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
     },
 }
-"""What transformers takes for a key that config.json leaves out, where it is not the schema's default."""
+"""Defaults of transformers for keys missing from config.json, where they differ from the schema's."""
 
 _CLASSIC = "LayerNorm, a plain feed-forward block"
 _EXPERTS = "mixture of experts"

@@ -92,7 +92,7 @@ class FolderWeights(Mapping[str, Tensor]):
             )
 
     def _optional(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """What may be stored besides the weights of our model."""
+        """Returns the tensors that may be stored besides the weights of our model."""
         shapes: dict[str, tuple[int, ...]] = {}
         if config.tie_embeddings:
             shapes[_HEAD] = (config.vocab_size, config.dim)
@@ -133,7 +133,7 @@ class FolderWeights(Mapping[str, Tensor]):
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
-    """What the files hold, by Hugging Face's names; of a file and an index, transformers takes the file too."""
+    """Reads the headers of the files, by Hugging Face's names; a single file beats an index, as in transformers."""
     if (folder / SINGLE).exists() or not (folder / INDEX).exists():
         return _header(folder / SINGLE)
     stored: dict[str, _Stored] = {}

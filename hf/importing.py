@@ -23,7 +23,7 @@ from triplane.storage.publish import publishing, refuse_existing
 
 @dataclass(frozen=True)
 class Import:
-    """What was imported."""
+    """The result of an import."""
 
     model: ModelConfig
     report: ExportReport

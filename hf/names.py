@@ -13,7 +13,7 @@ from triplane.model.config import ModelConfig, RopeScaling
 from triplane.storage.errors import ModelError
 
 OUTPUT_BIAS = "attention.wo.bias"
-"""Of a block. A Llama with `attention_bias` has it; our model does not."""
+"""A block's output bias. A Llama with `attention_bias` has it; our model does not."""
 
 _TO_HF = {
     "embedding.weight": "model.embed_tokens.weight",

@@ -15,7 +15,7 @@ from triplane.storage.errors import DataError
 Piece = ModelProto.SentencePiece
 
 _SPACE = "▁"
-"""How sentencepiece writes a space inside its pieces. Here a space stays one, so that this character,
+"""Sentencepiece's mark for a space inside its pieces. Here a space stays one, so that this character,
 should a text hold it, is neither read nor given back as a space."""
 
 _AS_IT_STANDS = "PreTrainedTokenizerFast"
@@ -78,7 +78,7 @@ def _check(model: ModelProto) -> None:
 
 
 def _names(model: ModelProto) -> list[str]:
-    """What each id is called in tokenizer.json."""
+    """Returns the name of each id in tokenizer.json."""
     trainer = model.trainer_spec
     roles = {trainer.unk_id: "unk", trainer.bos_id: "bos", trainer.eos_id: "eos", trainer.pad_id: "pad"}
     names = [piece.piece.replace(_SPACE, " ") for piece in model.pieces]

@@ -25,7 +25,7 @@ _TOLERANCE = 2e-5
 """Allowed difference of two logits, as a share of the largest; ten times what another order of fp32 sums gives."""
 
 _PROBE_TOKENS = 256
-"""Of each sequence, the last so many are compared."""
+"""Positions compared at the end of each sequence."""
 _LONGEST_PROBE = 2**15
 """Attention over more tokens takes a CPU too long."""
 
@@ -34,7 +34,7 @@ _PROBE_TEXT = "def f(x):\n\treturn x ** 2    # 1,234.5 → naïve 漢字 🙂\r\
 
 @dataclass(frozen=True)
 class ExportReport:
-    """How far the logits of a Hugging Face folder are from ours, all in fp32."""
+    """Differences between the logits of a Hugging Face folder and ours, all in fp32."""
 
     largest_logit: float
     difference: float

@@ -1,4 +1,4 @@
-"""What the tables of `triplane prove` share: what this machine can run, and how far from one process is the same."""
+"""Shared by the tables of `triplane prove`: what this machine can run, and the tolerances."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -59,7 +59,7 @@ class Machine:
 
 
 def tolerances(cases: Sequence[Case], model: ModelConfig, steps: range, machine: Machine) -> dict[Case, Difference]:
-    """How far each case may be from one fp32 process, compared over `steps`."""
+    """Returns the tolerances of each case against one fp32 process, compared over `steps`."""
     allowed = dict.fromkeys(cases, _FP32)
     rounded = [case for case in cases if case.precision == "bf16"]
     for tied in {case.tied for case in rounded}:
@@ -71,7 +71,7 @@ def tolerances(cases: Sequence[Case], model: ModelConfig, steps: range, machine:
 
 
 def measured(trace: Trace, one: Trace, precision: str, mesh: Mesh) -> Difference:
-    """How far this rank's trace is from that of one fp32 process, as `tolerances` means it. Collective."""
+    """Returns the distance of this rank's trace from one fp32 process, measured as in `tolerances`. Collective."""
     if precision == "bf16":
         return typical_difference(trace, one, mesh.device)
     return largest_difference(trace, one)

@@ -39,11 +39,11 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Trace:
-    """What a training did."""
+    """The trace of a training run."""
 
     losses: list[float]
     norms: list[float]
-    """Of the gradient, before clipping."""
+    """Gradient norm of each step, before clipping."""
     state: State | list[Fragment]
     """After the last step: whole, or the boxes that a rank holds."""
     tokens_per_s: float
@@ -55,7 +55,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two traces are apart: by the largest absolute differences, or by root mean squares."""
+    """The distance between two traces: largest absolute differences, or root mean squares."""
 
     loss: float
     norm: float

@@ -1,4 +1,4 @@
-"""How far rounding alone takes a bf16 layout from fp32: a bound with a stated probability of a false alarm.
+"""Bounds the distance of a bf16 layout from fp32 by rounding alone, with a stated probability of a false alarm.
 
 A bf16 process differs from its fp32 twin by what it rounds. Trained from several seeds, the logarithms of its
 differences are about normal, and a layout, which rounds at other places, is one more draw. So the bound is the upper
@@ -31,7 +31,7 @@ SEEDS = range(SEED, SEED + 16)
 
 
 def differences_of_seeds(mesh: Mesh, model: ModelConfig, steps: range) -> list[Difference]:
-    """How far one bf16 process is from fp32 for each of `SEEDS`, compared from `steps.start` on."""
+    """Returns the distance of one bf16 process from fp32 for each of `SEEDS`, compared from `steps.start` on."""
     found = []
     for seed in SEEDS:
         one = train_plainly(model, steps.stop, seed)
@@ -42,14 +42,14 @@ def differences_of_seeds(mesh: Mesh, model: ModelConfig, steps: range) -> list[D
 
 
 def bound(found: Sequence[Difference], layouts: int) -> Difference:
-    """What none of `layouts` exceeds by rounding alone, but for a probability of `FALSE_ALARM` over all of them."""
+    """Returns the bound that any of `layouts` exceeds by rounding alone with a probability of only `FALSE_ALARM`."""
     kinds = list(zip(*map(astuple, found)))
     probability = FALSE_ALARM / (layouts * len(kinds))
     return Difference(*(_prediction_limit(values, probability) for values in kinds))
 
 
 def _prediction_limit(values: Sequence[float], probability: float) -> float:
-    """What one more draw from the log-normal distribution of `values` exceeds with `probability`."""
+    """Returns the value that one more draw from the log-normal distribution of `values` exceeds with `probability`."""
     logs = [math.log(value) for value in values]
     count = len(logs)
     return math.exp(mean(logs) + _student(count - 1, probability) * stdev(logs) * math.sqrt(1 + 1 / count))

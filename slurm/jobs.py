@@ -31,11 +31,11 @@ def resume(run_dir: Path) -> None:
     if not slurm.is_here():
         raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted")
     if RunFolder(run_dir).steps_done() >= load_config(submission / CONFIG).training.steps:
-        raise LaunchError(f"{run_dir}: the run is done; submit it with more training.steps to go on")
+        raise LaunchError(f"{run_dir}: the run is done; submit it with more training.steps to continue")
     if job := active_job(run_dir):
         raise LaunchError(f"{run_dir}: job {job.id} is {job.state} already")
     for name in ("crashes", "bad_nodes"):  # fixed since, or the user would not resume
         (submission / name).unlink(missing_ok=True)
     job_id = slurm.submit(submission / SCRIPT)
     (submission / JOB_ID).write_text(f"{job_id}\n")
-    print(f"job {job_id}: {run_dir} goes on by {submission / SCRIPT}")
+    print(f"job {job_id}: {run_dir} continues with {submission / SCRIPT}")

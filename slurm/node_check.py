@@ -30,18 +30,18 @@ _LEAST_SHARED_MEMORY_GIB = 0.125
 """Docker's default of 64 MiB is too little for the loader's workers."""
 _MOST_SKEW_S = 1.0
 _LEAST_BANDWIDTH = 0.5
-"""Of the median of all nodes."""
+"""Lowest bandwidth of a good node, as a share of the median."""
 _MOST_USED, _MOST_USED_GIB = 0.05, 2.0
-"""Of a GPU's memory by others, whichever is more: this check's own context and NCCL's buffers take up to 2 GiB."""
+"""GPU memory that may be in use, whichever is more: this check's own context and NCCL's buffers take up to 2 GiB."""
 _ROUNDS = 8
-"""Of pairs: so many neighbours each node is measured with."""
+"""Number of partners each node is measured with."""
 _REPEATS = 3
 _TIMEOUT = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank finds on its node."""
+    """Facts that a rank collects on its node."""
 
     node: str
     local_rank: int
@@ -58,7 +58,7 @@ class Facts:
     """Its memory; 0 of a CPU."""
     device_used_gib: float
     bandwidth_gib_s: float
-    """Of an all-reduce with the same rank of another node: the median over those nodes. Infinite on one node."""
+    """Bandwidth of all-reduces with the same rank of other nodes: the median. Infinite on one node."""
 
 
 def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:

@@ -116,7 +116,7 @@ def _job_problems(order: Order) -> Iterator[str]:
     request, run_dir, steps = order.request, order.config.run_dir, order.config.training.steps
     asked_s = slurm.limit_s(request.time) if request.time else None
     if RunFolder(order.run_dir).steps_done() >= steps:
-        yield f"{run_dir}: all {steps} steps are done; raise training.steps to go on"
+        yield f"{run_dir}: all {steps} steps are done; raise training.steps to continue"
     if order.partition is None:
         return
     name = order.partition.name

@@ -23,7 +23,7 @@ class Metric:
 
     unit: str
     reduction: str
-    """How the values of all ranks become one."""
+    """The reduction over ranks."""
     format: Callable[[float], str]
     """Formats the value for the console, with name and unit."""
 

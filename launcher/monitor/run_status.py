@@ -12,7 +12,7 @@ from triplane.training.run_folder import CONFIG, RunFolder
 from triplane.training.run_log import EVENTS, METRICS_RECORDS, Event, read_log
 
 _TAIL_BYTES = 1 << 16
-"""Of metrics.jsonl: hundreds of steps."""
+"""Bytes read from the end of metrics.jsonl: hundreds of steps."""
 
 
 class _Source(BaseModel):
@@ -43,7 +43,7 @@ class ShownConfig(BaseModel):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Of one run."""
+    """The status of one run."""
 
     run_dir: Path
     config: ShownConfig
@@ -55,7 +55,7 @@ class RunStatus:
     updated_s: float | None
     """When the last metrics or event were written, seconds since 1970."""
     checkpoint_step: int | None
-    """Of the newest checkpoint."""
+    """Step of the newest checkpoint."""
     checkpoint_s: float | None
     """When it was whole, seconds since 1970."""
     ranks: int | None
@@ -101,7 +101,7 @@ def _read_status(run_dir: Path) -> RunStatus:
 
 
 def _config(run_dir: Path) -> ShownConfig:
-    """That of the last start, or of a job that has not begun."""
+    """Reads the config of the last start, or of a job that has not started."""
     submission = last_submission(run_dir)
     for folder in filter(None, (run_dir, submission)):
         if (folder / CONFIG).exists():
