@@ -276,7 +276,7 @@ def _is_taken(out: Path) -> bool:
 
 def _digest(files: Sequence[SourceFile]) -> str:
     lines = (f"{PurePosixPath(file.path).name} {file.size} {file.version}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _sum_sizes(files: Sequence[SourceFile]) -> int | None:

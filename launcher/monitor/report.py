@@ -37,4 +37,4 @@ def write_report(run_dir: Path, out: Path) -> None:
     events, samples = read_log(run.history, EVENTS), read_log(run.samples, SAMPLES)
     config = run.config.read_text() if run.config.exists() else ""
     html = page(status, metrics=lines, events=events, samples=samples, config=config)
-    write_whole(out, html.encode())
+    write_whole(out, html.encode(errors="backslashreplace"))

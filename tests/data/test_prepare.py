@@ -24,6 +24,16 @@ from triplane.data.report import Rejected, Report
 from triplane.storage.errors import DataError
 
 
+def test_a_name_that_is_not_utf8_is_no_obstacle(prepared: Prepared, tmp_path: Path) -> None:
+    for number, name in enumerate((b"caf\xe9.txt", b"2.txt")):
+        with open(os.fsencode(tmp_path) + b"/" + name, "w") as file:
+            file.write(f"text {number}")
+    out = tmp_path / "out"
+    model = prepared.folder / "tokenizer.model"
+    prepare([str(tmp_path)], out, model, validation_fraction=0.5, shard_tokens=40_000, processes=1)
+    assert {describe(out, 1)[split]["documents"] for split in ("train", "validation")} == {1}
+
+
 def _prepare(prepared: Prepared, out: Path, processes: int = 1, fraction: float = 0.1) -> Report:
     model = prepared.folder / "tokenizer.model"
     return prepare(

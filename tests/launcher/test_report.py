@@ -1,5 +1,6 @@
 """The report of a run, as a browser shows it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from triplane.launcher.monitor.board import board
 from triplane.launcher.monitor.report import write_report
+from triplane.storage.errors import CheckpointError
 from triplane.training.metrics import MetricsWriter
 from triplane.training.run_log import record_event
 
@@ -92,6 +95,16 @@ def test_a_run_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(CONFIG)
     write_report(tmp_path, tmp_path / "report.html")
     assert "Nothing is logged yet" in (tmp_path / "report.html").read_text()
+
+
+def test_a_folder_whose_name_is_not_utf8_has_a_report_but_no_board(tmp_path: Path) -> None:
+    run_dir = tmp_path / os.fsdecode(b"run\xff")
+    run_dir.mkdir()
+    (run_dir / "config.toml").write_text(CONFIG)
+    write_report(run_dir, run_dir / "report.html")
+    assert "run\\udcff" in (run_dir / "report.html").read_text()
+    with pytest.raises(CheckpointError, match=r"run\\xff: not UTF-8; rename it"):
+        board(tmp_path, "localhost", 0)
 
 
 def test_a_browser_draws_it_light_and_dark(report: Path) -> None:
