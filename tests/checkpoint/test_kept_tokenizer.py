@@ -117,7 +117,7 @@ def test_a_damaged_or_absent_tokenizer_is_a_line_and_can_be_given(
     del manifest.state["run"]["tokenizer"]
     (folder / MANIFEST).unlink()
     write_manifest(folder, Manifest(manifest.state, manifest.boxes, manifest.file_bytes))
-    with pytest.raises(CheckpointError, match="holds no tokenizer; give one by --tokenizer"):
+    with pytest.raises(CheckpointError, match="contains no tokenizer; give one by --tokenizer"):
         _call("generate", folder)
     _call("export", folder, tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.model")
 

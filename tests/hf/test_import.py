@@ -322,4 +322,4 @@ def test_the_commands(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert f"imported from {tmp_path / 'hf'}; loads into every layout" in shown.output
     evaluated = CliRunner().invoke(app, ["evaluate", str(tmp_path / "start")])
-    assert "without a run that says what to read; train with" in str(evaluated.exception)
+    assert "an imported model has no validation data; train a run with" in str(evaluated.exception)

@@ -40,4 +40,4 @@ def test_without_locks_a_run_starts_with_a_word(
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with alone_in(tmp_path):
-        assert capsys.readouterr().err.startswith(f"triplane: {tmp_path}: this file system has no locks: see that")
+        assert capsys.readouterr().err.startswith(f"triplane: {tmp_path}: this file system has no locks: make sure")
