@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, replace
 from typing import Any
@@ -118,7 +117,7 @@ class Trainer:
                 )
                 with self.phase("data_time_s"):
                     micro_batches = next(batches)
-                with self._repeated(step, micro_batches, lr) if "repeat" in due else nullcontext():
+                for _ in repeated(engine, step) if "repeat" in due else (None,):
                     with self.phase("forward_backward_time_s", exact):
                         loss = engine.forward_backward(micro_batches)
                     with self.phase("optimizer_time_s", exact):
@@ -189,20 +188,6 @@ class Trainer:
             consumed_sequences=state.consumed_sequences,
             steps=last - state.step,
         )
-
-    @contextmanager
-    def _repeated(self, step: int, micro_batches: list[Batch], lr: float) -> Iterator[None]:
-        """Makes the update and undoes it, then compares it with the one that the block makes."""
-
-        def update() -> None:
-            with self.phase("forward_backward_time_s", exact=True):
-                self.engine.forward_backward(micro_batches)
-            with self.phase("optimizer_time_s", exact=True):
-                self.store.wait_until_copied()
-                self.engine.step(lr)
-
-        with repeated(self.engine, step, update):
-            yield
 
     def _roll_back(self, state: State, anomaly: Anomaly) -> State:
         """Returns to the last checkpoint, and skips the anomaly's batch from there on."""

@@ -1,7 +1,7 @@
 """Finds ranks with intermittent memory or arithmetic errors: a step computed twice gives two different states."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,9 +15,8 @@ from triplane.training.replicas import checksum, ranks_where
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-@contextmanager
-def repeated(engine: Engine, step: int, update: Callable[[], object]) -> Iterator[None]:
-    """Makes `update`, which is optimizer step `step`, and undoes it; the block then makes the same update. Collective.
+def repeated(engine: Engine, step: int) -> Iterator[None]:
+    """Has optimizer step `step` computed twice from the same state: `for _ in repeated(...)` around it. Collective.
 
     Raises TrainingError with the mismatching ranks if a bit of the state differs. Keeps a copy of the rank's share of
     the state.
@@ -25,7 +24,7 @@ def repeated(engine: Engine, step: int, update: Callable[[], object]) -> Iterato
     fragments = list(engine.optimizer.fragments())
     before = [fragment.data.clone() for fragment in fragments]
     with _deterministic():
-        update()
+        yield
         first = checksum([fragment.data for fragment in fragments], engine.mesh.device)
         for fragment, data in zip(fragments, before):
             fragment.data.copy_(data)

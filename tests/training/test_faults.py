@@ -295,7 +295,7 @@ def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[str, b
             if mesh.rank == erring:
                 engine.local.placements[-1].parameter.register_hook(err)
             try:
-                with repeated(engine, 1, update):
+                for _ in repeated(engine, 1):
                     update()
             except TrainingError as error:
                 told = str(error)
@@ -325,7 +325,7 @@ def _kernels_allowed(mesh: Mesh) -> tuple[list[tuple[bool, bool, bool]], tuple[b
         engine.forward_backward([proof_batch(engine.config, 0, [0])])
         engine.step(1e-3)
 
-    with repeated(engine, 1, update):
+    for _ in repeated(engine, 1):
         update()
     return seen, look()
 
