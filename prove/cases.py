@@ -1,8 +1,9 @@
-"""The layouts that `triplane prove` trains: every axis alone, in pairs, and together; and large tensors."""
+"""Layouts that `triplane prove` trains: every axis alone, in pairs, and together; and large tensors."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -22,7 +23,7 @@ _CHOICES: list[list[dict[str, Any]]] = [
     [{"tied": True}],
     [_BF16],
 ]
-"""Choices for each axis besides its default: one rank, zero 1, an untied head, fp32."""
+"""Alternatives to the default of each axis: one rank, zero 1, an untied head, fp32."""
 
 _LARGE: list[dict[str, Any]] = [
     {"tp": 2, "sequence_parallel": True, "pp": 2, "virtual_stages": 2, "dp": 2, "recompute": "selective"},
@@ -40,7 +41,7 @@ _LARGE: list[dict[str, Any]] = [
     {"pp": 4, "dp": 2, "zero": 2},
     {"dp": 8, "zero": 3, "recompute": "full", "precision": "bf16"},
 ]
-"""Three axes and more, and one axis over eight ranks."""
+"""Three axes or more, and one axis over eight ranks."""
 
 LARGE_VOCABULARY = 65_537
 _LARGE_TENSORS: list[dict[str, Any]] = [
@@ -56,7 +57,7 @@ _LARGE_TENSORS: list[dict[str, Any]] = [
         {"pp": 2, "zero": 0, "tied": True},
     )
 ]
-"""Each way to sum a gradient's norm, over tables of 2 M elements: a sum that loses precision with size shows there."""
+"""Each way to sum a gradient's norm, over tables of 2 M elements, which expose sums that lose precision with size."""
 
 _TIED: list[dict[str, Any]] = [
     {"zero": 0},
@@ -74,10 +75,10 @@ _RESHARDED: list[dict[str, Any]] = [
     {"tp": 2, "dp": 2, "precision": "bf16"},
     {"dp": 2, "offload_optimizer": True},
 ]
-"""Each saves for all others."""
+"""Each saves a checkpoint that all others load."""
 
-_OF_CASE = {"tied": False, "precision": "fp32", "large": False}
-"""Settings besides the layout, and their defaults."""
+_CASE_DEFAULTS = {"tied": False, "precision": "fp32", "large": False}
+"""Defaults of a case's settings besides the layout."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Case:
         )
 
     def model(self, model: ModelConfig) -> ModelConfig:
-        """`model` with the head and the vocabulary of this case."""
+        """Returns `model` with the head and the vocabulary of this case."""
         size = {"vocab_size": LARGE_VOCABULARY} if self.large else {}
         return model.model_copy(update={"tie_embeddings": self.tied} | size)
 
@@ -119,58 +120,61 @@ def full_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case
     """Returns every choice alone, every compatible pair of choices, and the large cases."""
     alone = [choice for choices in _CHOICES for choice in choices]
     pairs = [a | b for first, second in combinations(_CHOICES, 2) for a, b in product(first, second)]
-    cases = [_case(model, setting, ranks, runs_here) for setting in [{}, *alone, *pairs, *_LARGE, *_LARGE_TENSORS]]
+    settings = [{}, *alone, *pairs, *_LARGE, *_LARGE_TENSORS]
+    cases = [_case(model, setting, ranks=ranks, runs_here=runs_here) for setting in settings]
     return list(dict.fromkeys(case for case in cases if case is not None))
 
 
 def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case]:
     """Returns a few layouts of many choices each that cover every compatible pair of choices."""
+    case_of = partial(_case, model, ranks=ranks, runs_here=runs_here)
     candidates = []
     for picked in product(*([{}, *choices] for choices in _CHOICES)):
         setting = {key: value for choice in picked for key, value in choice.items()}
-        case = _case(model, setting, ranks, runs_here)
-        # Each rank compiles: its pairs occur on two ranks as well.
+        case = case_of(setting)
+        # Every rank compiles, which is slow; two ranks cover the pairs with compile as well.
         if case is not None and (case.ranks <= 2 or not case.layout.compile):
             chosen = [(axis, json.dumps(choice)) for axis, choice in enumerate(picked) if choice]
             pairs = set(combinations(chosen, 2))
-            # What bf16 hides is no proof: there only its own pairs count.
+            # bf16 may hide what another pair breaks, so there only its own pairs count.
             bf16 = (len(_CHOICES) - 1, json.dumps(_BF16))
             candidates.append((case, {pair for pair in pairs if bf16 in pair} if bf16 in chosen else pairs))
     missing = set().union(*(pairs for _, pairs in candidates))
-    shared_heads = _case(model, {"tp": 4}, ranks, runs_here)  # more ranks than key and value heads
-    large = [_case(model, setting, ranks, runs_here) for setting in _LARGE_TENSORS]
+    shared_heads = case_of({"tp": 4})  # more ranks than key and value heads
+    large = [case_of(setting) for setting in _LARGE_TENSORS]
     cover = [case for case in (shared_heads, *large) if case is not None]
     while missing:
-        # Of those that cover the most, one with few ranks, which is quick.
+        # Among those that cover the most, the one with the fewest ranks is the quickest.
         case, pairs = max(candidates, key=lambda candidate: (len(candidate[1] & missing), -candidate[0].ranks))
         cover.append(case)
         missing -= pairs
     return cover
 
 
-def resharding_proof(model: ModelConfig, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:
-    """Layouts that keep the state in different ways; for a tied head, those that treat it in different ways."""
+def resharding_proof(model: ModelConfig, *, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:
+    """Returns layouts that store the state differently; with `tied`, those that treat the tied head differently."""
     settings = _TIED if tied else _RESHARDED
-    cases = (_case(model, setting | {"tied": tied}, ranks, runs_here) for setting in settings)
+    cases = (_case(model, setting | {"tied": tied}, ranks=ranks, runs_here=runs_here) for setting in settings)
     return [case for case in cases if case is not None]
 
 
 def own_case(
-    model: ModelConfig, layout: ParallelConfig, precision: str, ranks: int, runs_here: RunsHere
+    model: ModelConfig, layout: ParallelConfig, precision: str, *, ranks: int, runs_here: RunsHere
 ) -> Case | None:
-    """A run's own layout, with no axis over two ranks; None if even that does not fit."""
+    """Returns a run's own layout, with at most two ranks on each axis; None if even that does not fit."""
     setting = layout.model_dump(exclude={"dp", "timeout_s"})
     small = {axis: min(2, setting[axis]) for axis in ("tp", "pp", "cp", "virtual_stages")}
     setting |= small | {"tied": model.tie_embeddings, "precision": "bf16" if precision == "bf16" else "fp32"}
-    return _case(model, setting | {"dp": 2}, ranks, runs_here) or _case(model, setting, ranks, runs_here)
+    case_of = partial(_case, model, ranks=ranks, runs_here=runs_here)
+    return case_of(setting | {"dp": 2}) or case_of(setting)
 
 
-def _case(model: ModelConfig, setting: dict[str, Any], ranks: int, runs_here: RunsHere) -> Case | None:
+def _case(model: ModelConfig, setting: dict[str, Any], *, ranks: int, runs_here: RunsHere) -> Case | None:
     """Returns a case; None if the choices do not fit the machine or each other."""
     options = dict(setting)
-    tied, precision, large = (options.pop(key, default) for key, default in _OF_CASE.items())
+    tied, precision, large = (options.pop(key, default) for key, default in _CASE_DEFAULTS.items())
     layout = ParallelConfig(**({"dp": 1, "timeout_s": 300.0} | options))
-    case = Case(layout, tied, precision, large)
+    case = Case(layout, tied=tied, precision=precision, large=large)
     if case.ranks > ranks or list(layout_problems(model, layout, precision)):
         return None
     return case if runs_here(case) else None

@@ -3,6 +3,7 @@
 import json
 import queue
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,7 @@ from triplane.parallel import megatron, zero  # noqa: F401  imported before the 
 from triplane.prove.cases import Case, full_proof, own_case, quick_proof
 from triplane.prove.compare import TIMEOUT_S, Machine, tolerances, train_case, worst
 from triplane.prove.forked import RanksFailedError, run_ranks
-from triplane.prove.reference import (
-    Difference,
-    Trace,
-    proof_model,
-    train_plainly,
-)
+from triplane.prove.reference import Difference, Trace, proof_model, train_plainly
 from triplane.storage.errors import LaunchError
 from triplane.storage.files import write_whole
 from triplane.training.exits import Exit
@@ -32,7 +28,7 @@ class Result:
 
     case: Case
     difference: Difference | None
-    """None if it failed to run."""
+    """None if the case failed to run."""
     tolerance: Difference
     tokens_per_s: float
     error: str = ""
@@ -43,17 +39,16 @@ class Result:
 
 
 def prove(config: Path | None, *, ranks: int | None, quick: bool, json_path: Path | None) -> int:
-    """Prints a line for each layout as it ends; returns the exit code."""
+    """Prints a line for each layout as soon as it is trained; returns the exit code."""
     machine = Machine.here(ranks)
     model, cases = proof_model(), []
     if config is not None:
         run = load_config(config)
         model = _shrunken(run.model)
-        own = own_case(model, run.parallel, run.training.precision, machine.ranks, machine.runs)
+        precision = run.training.precision
+        own = own_case(model, run.parallel, precision, ranks=machine.ranks, runs_here=machine.runs)
         if own is None:
-            print(
-                f"{config}: its own layout needs more than {machine.ranks} ranks, with two on each axis; it is left out"
-            )
+            print(f"{config}: its own layout requires more than {machine.ranks} ranks, with two on each axis; skipped")
         cases = [] if own is None else [own]
     cases += (quick_proof if quick else full_proof)(model, machine.ranks, machine.runs)
     results = _results(model, cases, machine)
@@ -68,31 +63,32 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Re
     print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
     references: dict[ModelConfig, Trace] = {}
     try:
-        allowed = tolerances(cases, model, range(_STEPS), machine)
+        allowed = tolerances(cases, model, steps=range(_STEPS), machine=machine)
     except (RanksFailedError, queue.Empty) as error:
-        raise LaunchError(f"one bf16 process, which layouts are compared with, failed: {str(error)[-200:]}") from error
+        raise LaunchError(f"the bf16 process to compare layouts with failed: {str(error)[-200:]}") from error
     results = []
     for case in cases:
         own = case.model(model)
         if own not in references:
             references[own] = train_plainly(own, _LARGE_STEPS if case.large else _STEPS)
-        results.append(_result(own, case, references[own], allowed[case], machine))
+        results.append(_result(own, case, reference=references[own], tolerance=allowed[case], machine=machine))
         print(_line(results[-1]), flush=True)
     return results
 
 
-def _result(model: ModelConfig, case: Case, one: Trace, allowed: Difference, machine: Machine) -> Result:
+def _result(model: ModelConfig, case: Case, *, reference: Trace, tolerance: Difference, machine: Machine) -> Result:
+    result = partial(Result, case, tolerance=tolerance)
     try:
         answers = run_ranks(
-            case.layout, case.ranks, train_case, model, case, one, device=machine.device, timeout_s=TIMEOUT_S
+            case.layout, case.ranks, train_case, model, case, reference, device=machine.device, timeout_s=TIMEOUT_S
         )
     except (RanksFailedError, queue.Empty) as error:
-        return Result(case, None, allowed, 0.0, str(error) or f"no answer in {TIMEOUT_S} s")
-    return Result(case, worst(found for found, _ in answers), allowed, min(rate for _, rate in answers))
+        return result(difference=None, tokens_per_s=0.0, error=str(error) or f"no answer in {TIMEOUT_S} s")
+    return result(difference=worst(found for found, _ in answers), tokens_per_s=min(rate for _, rate in answers))
 
 
 def _shrunken(model: ModelConfig) -> ModelConfig:
-    """A model with the features of `model` and the size of the proof's."""
+    """Returns a model with the features of `model` and the size of `proof_model`."""
     small = proof_model()
     kept = ("qkv_bias", "rope_base", "rope_scaling", "norm_eps", "tie_embeddings", "z_loss_weight")
     groups = min(small.n_heads, model.n_heads // model.n_kv_heads)

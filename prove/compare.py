@@ -1,4 +1,4 @@
-"""Shared by the tables of `triplane prove`: what this machine can run, and the tolerances."""
+"""Decides which layouts this machine can prove, and how far each may be from one process."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -25,41 +25,41 @@ from triplane.training.hardware import DTYPES
 
 TIMEOUT_S = 300.0
 _FP32 = Difference(loss=1e-5, norm=2e-6, weight=1e-5, moment=1e-5)
-"""The norm is about 1.5: it is exact to 1e-6, however large a tensor is."""
+"""The norm is about 1.5, and exact to 1e-6 however large a tensor is."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the proofs run."""
+    """The machine that runs the proofs."""
 
     device: str
     ranks: int
-    """At most."""
+    """Most ranks of a layout."""
     compiler: bool
 
     @classmethod
     def here(cls, ranks: int | None) -> "Machine":
-        """This one; tells what it cannot prove."""
+        """Returns this machine, and reports what it cannot prove."""
         gpus = torch.cuda.device_count()
-        machine = cls("cuda" if gpus else "cpu", ranks or gpus or 8, bool(gpus) or has_compiler())
+        machine = cls("cuda" if gpus else "cpu", ranks or gpus or 8, compiler=bool(gpus) or has_compiler())
         if gpus and machine.ranks > gpus:
-            raise LaunchError(f"--ranks {ranks}, but {gpus} GPUs are here")
+            raise LaunchError(f"--ranks {ranks}, but this machine has {gpus} GPUs; give {gpus} or fewer")
         if not machine.compiler:
-            print("no C++ compiler here: layouts with compile are left out")
+            print("no C++ compiler found: skipping layouts with compile")
         if gpus:
-            print("no fp32 kernel for a ring on a GPU: rings are proven in bf16")
+            print("ring attention has no fp32 kernel on a GPU: proving rings in bf16")
         return machine
 
     def runs(self, case: Case) -> bool:
-        """Whether it can run a case that fits the model."""
+        """Whether this machine can run a case that fits the model."""
         ring = case.layout.cp > 1 and case.layout.cp_method == "ring"
         return (self.compiler or not case.layout.compile) and not (
             self.device == "cuda" and ring and case.precision == "fp32"
         )
 
 
-def tolerances(cases: Sequence[Case], model: ModelConfig, steps: range, machine: Machine) -> dict[Case, Difference]:
-    """Returns the tolerances of each case against one fp32 process, compared over `steps`."""
+def tolerances(cases: Sequence[Case], model: ModelConfig, *, steps: range, machine: Machine) -> dict[Case, Difference]:
+    """Returns the allowed distance of each case from one fp32 process over `steps`."""
     allowed = dict.fromkeys(cases, _FP32)
     rounded = [case for case in cases if case.precision == "bf16"]
     for tied in {case.tied for case in rounded}:
@@ -70,20 +70,20 @@ def tolerances(cases: Sequence[Case], model: ModelConfig, steps: range, machine:
     return allowed
 
 
-def measured(trace: Trace, one: Trace, precision: str, mesh: Mesh) -> Difference:
+def measured(trace: Trace, reference: Trace, *, precision: str, mesh: Mesh) -> Difference:
     """Returns the distance of this rank's trace from one fp32 process, measured as in `tolerances`. Collective."""
     if precision == "bf16":
-        return typical_difference(trace, one, mesh.device)
-    return largest_difference(trace, one)
+        return typical_difference(trace, reference, mesh.device)
+    return largest_difference(trace, reference)
 
 
 def worst(found: Iterable[Difference]) -> Difference:
-    """The largest of each kind."""
+    """Returns the largest difference of each kind."""
     return Difference(*(max(values) for values in zip(*map(astuple, found))))
 
 
-def train_case(mesh: Mesh, model: ModelConfig, case: Case, one: Trace) -> tuple[Difference, float]:
-    """This rank's part of the steps that `one` has taken: how far it is from that, and its tokens/s."""
-    engine = proof_engine(mesh, model, case.layout, DTYPES[case.precision])
-    trace = train_on_mesh(engine, range(len(one.losses)))
-    return measured(trace, one, case.precision, mesh), trace.tokens_per_s
+def train_case(mesh: Mesh, model: ModelConfig, case: Case, reference: Trace) -> tuple[Difference, float]:
+    """Trains the steps of `reference` on this rank; returns the distance from it, and tokens/s."""
+    engine = proof_engine(mesh, model, case.layout, dtype=DTYPES[case.precision])
+    trace = train_on_mesh(engine, range(len(reference.losses)))
+    return measured(trace, reference, precision=case.precision, mesh=mesh), trace.tokens_per_s

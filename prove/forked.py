@@ -1,4 +1,4 @@
-"""Runs a function on the ranks of a layout, each a process of this machine that starts from this one's imports."""
+"""Runs a function on every rank of a layout, each a child process on this machine that inherits its imports."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ from triplane.parallel.groups import connected
 
 
 class RanksFailedError(RuntimeError):
-    """Raised with the traceback of each failed rank."""
+    """One or more ranks failed; the message holds their tracebacks."""
 
 
 def run_ranks(
@@ -38,9 +38,10 @@ def run_ranks(
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     with TemporaryDirectory() as folder:
         queue = context.Queue()
+        shared = {"world_size": world_size, "device": device, "store": Path(folder) / "store"}
         ranks = [
             context.Process(
-                target=_rank, args=(queue, layout, rank, world_size, device, Path(folder) / "store", function, args)
+                target=_rank, args=(queue, function, args), kwargs={"layout": layout, "rank": rank} | shared
             )
             for rank in range(world_size)
         ]
@@ -66,27 +67,26 @@ def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
             f"rank {rank}: exit code {process.exitcode}" for rank, process in enumerate(ranks) if process.exitcode
         ]
         try:
-            answer: bytes = answers.get(timeout=0.1)
+            return answers.get(timeout=0.1)
         except Empty:
             if killed:
                 raise RanksFailedError("\n".join(killed)) from None
-        else:
-            return answer
     raise Empty
 
 
 def _rank(
     queue: Any,
+    function: Callable[..., Any],
+    args: Any,
+    *,
     layout: ParallelConfig,
     rank: int,
     world_size: int,
     device: str,
     store: Path,
-    function: Callable[..., Any],
-    args: Any,
 ) -> None:
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32, which is no fp32
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers default to TF32, which is less exact than fp32
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)
@@ -95,12 +95,12 @@ def _rank(
             layout, where, rank=rank, world_size=world_size, store=FileStore(str(store), world_size)
         ) as mesh:
             answer = (rank, "", function(mesh, *args))
-    except BaseException:  # whatever it was, the parent raises it
+    except BaseException:  # the parent raises it, whatever it is
         answer = (rank, traceback.format_exc(), None)
-    # Plain bytes: a tensor in a queue is a file descriptor that dies with its process.
+    # Sent as plain bytes, since a tensor in a queue is a file descriptor that dies with its process.
     queue.put(pickle.dumps(answer))
     queue.close()
     queue.join_thread()
     sys.stdout.flush()
-    # gloo's threads abort now and then in an ordinary exit.
+    # gloo's threads sometimes abort in an ordinary exit.
     os._exit(0)

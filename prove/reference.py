@@ -1,7 +1,7 @@
-"""A small training in plain torch and under a layout, and how far they are apart: what `triplane prove` shows.
+"""Trains a small model in plain torch and under a layout, and measures how far apart they are.
 
 Adam's eps is 1e-3: at 1e-8, rounding noise in gradients near zero is amplified to full steps, and weights drift
-apart by 1e-3 while the gradients agree.
+apart by 1e-3 although the gradients agree.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ from triplane.training.optimizer import adamw
 
 SEQUENCES, SEQ_LEN = 8, 48
 SEED = 3
-"""Decides the initial weights and the data."""
+"""Seed of the initial weights and of the data."""
 _CLIP = 0.5
 _OPTIMIZER = OptimizerConfig(eps=1e-3)
 _MICRO_BATCH_SIZE = 2
@@ -39,17 +39,17 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Trace:
-    """The trace of a training run."""
+    """Results of a training run."""
 
     losses: list[float]
     norms: list[float]
     """Gradient norm of each step, before clipping."""
     state: State | list[Fragment]
-    """After the last step: whole, or the boxes that a rank holds."""
+    """State after the last step: whole, or the boxes that a rank holds."""
     tokens_per_s: float
 
     def after(self, step: int) -> "Trace":
-        """Without what the first `step` steps reported."""
+        """Returns the trace without the losses and norms of the first `step` steps."""
         return replace(self, losses=self.losses[step:], norms=self.norms[step:])
 
 
@@ -67,12 +67,12 @@ class Difference:
         return max(self.loss, self.norm, self.weight, self.moment)
 
     def within(self, tolerance: "Difference") -> bool:
-        """Whether none is larger than that of `tolerance`; what is no number is not within."""
+        """Returns whether each value is at most that of `tolerance`; False for a NaN."""
         return all(found <= allowed for found, allowed in zip(astuple(self), astuple(tolerance)))
 
 
 def proof_model(tie_embeddings: bool = False, vocab_size: int = 61) -> ModelConfig:
-    """Every feature in little: grouped queries, biases, an odd vocabulary, z-loss, layers that stages cannot share."""
+    """Returns a small model with grouped queries, biases, a prime vocabulary, z-loss, and uneven pipeline stages."""
     return ModelConfig(
         vocab_size=vocab_size,
         dim=32,
@@ -88,10 +88,10 @@ def proof_model(tie_embeddings: bool = False, vocab_size: int = 61) -> ModelConf
     )
 
 
-def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], seed: int = SEED) -> Batch:
-    """Sequences of two packed documents, or of one in every third step, with fewer targets in some than in others.
+def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], *, seed: int = SEED) -> Batch:
+    """Returns sequences of two packed documents, one in every third step, with different numbers of targets.
 
-    No loss crosses a boundary. Documents are longer than the shares of context parallelism.
+    No target crosses a document boundary. Documents are longer than the shares of context parallelism.
     """
     tokens: list[Tensor] = []
     targets: list[Tensor] = []
@@ -113,7 +113,7 @@ def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], seed: in
 
 
 def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
-    """The reference: a loop in plain torch over the plain model, one process, fp32, whole batches."""
+    """Trains the reference: a loop in plain torch over the plain model, in one process, in fp32, on whole batches."""
     model = Transformer(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -124,7 +124,7 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
     losses, norms = [], []
     start_s = perf_counter()
     for step in range(steps):
-        batch = proof_batch(config, step, range(SEQUENCES), seed)
+        batch = proof_batch(config, step, range(SEQUENCES), seed=seed)
         loss = model(batch).objective / (batch.targets_T != IGNORED_TARGET).sum()
         loss.backward()
         norm = _norm(model.parameters())
@@ -140,13 +140,13 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
         moments = optimizer.state[parameter]
         state[f"weight/{name}"] = parameter.detach()
         state |= {f"{kind}/{name}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
-    return Trace(losses, norms, state, _tokens_per_s(steps, start_s))
+    return Trace(losses=losses, norms=norms, state=state, tokens_per_s=_tokens_per_s(steps, start_s))
 
 
 def proof_engine(
-    mesh: Mesh, config: ModelConfig, layout: ParallelConfig, dtype: torch.dtype, seed: int = SEED
+    mesh: Mesh, config: ModelConfig, layout: ParallelConfig, *, dtype: torch.dtype, seed: int = SEED
 ) -> Engine:
-    """A rank's engine, with the weights that `train_plainly` starts from."""
+    """Returns a rank's engine with the initial weights of `train_plainly`."""
     engine = Engine(
         config,
         layout,
@@ -161,7 +161,7 @@ def proof_engine(
 
 
 def train_on_mesh(engine: Engine, steps: range, seed: int = SEED) -> Trace:
-    """The same steps by an engine."""
+    """Trains the steps of `train_plainly` with an engine."""
     dp = engine.mesh.dp
     assert SEQUENCES % dp.size == 0, dp.size
     share = SEQUENCES // dp.size
@@ -171,62 +171,63 @@ def train_on_mesh(engine: Engine, steps: range, seed: int = SEED) -> Trace:
     start_s = perf_counter()
     for step in steps:
         numbers = [range(start, start + each) for start in range(first, first + share, each)]
-        batches = [proof_batch(engine.config, step, some, seed).to(engine.mesh.device) for some in numbers]
+        batches = [proof_batch(engine.config, step, some, seed=seed).to(engine.mesh.device) for some in numbers]
         loss = engine.forward_backward(batches)
         norms.append(float(engine.step(_learning_rate(step))))
         losses.append(float(loss.cross_entropy + loss.z))
     rate = _tokens_per_s(len(steps), start_s)
     boxes = [replace(box, data=box.data.cpu().clone()) for box in engine.optimizer.fragments()]
-    return Trace(losses, norms, boxes, rate)
+    return Trace(losses=losses, norms=norms, state=boxes, tokens_per_s=rate)
 
 
-def largest_difference(trace: Trace, one: Trace) -> Difference:
-    """The largest absolute differences of a rank's trace from that of one process."""
+def largest_difference(trace: Trace, reference: Trace) -> Difference:
+    """Returns the largest absolute differences of a rank's trace from `reference`."""
     weight = moment = 0.0
-    for box, differing in _differing(trace, one):
+    for box, differing in _differing(trace, reference):
         largest = float(differing.abs().max())
         if box.kind == "weight":
             weight = max(weight, largest)
         else:
             moment = max(moment, largest)
-    loss, norm = (max(map(abs, values)) for values in (_losses(trace, one), _norms(trace, one)))
-    return Difference(loss, norm, weight, moment)
+    loss, norm = (max(map(abs, values)) for values in (_losses(trace, reference), _norms(trace, reference)))
+    return Difference(loss=loss, norm=norm, weight=weight, moment=moment)
 
 
-def typical_difference(trace: Trace, one: Trace, device: torch.device) -> Difference:
-    """Medians over steps of loss and relative norm, root mean squares over all weights and moments. Collective.
+def typical_difference(trace: Trace, reference: Trace, device: torch.device) -> Difference:
+    """Returns medians over steps of loss and relative norm, and root mean squares over weights and moments. Collective.
 
-    They vary far less from seed to seed than the largest differences do.
+    These vary far less from seed to seed than the largest differences do.
     """
     totals = torch.zeros(2, 2, dtype=torch.float64)  # (weight, moment) x (sum of squares, elements)
-    for box, differing in _differing(trace, one):
+    for box, differing in _differing(trace, reference):
         if box.primary:
             totals[int(box.kind != "weight")] += torch.tensor([float(differing.square().sum()), differing.numel()])
     totals = totals.to(device)
     dist.all_reduce(totals)
     weight, moment = (totals[:, 0] / totals[:, 1]).sqrt().tolist()
-    norms = [differing / norm for differing, norm in zip(_norms(trace, one), one.norms)]
-    return Difference(median(map(abs, _losses(trace, one))), median(map(abs, norms)), weight, moment)
+    norms = [differing / norm for differing, norm in zip(_norms(trace, reference), reference.norms)]
+    losses = _losses(trace, reference)
+    return Difference(loss=median(map(abs, losses)), norm=median(map(abs, norms)), weight=weight, moment=moment)
 
 
-def _differing(trace: Trace, one: Trace) -> Iterator[tuple[Fragment, Tensor]]:
-    """Each box of a rank, and how far its elements are from those of one process, fp64."""
-    assert isinstance(trace.state, list) and isinstance(one.state, dict)
+def _differing(trace: Trace, reference: Trace) -> Iterator[tuple[Fragment, Tensor]]:
+    """Yields each box of a rank and the differences of its elements from those of `reference`, fp64."""
+    assert isinstance(trace.state, list) and isinstance(reference.state, dict)
     for box in trace.state:
         spans = tuple(slice(start, start + size) for start, size in zip(box.offsets, box.data.shape))
-        yield box, box.data.double() - one.state[box.key][spans]
+        yield box, box.data.double() - reference.state[box.key][spans]
 
 
-def _losses(trace: Trace, one: Trace) -> list[float]:
-    return [ours - theirs for ours, theirs in zip(trace.losses, one.losses, strict=True)]
+def _losses(trace: Trace, reference: Trace) -> list[float]:
+    return [ours - theirs for ours, theirs in zip(trace.losses, reference.losses, strict=True)]
 
 
-def _norms(trace: Trace, one: Trace) -> list[float]:
-    return [ours - theirs for ours, theirs in zip(trace.norms, one.norms, strict=True)]
+def _norms(trace: Trace, reference: Trace) -> list[float]:
+    return [ours - theirs for ours, theirs in zip(trace.norms, reference.norms, strict=True)]
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Over all gradients, summed in fp64: torch's own fp32 norm is wrong for large tensors."""
+    """Returns the norm of all gradients, summed in fp64, since torch's fp32 norm is wrong for large tensors."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt().float()
 

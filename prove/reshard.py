@@ -1,8 +1,9 @@
-"""`triplane prove --reshard`: saves under each layout, loads under each other, and compares with one process."""
+"""`triplane prove --reshard`: saves under each layout, loads under every other, and compares with one process."""
 
 import json
 import queue
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
@@ -23,28 +24,30 @@ from triplane.training.exits import Exit
 from triplane.training.hardware import DTYPES
 
 _CUT, _STEPS = 3, 6
-"""Saved after `_CUT` steps, compared over the rest."""
+"""Saves after `_CUT` steps, and compares over the rest."""
 _WIDTH = 9
 
 
 def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
-    """Prints a table for an untied and one for a tied head; returns the exit code."""
+    """Prints a table for an untied head and one for a tied head; returns the exit code."""
     machine = Machine.here(ranks)
     rows = []
     for tied in (False, True):
         with TemporaryDirectory(prefix="triplane-reshard-") as folder:
-            rows += _prove(proof_model(tied), tied, machine, Path(folder))
+            rows += _prove(proof_model(tied), machine, Path(folder))
     if json_path is not None:
         write_whole(json_path, (json.dumps(rows, indent=1) + "\n").encode())
     passed = sum(row["passed"] for row in rows)
-    print(f"{passed} of {len(rows)} checkpoints train on, under another layout, as one process does")
+    print(f"{passed} of {len(rows)} checkpoints resume under another layout as one process continues")
     return Exit.OK if passed == len(rows) else Exit.FAILED
 
 
-def _prove(model: ModelConfig, tied: bool, machine: Machine, folder: Path) -> list[dict[str, Any]]:
-    cases = dict(zip(ascii_uppercase, resharding_proof(model, machine.ranks, tied, machine.runs)))
-    one = train_plainly(model, _STEPS)
-    allowed = tolerances(list(cases.values()), model, range(_CUT, _STEPS), machine)
+def _prove(model: ModelConfig, machine: Machine, folder: Path) -> list[dict[str, Any]]:
+    tied = model.tie_embeddings
+    proof = resharding_proof(model, ranks=machine.ranks, tied=tied, runs_here=machine.runs)
+    cases = dict(zip(ascii_uppercase, proof))
+    reference = train_plainly(model, _STEPS)
+    allowed = tolerances(proof, model, steps=range(_CUT, _STEPS), machine=machine)
     print(f"{'tied' if tied else 'untied'} head; saved under:")
     for name, case in cases.items():
         print(f"  {name} {case.describe()}", flush=True)
@@ -56,9 +59,9 @@ def _prove(model: ModelConfig, tied: bool, machine: Machine, folder: Path) -> li
         others = [other for other in cases if other != name]
         rounder = [cases[other] if cases[other].precision == "bf16" else case for other in others]
         saved = [(checkpoint_of(folder / other, _CUT), kept.precision) for other, kept in zip(others, rounder)]
-        found, error = _load(model, case, one, saved, machine)
+        found, error = _load(model, case, reference=reference, saved=saved, machine=machine)
         for other, differing, rounding in zip(others, found, rounder):
-            rows.append(_row(cases[other], case, differing, allowed[rounding], error))
+            rows.append(_row(cases[other], case, found=differing, tolerance=allowed[rounding], error=error))
         shown = iter(rows[-len(others) :])
         cells = [f"{'':>{_WIDTH}}" if other == name else _cell(next(shown)) for other in cases]
         print(f"  {name} {' '.join(cells)}".rstrip(), *filter(None, [error]), sep="\n", flush=True)
@@ -70,38 +73,38 @@ def _run(machine: Machine, case: Case, function: Any, *args: Any) -> list[Any]:
 
 
 def _load(
-    model: ModelConfig, case: Case, one: Trace, saved: list[tuple[Location, str]], machine: Machine
+    model: ModelConfig, case: Case, *, reference: Trace, saved: list[tuple[Location, str]], machine: Machine
 ) -> tuple[list[Difference | None], str]:
-    """The differences of the worst rank for each checkpoint and precision of the comparison, or why there are none."""
+    """Returns the largest difference over ranks for each checkpoint, and the error if a rank failed.
+
+    `saved` pairs a checkpoint with the precision to compare in.
+    """
     try:
-        ranks = _run(machine, case, _train_on, model, case, one, saved)
+        ranks = _run(machine, case, _resume, model, case, reference, saved)
     except (RanksFailedError, queue.Empty) as error:
         return [None] * len(saved), str(error) or f"no answer in {TIMEOUT_S} s"
     return [worst(found) for found in zip(*ranks)], ""
 
 
 def _save(mesh: Mesh, model: ModelConfig, case: Case, folder: Path) -> None:
-    train_between(mesh, model, case.layout, DTYPES[case.precision], range(_CUT), save=folder)
+    train_between(mesh, model, case.layout, dtype=DTYPES[case.precision], steps=range(_CUT), save=folder)
 
 
-def _train_on(
-    mesh: Mesh, model: ModelConfig, case: Case, one: Trace, saved: list[tuple[Location, str]]
+def _resume(
+    mesh: Mesh, model: ModelConfig, case: Case, reference: Trace, saved: list[tuple[Location, str]]
 ) -> list[Difference]:
-    rest = one.after(_CUT)
-    steps, dtype = range(_CUT, _STEPS), DTYPES[case.precision]
-    return [
-        measured(train_between(mesh, model, case.layout, dtype, steps, load=path), rest, precision, mesh)
-        for path, precision in saved
-    ]
+    rest = reference.after(_CUT)
+    train = partial(train_between, mesh, model, case.layout, dtype=DTYPES[case.precision], steps=range(_CUT, _STEPS))
+    return [measured(train(load=path), rest, precision=precision, mesh=mesh) for path, precision in saved]
 
 
-def _row(saved: Case, loaded: Case, found: Difference | None, limit: Difference, error: str) -> dict[str, Any]:
+def _row(saved: Case, loaded: Case, *, found: Difference | None, tolerance: Difference, error: str) -> dict[str, Any]:
     return {
         "saved_under": saved.describe(),
         "loaded_under": loaded.describe(),
         "difference": None if found is None else asdict(found),
-        "tolerance": asdict(limit),
-        "passed": found is not None and found.within(limit),
+        "tolerance": asdict(tolerance),
+        "passed": found is not None and found.within(tolerance),
         "error": error,
     }
 

@@ -1,4 +1,4 @@
-"""The proof's training, saved under one layout and loaded under another."""
+"""Trains the proof's model from a checkpoint to a checkpoint, each of any layout."""
 
 import torch
 
@@ -16,16 +16,17 @@ def train_between(
     mesh: Mesh,
     config: ModelConfig,
     layout: ParallelConfig,
+    *,
     dtype: torch.dtype,
     steps: range,
     load: Location | None = None,
     save: Location | None = None,
 ) -> Trace:
-    """Trains `steps` on this rank, from the checkpoint `load` or initial weights; then writes one under `save`.
+    """Trains `steps` on this rank, from the checkpoint `load` or from initial weights, and saves one under `save`.
 
-    Raises OSError if that fails.
+    Raises OSError if the save fails.
     """
-    engine = proof_engine(mesh, config, layout, dtype)
+    engine = proof_engine(mesh, config, layout, dtype=dtype)
     if load is not None:
         Checkpoint(load).fill(engine.optimizer.fragments())
         engine.optimizer.loaded(steps.start)

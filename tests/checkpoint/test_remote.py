@@ -78,7 +78,7 @@ def test_a_file_is_read_in_several_requests(remote: Location, monkeypatch: pytes
 
 
 def _train_and_save(mesh: Mesh, folder: str) -> None:
-    train_between(mesh, proof_model(), LAYOUT, torch.float32, range(2), save=location(folder))
+    train_between(mesh, proof_model(), LAYOUT, dtype=torch.float32, steps=range(2), save=location(folder))
 
 
 def _train(mesh: Mesh, config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint loads into every layout: a run that changes its layout at every step ends where one process does."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from resharding import LAYOUTS
 
 from triplane.prove.forked import run_ranks
-from triplane.prove.reference import Trace, largest_difference, proof_model, train_plainly
+from triplane.prove.reference import largest_difference, proof_model, train_plainly
 from triplane.prove.resharding import train_between
 
 ORDER = [
@@ -27,7 +28,6 @@ ORDER = [
     "dp2",
 ]
 """Neighbours differ in every axis; each layout saves for one and loads from another."""
-FP32 = torch.float32
 TOLERANCE = 1e-5
 
 
@@ -38,12 +38,13 @@ def test_a_run_through_all_layouts_is_the_run_of_one_process(tied: bool, tmp_pat
     load = None
     for step, name in enumerate(ORDER):
         layout, ranks = LAYOUTS[name]
-        traces = run_ranks(layout, ranks, train_between, config, layout, FP32, range(step, step + 1), load, tmp_path)
+        train = partial(train_between, dtype=torch.float32, steps=range(step, step + 1), load=load, save=tmp_path)
+        traces = run_ranks(layout, ranks, train, config, layout)
         for trace in traces:
             assert trace.losses == pytest.approx(one.losses[step : step + 1], abs=TOLERANCE), name
         load = tmp_path / f"step_{step + 1}"
     for trace in traces:
-        whole = Trace(one.losses[-1:], one.norms[-1:], one.state, 0.0)
+        whole = one.after(len(ORDER) - 1)
         assert largest_difference(trace, whole).largest < TOLERANCE
 
 
@@ -52,9 +53,11 @@ def test_resuming_in_the_same_layout_is_bitwise(name: str, tmp_path: Path) -> No
     layout, ranks = LAYOUTS[name]
     config = proof_model()
     steps, cut = 8, 5
-    whole = run_ranks(layout, ranks, train_between, config, layout, FP32, range(steps))
-    run_ranks(layout, ranks, train_between, config, layout, FP32, range(cut), None, tmp_path)
-    resumed = run_ranks(layout, ranks, train_between, config, layout, FP32, range(cut, steps), tmp_path / f"step_{cut}")
+    train = partial(train_between, dtype=torch.float32)
+    whole = run_ranks(layout, ranks, partial(train, steps=range(steps)), config, layout)
+    run_ranks(layout, ranks, partial(train, steps=range(cut), save=tmp_path), config, layout)
+    load = tmp_path / f"step_{cut}"
+    resumed = run_ranks(layout, ranks, partial(train, steps=range(cut, steps), load=load), config, layout)
     for a, b in zip(whole, resumed, strict=True):
         assert a.losses[cut:] == b.losses
         for x, y in zip(a.state, b.state, strict=True):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -33,7 +34,8 @@ LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
-    run_ranks(LAYOUT, RANKS, train_between, proof_model(), LAYOUT, torch.float32, range(2), None, folder)
+    train = partial(train_between, dtype=torch.float32, steps=range(2), save=folder)
+    run_ranks(LAYOUT, RANKS, train, proof_model(), LAYOUT)
     return folder / "step_2"
 
 

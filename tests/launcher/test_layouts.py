@@ -84,6 +84,6 @@ def test_what_the_machine_cannot_run_is_left_out_and_its_pairs_are_not_missed() 
 def test_a_runs_own_layout_comes_with_two_ranks_on_each_axis(name: str, expected: str) -> None:
     run = load_config(CONFIGS / f"{name}.toml")
     model = MODEL.model_copy(update={"tie_embeddings": run.model.tie_embeddings})
-    own = own_case(model, run.parallel, run.training.precision, 8, everywhere)
+    own = own_case(model, run.parallel, run.training.precision, ranks=8, runs_here=everywhere)
     assert own is not None
     assert own.describe() == expected

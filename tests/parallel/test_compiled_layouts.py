@@ -30,7 +30,7 @@ def _graphs(mesh: Mesh, layout: ParallelConfig) -> tuple[int, int]:
     """Graphs that a step has compiled, and reasons why one ended before its block did."""
     torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     with torch._dynamo.config.patch(disable=False):  # the other tests compile nothing
-        engine = proof_engine(mesh, proof_model(), layout, torch.bfloat16)
+        engine = proof_engine(mesh, proof_model(), layout, dtype=torch.bfloat16)
         engine.forward_backward([proof_batch(engine.config, 0, [mesh.dp.rank + i]) for i in range(2)])
         engine.step(1e-3)
     return counters["stats"]["unique_graphs"], len(counters["graph_break"])

@@ -30,7 +30,7 @@ def model(vocab_size: int) -> ModelConfig:
 
 
 def _scores_and_loss(mesh: Mesh, layout: ParallelConfig, vocab_size: int) -> tuple[torch.Tensor, float]:
-    engine = proof_engine(mesh, model(vocab_size), layout, torch.float32)
+    engine = proof_engine(mesh, model(vocab_size), layout, dtype=torch.float32)
     share = SEQUENCES // mesh.dp.size
     batches = [proof_batch(engine.config, 0, [mesh.dp.rank * share + i]) for i in range(share)]
     return engine.next_logits(TOKENS), float(engine.evaluate(batches).cross_entropy)

@@ -13,7 +13,7 @@ STEPS = 4
 
 
 def _train(mesh: Mesh, layout: ParallelConfig) -> Trace:
-    return train_on_mesh(proof_engine(mesh, proof_model(), layout, torch.bfloat16), range(STEPS))
+    return train_on_mesh(proof_engine(mesh, proof_model(), layout, dtype=torch.bfloat16), range(STEPS))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The proof holds for layouts in which every pair of features occurs, and fails where an axis is broken."""
+"""The proof passes for layouts that cover every pair of features, and fails where an axis is broken."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from triplane.training.optimizer import adamw
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_steps() -> Iterator[None]:
-    """Batches repeat their kinds after three steps, and every bug below shows within four."""
+    """Batches repeat their structure after three steps, and every bug below shows within four."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prove_module, "_STEPS", 4)
         yield
@@ -40,7 +40,7 @@ def _few_steps() -> Iterator[None]:
 def test_every_pair_of_features_trains_the_same_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs are captured and differentiated as in a run, and not turned into C++, which takes minutes."""
+    """Captures and differentiates graphs as in a run, without the minutes that compiling them to C++ takes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     code = prove(None, ranks=8, quick=True, json_path=tmp_path / "proof.json")
     printed = capsys.readouterr().out
@@ -56,10 +56,10 @@ MACHINE = Machine("cpu", 8, compiler=False)
 
 @pytest.fixture(scope="module")
 def proven() -> Callable[..., Result]:
-    """Proves one case; references and bounds are made once, before a bug is planted."""
+    """Proves one case; computes references and bounds once, before a bug is planted."""
     reference = cache(lambda model: train_plainly(model, prove_module._STEPS))
     exact, rounding, tied, large = (
-        Case(ParallelConfig(dp=1), tied, precision, large)
+        Case(ParallelConfig(dp=1), tied=tied, precision=precision, large=large)
         for tied, precision, large in (
             (False, "fp32", False),
             (False, "bf16", False),
@@ -67,15 +67,18 @@ def proven() -> Callable[..., Result]:
             (False, "fp32", True),
         )
     )
-    allowed = tolerances([exact, rounding], proof_model(), range(prove_module._STEPS), MACHINE)
+    allowed = tolerances([exact, rounding], proof_model(), steps=range(prove_module._STEPS), machine=MACHINE)
     bounds = {case.precision: bound for case, bound in allowed.items()}
     for case in (exact, tied, large):
         reference(case.model(proof_model()))
 
     def prove_case(tied: bool = False, precision: str = "fp32", large: bool = False, **layout: Any) -> Result:
-        case = Case(ParallelConfig(**({"dp": 1, "timeout_s": 20.0} | layout)), tied, precision, large)
+        parallel = ParallelConfig(**({"dp": 1, "timeout_s": 20.0} | layout))
+        case = Case(parallel, tied=tied, precision=precision, large=large)
         model = case.model(proof_model())
-        return prove_module._result(model, case, reference(model), bounds[precision], MACHINE)
+        return prove_module._result(
+            model, case, reference=reference(model), tolerance=bounds[precision], machine=MACHINE
+        )
 
     return prove_case
 
@@ -172,7 +175,7 @@ def _without_the_exchange_of_heads(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_overwritten_products(patch: pytest.MonkeyPatch) -> None:
-    """Nothing to plant: what `layout_problems` refuses is wrong, without a word of torch's."""
+    """Plants nothing: the layout, which `layout_problems` refuses, trains wrongly without an error from torch."""
 
 
 def _with_a_norm_in_fp32(patch: pytest.MonkeyPatch) -> None:
@@ -233,7 +236,7 @@ def test_a_planted_bug_is_caught(
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_rounding_alone_is_no_difference_on_cpus_without_bf16_products(isa: str) -> None:
-    """oneDNN's cap is read when it is first used, so another process proves; the machine's own set is proven above."""
+    """Runs in another process, since oneDNN reads its cap once; the tests above cover this machine's own set."""
     program = (
         "from triplane.prove import command as p; from triplane.prove.cases import full_proof;"
         "p._STEPS = 4;"

@@ -19,7 +19,7 @@ def test_each_pair_is_a_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert all(0 < max(row["difference"].values()) < 1e-5 for row in rows)
     printed = capfd.readouterr().out
     assert "  A one rank, zero 0\n" in printed
-    assert printed.endswith("6 of 6 checkpoints train on, under another layout, as one process does\n")
+    assert printed.endswith("6 of 6 checkpoints resume under another layout as one process continues\n")
 
 
 def test_moments_that_are_not_loaded_are_seen(
@@ -33,5 +33,5 @@ def test_moments_that_are_not_loaded_are_seen(
     monkeypatch.setattr(Checkpoint, "fill", forget_moments)
     assert prove_resharding(2, None) == 1
     printed = capfd.readouterr().out
-    assert printed.endswith("0 of 6 checkpoints train on, under another layout, as one process does\n")
+    assert printed.endswith("0 of 6 checkpoints resume under another layout as one process continues\n")
     assert printed.count("!") == 6

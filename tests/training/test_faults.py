@@ -196,7 +196,7 @@ def test_a_spike_is_skipped_alike_by_a_run_that_is_interrupted(
 
 def _update_with_a_nan(mesh: Mesh, layout: ParallelConfig, dtype: torch.dtype) -> tuple[float, bool, bool]:
     """The norm of such a step, whether it left the state alone, and whether the next one changed it."""
-    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, dtype)
+    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, dtype=dtype)
     share = SEQUENCES // mesh.dp.size
     batches = [proof_batch(engine.config, 0, [mesh.dp.rank * share + i]) for i in range(share)]
 
@@ -231,7 +231,7 @@ def test_an_update_with_a_nan_changes_nothing(layout: str, precision: str) -> No
 
 def _flip_a_bit(mesh: Mesh, layout: ParallelConfig, flipped: int) -> list[list[int]]:
     """The ranks that differ, before and after one bit of rank `flipped` was turned over."""
-    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, torch.float32)
+    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, dtype=torch.float32)
     before = differing_ranks(engine)
     if mesh.rank == flipped:
         engine.local.placements[1].parameter.detach().view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
@@ -276,7 +276,7 @@ def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[str, b
     """What is raised; whether the state then is that of one step."""
     states, told = [], ""
     for repeat in (False, True):
-        engine = proof_engine(mesh, proof_model(), layout, torch.float32)
+        engine = proof_engine(mesh, proof_model(), layout, dtype=torch.float32)
         share = SEQUENCES // mesh.dp.size
         batches = [proof_batch(engine.config, 0, [mesh.dp.rank * share + i]) for i in range(share)]
         passes = [0]
@@ -313,7 +313,7 @@ def test_a_step_done_twice_is_one_step(layout: str) -> None:
 
 def _kernels_allowed(mesh: Mesh) -> tuple[list[tuple[bool, bool, bool]], tuple[bool, bool, bool]]:
     """Whether torch is deterministic, only warns, and fills new tensors: in both updates, and after."""
-    engine = proof_engine(mesh, proof_model(), ParallelConfig(), torch.float32)
+    engine = proof_engine(mesh, proof_model(), ParallelConfig(), dtype=torch.float32)
     seen = []
 
     def look() -> tuple[bool, bool, bool]:
