@@ -25,9 +25,10 @@ from triplane.storage.publish import publishing, refuse_existing
 def export(
     weights: Mapping[str, Tensor],
     config: ModelConfig,
+    out: Path,
+    *,
     context: int,
     tokenizer: Tokenizer,
-    out: Path,
     dtype: torch.dtype,
     provenance: dict[str, str],
     parent: Parent | None = None,
@@ -44,7 +45,7 @@ def export(
     refuse_existing(out)
     if problems := export_problems(config, tokenizer):
         raise CheckpointError("\n".join(problems))
-    content = hf_config(config, context, tokenizer.bos_id, tokenizer.eos_id, dtype)
+    content = hf_config(config, context, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=dtype)
     tokens_BS = probe(config, context)
     expected_TV = probe_logits(config, weights, tokens_BS, rounded_to=dtype)
     if not expected_TV.isfinite().all():
@@ -54,12 +55,12 @@ def export(
         _write_json(folder / "config.json", content)
         ids = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", ids)
-        write_weights(weights, config, dtype, folder)
+        write_weights(weights, config, folder, dtype=dtype)
         write_hf_tokenizer(tokenizer, folder, context)
-        report = verify(folder, tokens_BS, expected_TV, tokenizer)
+        report = verify(folder, tokens_BS, expected_TV, tokenizer=tokenizer)
         facts = {"parameters": f"{count_parameters(config):,}", "context": f"{context:,} tokens", "dtype": _name(dtype)}
         begins = _begins_with_bos(tokenizer, folder)
-        card = _card(out.name, facts | provenance, report, parent, begins)
+        card = _card(out.name, facts | provenance, report=report, parent=parent, begins=begins)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return report
 
@@ -81,8 +82,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _card(name: str, facts: dict[str, str], report: ExportReport, parent: Parent | None, begins: str) -> str:
-    """The model card that the Hugging Face hub shows."""
+def _card(name: str, facts: dict[str, str], *, report: ExportReport, parent: Parent | None, begins: str) -> str:
+    """Returns the model card that the Hugging Face hub shows."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     head = "library_name: transformers\npipeline_tag: text-generation\n"
     origin = "trained from scratch with triplane"

@@ -1,4 +1,4 @@
-"""Our weights' names in Hugging Face's terms and the config.json of an export; `hf_config.py` reads one.
+"""Our weights' names in Hugging Face's terms and the config.json of an export; `config.py` reads one.
 
 A model is a `LlamaForCausalLM`: same pairs in RoPE, same weights, nothing permuted. So are the other families that can
 be read. A model with `qkv_bias` is a Llama with `attention_bias` whose output bias, which ours lacks, is zero.
@@ -44,7 +44,7 @@ def to_hf_name(name: str) -> str:
 
 
 def hf_config(
-    config: ModelConfig, context: int, bos_id: int | None, eos_id: int | None, dtype: torch.dtype
+    config: ModelConfig, context: int, *, bos_id: int | None, eos_id: int | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The content of config.json of a model that reads `context` tokens.
 

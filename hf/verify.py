@@ -73,7 +73,7 @@ def probe_logits(
     return streamed_logits(config, weights, batch, rounded_to=rounded_to, rows_T=last_T)
 
 
-def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Tokenizer | None) -> ExportReport:
+def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, *, tokenizer: Tokenizer | None) -> ExportReport:
     """Reads `folder` as triplane and, where it is installed, as transformers does.
 
     Raises CheckpointError unless both give the logits `expected_TV` of `tokens_BS`, and the tokens of `tokenizer`, if
@@ -83,7 +83,7 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Toke
         library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         library.encode_special_tokens = True
         ids = library.encode(_PROBE_TEXT, add_special_tokens=False).ids
-        _check_tokens("tokenizers", ids, library.decode(ids), tokenizer)
+        _check_tokens("tokenizers", ids, library.decode(ids), tokenizer=tokenizer)
     config = from_hf_config(read_json(folder / "config.json"))
     difference = _difference("triplane", probe_logits(config, FolderWeights(folder, config), tokens_BS), expected_TV)
     largest = expected_TV.abs().max().item()
@@ -104,7 +104,7 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, tokenizer: Toke
             f"{reader} cannot read the Hugging Face folder: {type(error).__name__}: {reason}; nothing was published."
         ) from error
     their_difference = _difference(reader, theirs_TV, expected_TV)
-    return ExportReport(largest, difference, reader, their_difference)
+    return ExportReport(largest, difference, reader, transformers_difference=their_difference)
 
 
 def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
@@ -121,7 +121,7 @@ def _difference(reader: str, logits_TV: Tensor, expected_TV: Tensor) -> float:
     return difference
 
 
-def _check_tokens(reader: str, ids: list[int], text: str, tokenizer: Tokenizer) -> None:
+def _check_tokens(reader: str, ids: list[int], text: str, *, tokenizer: Tokenizer) -> None:
     expected = tokenizer.encode(_PROBE_TEXT)
     if ids != expected or text != tokenizer.decode(expected):
         raise CheckpointError(f"{reader} reads other tokens than the run's tokenizer; nothing was published.")
@@ -137,10 +137,10 @@ def _through_transformers(folder: Path, tokens_BS: Tensor, tokenizer: Tokenizer 
     if tokenizer is not None:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids = theirs.encode(_PROBE_TEXT, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        _check_tokens("transformers", ids, str(theirs.decode(ids, clean_up_tokenization_spaces=False)), tokenizer)
+        text = str(theirs.decode(ids, clean_up_tokenization_spaces=False))
+        _check_tokens("transformers", ids, text, tokenizer=tokenizer)
         added = read_json(folder / "tokenizer_config.json").get("add_bos_token")
         if added is True and theirs.encode("text") != [tokenizer.bos_id, *tokenizer.encode("text")]:
             raise CheckpointError("transformers does not begin a text with bos, once; nothing was published.")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    logits_BSV: Tensor = model(tokens_BS, logits_to_keep=_PROBE_TOKENS).logits
-    return logits_BSV.flatten(0, 1)
+    return model(tokens_BS, logits_to_keep=_PROBE_TOKENS).logits.flatten(0, 1)

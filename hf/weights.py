@@ -1,4 +1,4 @@
-"""Writes weights as the safetensors files of a Hugging Face model; `hf_folder.py` reads them."""
+"""Writes weights as the safetensors files of a Hugging Face model; `folder.py` reads them."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _SHARD_BYTES = 5_000_000_000
 """Tensor bytes in one file; more are spread over several, with an index."""
 
 
-def write_weights(weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
+def write_weights(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path, *, dtype: torch.dtype) -> None:
     """Writes the model's `weights`, by our names, cast to `dtype`; holds one shard at a time.
 
     With `qkv_bias`, the output biases that a Llama has besides are written as zeros.

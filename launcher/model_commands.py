@@ -153,12 +153,12 @@ def export(run: str, out: Path, *, dtype: str, context: int | None, tokenizer_pa
     report = export_weights(
         CheckpointWeights(trained.checkpoint),
         trained.model,
-        context or trained.context,
-        trained.tokenizer(tokenizer_path),
         out,
-        DTYPES[dtype],
-        _provenance(trained),
-        trained.parent,
+        context=context or trained.context,
+        tokenizer=trained.tokenizer(tokenizer_path),
+        dtype=DTYPES[dtype],
+        provenance=_provenance(trained),
+        parent=trained.parent,
     )
     _print(f"{out}: {report}")
 

@@ -31,10 +31,11 @@ def small_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64) -> Any:
-    """transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
+    """Returns transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    content = hf_config(config.model_copy(update={"qkv_bias": False}), seq_len, None, None, torch.float32)
+    unbiased = config.model_copy(update={"qkv_bias": False})
+    content = hf_config(unbiased, seq_len, bos_id=None, eos_id=None, dtype=torch.float32)
     if config.qkv_bias:
         content |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
     of: Any

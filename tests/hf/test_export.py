@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from triplane.storage.errors import CheckpointError, ModelError
 VOCAB = 400
 LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
 PROVENANCE = {"run": "first", "step": "1000", "corpus": "sha256:0123", "layout": "tp 2, pp 2, dp 2"}
+export_fp32 = partial(export, context=64, dtype=torch.float32, provenance={})
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,9 @@ def publish(tokenizer_model: Path, tmp_path: Path) -> Callable[..., Any]:
     def run(dtype: torch.dtype = torch.float32, weights: dict[str, Tensor] | None = None, **changes: Any) -> Any:
         config = small_config(vocab_size=VOCAB, **changes)
         weights = random_weights(config) if weights is None else weights
-        report = export(weights, config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", dtype, PROVENANCE)
-        return config, weights, report, tmp_path / "model"
+        tokenizer, out = open_tokenizer(tokenizer_model), tmp_path / "model"
+        report = export(weights, config, out, context=64, tokenizer=tokenizer, dtype=dtype, provenance=PROVENANCE)
+        return config, weights, report, out
 
     return run
 
@@ -150,11 +153,11 @@ hf_weights_save = hf_weights.save_file
 
 
 def altered_config(**changes: Any) -> Callable[..., Any]:
-    """The right config.json but for `changes`."""
+    """Returns a writer of a config.json that is right but for `changes`."""
     right = export_module.hf_config
 
-    def wrong(*args: Any) -> Any:
-        return right(*args) | changes
+    def wrong(*args: Any, **options: Any) -> Any:
+        return right(*args, **options) | changes
 
     return wrong
 
@@ -243,7 +246,7 @@ def test_the_card_names_the_parent_and_the_rules_of_the_tokenizer(
     config = small_config(vocab_size=VOCAB)
     tokenizer = open_tokenizer(tokenizer_model)
     parent = Parent(name="someone/theirs", licence="apache-2.0")
-    export(random_weights(config), config, 64, tokenizer, tmp_path / "b", torch.float32, {}, parent)
+    export_fp32(random_weights(config), config, tmp_path / "b", tokenizer=tokenizer, parent=parent)
     card = (tmp_path / "b/README.md").read_text()
     assert "from scratch" not in card and "from the weights of someone/theirs, whose licence is apache-2.0" in card
     assert 'base_model: "someone/theirs"\nlicense: apache-2.0\n---\n' in card
@@ -254,7 +257,7 @@ def test_a_tokenizer_json_goes_out_as_it_came(tmp_path: Path) -> None:
     path = byte_level(tmp_path / "in" / "tokenizer.json", QWEN2)
     tokenizer = open_tokenizer(path)
     config = small_config(vocab_size=tokenizer.vocab_size + 5)  # embeddings to spare, as many models have
-    export(random_weights(config), config, 64, tokenizer, tmp_path / "out", torch.float32, {})
+    export_fp32(random_weights(config), config, tmp_path / "out", tokenizer=tokenizer)
     assert (tmp_path / "out/tokenizer.json").read_bytes() == path.read_bytes()
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.encode("some text", add_special_tokens=False) == tokenizer.encode("some text")
@@ -309,7 +312,7 @@ def test_a_full_disk_is_a_line_and_leaves_nothing(tokenizer_model: Path, small_d
     config = small_config(vocab_size=VOCAB, hidden_dim=1000)
     tokenizer = open_tokenizer(tokenizer_model)
     with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left on device.*; make room"):
-        export(random_weights(config), config, 64, tokenizer, small_disk / "out", torch.float32, {})
+        export_fp32(random_weights(config), config, small_disk / "out", tokenizer=tokenizer)
     assert list(small_disk.iterdir()) == []
 
 
@@ -325,9 +328,7 @@ def test_another_models_tokenizer_or_weights_are_refused(
 ) -> None:
     config = small_config(vocab_size=VOCAB - 1)
     with pytest.raises(CheckpointError, match="has 400 tokens, the model 399"):
-        export(
-            random_weights(config), config, 64, open_tokenizer(tokenizer_model), tmp_path / "model", torch.float32, {}
-        )
+        export_fp32(random_weights(config), config, tmp_path / "model", tokenizer=open_tokenizer(tokenizer_model))
     with pytest.raises(ModelError, match="missing from the weights"):
         publish(weights={})
     assert list(tmp_path.iterdir()) == []

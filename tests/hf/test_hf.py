@@ -35,7 +35,7 @@ def test_config_comes_back(scaling: RopeScaling | None, tie: bool) -> None:
     config = small_config(
         rope_scaling=scaling, rope_base=5e5, tie_embeddings=tie, norm_eps=1e-6, init_std=0.01, head_dim=16
     )
-    written = json.loads(json.dumps(hf_config(config, 128, 1, 2, torch.bfloat16)))
+    written = json.loads(json.dumps(hf_config(config, 128, bos_id=1, eos_id=2, dtype=torch.bfloat16)))
     assert from_hf_config(written) == config
     older = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
     assert from_hf_config(older) == config
@@ -47,7 +47,7 @@ def test_config_comes_back(scaling: RopeScaling | None, tie: bool) -> None:
 @pytest.mark.parametrize("dropped", [(), ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")])
 def test_transformers_reads_each_form_alike(scaling: RopeScaling | None, dropped: str, tmp_path: Path) -> None:
     config = small_config(rope_scaling=scaling, rope_base=5e5)
-    written = hf_config(config, 128, 1, None, torch.bfloat16)
+    written = hf_config(config, 128, bos_id=1, eos_id=None, dtype=torch.bfloat16)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in dropped}))
     read = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(read, LlamaConfig)
@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_the_model_cannot_compute_is_refused(changes: dict[str, Any], expected: str) -> None:
     content = changes
     if isinstance(changes, dict):
-        content = hf_config(small_config(), 128, 1, 2, torch.float32) | changes
+        content = hf_config(small_config(), 128, bos_id=1, eos_id=2, dtype=torch.float32) | changes
         content = {key: value for key, value in content.items() if value is not ...}
     with pytest.raises(ModelError, match=f"^x/config.json: .*{expected}") as caught:
         from_hf_config(content, "x/config.json")
@@ -150,18 +150,21 @@ ACCEPTED = {
 @pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_what_makes_no_difference_is_accepted(changes: dict[str, Any]) -> None:
     config = small_config(norm_eps=1e-6)
-    content = hf_config(config, 128, 1, 2, torch.float32) | changes
+    content = hf_config(config, 128, bos_id=1, eos_id=2, dtype=torch.float32) | changes
     assert from_hf_config({key: value for key, value in content.items() if value is not ...}) == config
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "max_window_layers": 2}], ids=str)
 def test_a_qwen2_whose_layers_have_no_window_is_accepted(changes: dict[str, Any]) -> None:
-    content = hf_config(small_config(), 128, 1, 2, torch.float32) | {"model_type": "qwen2", "sliding_window": 64}
+    content = hf_config(small_config(), 128, bos_id=1, eos_id=2, dtype=torch.float32) | {
+        "model_type": "qwen2",
+        "sliding_window": 64,
+    }
     assert from_hf_config(content | changes) == small_config(qkv_bias=True)
 
 
 def test_a_width_that_transformers_refuses_is_refused() -> None:
     with pytest.raises(ModelError, match=r"model.dim \(50\) must be a multiple of model.n_heads \(6\)"):
-        hf_config(small_config(dim=50), 128, 1, 2, torch.float32)
+        hf_config(small_config(dim=50), 128, bos_id=1, eos_id=2, dtype=torch.float32)
     with pytest.raises(StrictDataclassError, match="multiple of the number of attention heads"):
         LlamaConfig(hidden_size=50, num_attention_heads=6, head_dim=8)

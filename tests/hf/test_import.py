@@ -60,7 +60,7 @@ def test_what_transformers_saved_is_imported(changes: dict, dtype: torch.dtype, 
 def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
     config = small_config()
     theirs = llama(config, random_weights(config))
-    content = hf_config(config, 64, None, None, torch.float32)
+    content = hf_config(config, 64, bos_id=None, eos_id=None, dtype=torch.float32)
     mistral = MistralForCausalLM(MistralConfig(**content | {"model_type": "mistral", "sliding_window": None}))
     mistral.load_state_dict(theirs.state_dict())
     mistral.save_pretrained(tmp_path / "hf")
