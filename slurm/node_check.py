@@ -30,9 +30,9 @@ _LEAST_SHARED_MEMORY_GIB = 0.125
 """Docker's default of 64 MiB is too little for the loader's workers."""
 _MOST_SKEW_S = 1.0
 _LEAST_BANDWIDTH = 0.5
-"""Lowest bandwidth of a good node, as a share of the median."""
+"""Lowest bandwidth of a sound node, as a share of the median."""
 _MOST_USED, _MOST_USED_GIB = 0.05, 2.0
-"""GPU memory that may be in use, whichever is more: this check's own context and NCCL's buffers take up to 2 GiB."""
+"""GPU memory that may be in use, whichever is more; this check's own context and NCCL's buffers take up to 2 GiB."""
 _ROUNDS = 8
 """Number of partners each node is measured with."""
 _REPEATS = 3
@@ -46,35 +46,35 @@ class Facts:
     node: str
     local_rank: int
     code: str
-    """Digest of triplane's sources, and versions."""
+    """Digest of triplane's sources, and versions of its packages."""
     clock_s: float
-    """At a moment that is the same for all, to a few milliseconds."""
+    """The node's clock, read by all ranks within a few milliseconds."""
     disk_gib: float
-    """Free for the run."""
+    """Free space on the disk of the run folder."""
     temporary_gib: float
     shared_memory_gib: float
     device: str
     device_gib: float
-    """Its memory; 0 of a CPU."""
+    """Memory of the device; 0 for a CPU."""
     device_used_gib: float
     bandwidth_gib_s: float
-    """Bandwidth of all-reduces with the same rank of other nodes: the median. Infinite on one node."""
+    """Median bandwidth of all-reduces with the same local rank on other nodes; infinite with one node."""
 
 
 def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
-    """For every rank of a step; rank 0 prints a table and appends the names of bad nodes to the file `bad_nodes`."""
+    """Runs on every rank of a step; rank 0 prints a table and appends the names of faulty nodes to `bad_nodes`."""
     rank = current_rank(os.environ)
     if rank is None:
-        raise LaunchError("check-nodes is one of several ranks: start it with srun or torchrun, as `triplane train` is")
+        raise LaunchError("check-nodes runs as one of several ranks: start it with srun or torchrun")
     if not run_dir.is_dir():
-        raise LaunchError(f"{run_dir}: no such folder; give the run's, or where it will be made")
+        raise LaunchError(f"{run_dir}: no such folder; give the run folder, or the folder that will contain it")
     os.environ.update(rendezvous(os.environ))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         number = gpu_number(rank, torch.cuda.device_count())
         if number is None:
             raise LaunchError(
-                f"{rank.local_size} ranks on this node, but {torch.cuda.device_count()} GPUs; start one for each"
+                f"{rank.local_size} ranks on this node, but {torch.cuda.device_count()} GPUs; start one for each GPU"
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
@@ -85,7 +85,7 @@ def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
     dist.gather_object(mine, facts)
     bad: list[dict[str, list[str]]] = [{}]
     if facts:
-        bad[0] = out_of_line([fact for fact in facts if fact])
+        bad[0] = faulty_nodes([fact for fact in facts if fact])
         print("\n".join(_table([fact for fact in facts if fact], bad[0])), flush=True)
         if bad[0] and bad_nodes:
             with bad_nodes.open("a") as lines:
@@ -95,29 +95,29 @@ def check_nodes(run_dir: Path, bad_nodes: Path | None) -> int:
     return Exit.BAD_NODE if bad[0] else Exit.OK
 
 
-def out_of_line(facts: list[Facts]) -> dict[str, list[str]]:
-    """The nodes that should not be trained on, with what is wrong with each."""
+def faulty_nodes(facts: list[Facts]) -> dict[str, list[str]]:
+    """Returns the problems of each node that a run should not train on."""
     code = _commonest(fact.code for fact in facts)
     device = _commonest(fact.device for fact in facts)
     clock_s = median(fact.clock_s for fact in facts)
     speeds = _speeds(facts)
     found: dict[str, dict[str, None]] = {}  # each problem once, in order
     for fact in facts:
-        problems = [*_problems(fact, code, device, clock_s), *_slow(fact.node, speeds)]
+        problems = [*_problems(fact, code=code, device=device, clock_s=clock_s), *_slow(fact.node, speeds)]
         if problems:
             found[fact.node] = found.get(fact.node, {}) | dict.fromkeys(problems)
     return {node: list(problems) for node, problems in found.items()}
 
 
 def _speeds(facts: list[Facts]) -> dict[str, float]:
-    """GiB/s of each node: the median of its ranks."""
+    """Returns the GiB/s of each node, the median of its ranks."""
     nodes = dict.fromkeys(fact.node for fact in facts)
     return {node: median(fact.bandwidth_gib_s for fact in facts if fact.node == node) for node in nodes}
 
 
 def _slow(node: str, speeds: dict[str, float]) -> Iterator[str]:
     typical = median(speeds.values())
-    # Of two nodes with a slow link between them, neither can be named.
+    # With two nodes, a slow link between them could be the fault of either.
     if len(speeds) > 2 and speeds[node] < _LEAST_BANDWIDTH * typical:
         yield f"all-reduce at {speeds[node]:.3g} GiB/s, others at {typical:.3g}"
 
@@ -126,22 +126,22 @@ def _commonest(values: Iterable[str]) -> str:
     return Counter(values).most_common(1)[0][0]
 
 
-def _problems(fact: Facts, code: str, device: str, clock_s: float) -> Iterator[str]:
+def _problems(fact: Facts, *, code: str, device: str, clock_s: float) -> Iterator[str]:
     if fact.device != device:
-        yield f"has {fact.device}, others {device}"
+        yield f"has {fact.device}, others have {device}"
     if fact.code != code:
-        yield f"runs {fact.code}, others {code}"
+        yield f"runs {fact.code}, others run {code}"
     if abs(fact.clock_s - clock_s) > _MOST_SKEW_S:
-        yield f"its clock is {fact.clock_s - clock_s:+.1f} s off"
+        yield f"clock is off by {fact.clock_s - clock_s:+.1f} s"
     for what, free, least in (
         ("run folder", fact.disk_gib, _LEAST_DISK_GIB),
         (tempfile.gettempdir(), fact.temporary_gib, _LEAST_DISK_GIB),
         ("/dev/shm", fact.shared_memory_gib, _LEAST_SHARED_MEMORY_GIB),
     ):
         if free < least:
-            yield f"{what}: {free:.3f} GiB free, under {least}"
+            yield f"{what}: {free:.3f} GiB free, less than {least}"
     if fact.device_used_gib > max(_MOST_USED_GIB, _MOST_USED * fact.device_gib):
-        used = f"{fact.device_used_gib:.1f} of {fact.device_gib:.1f} GiB are taken"
+        used = f"{fact.device_used_gib:.1f} of {fact.device_gib:.1f} GiB"
         yield f"{fact.device} {fact.local_rank} is in use: {used}"
 
 
@@ -189,8 +189,8 @@ def _bandwidth_gib_s(rank: Rank, device: torch.device) -> float:
 
 
 def _rounds(nodes: int) -> Iterable[list[tuple[int, int]]]:
-    """Round after round, each node with one partner, all at once, as in a tournament."""
-    places = nodes + nodes % 2  # of an odd number, one waits
+    """Yields the pairs of each round of a round-robin tournament, which measure at the same time."""
+    places = nodes + nodes % 2  # with an odd number of nodes, one waits in each round
     for turn in range(min(places - 1, _ROUNDS)):
         order = [0, *((turn + place) % (places - 1) + 1 for place in range(places - 1))]
         pairs = zip(order[: places // 2], reversed(order[places // 2 :]))
@@ -223,4 +223,4 @@ def _table(facts: list[Facts], bad: dict[str, list[str]]) -> Iterator[str]:
             f"{first.shared_memory_gib:6.3g} GiB {first.disk_gib:7.4g} GiB  {first.device}"
             f"{''.join(f'; {problem}' for problem in bad.get(node, []))}"
         )
-    yield f"out of line: {', '.join(bad)}" if bad else "no node is out of line"
+    yield f"faulty nodes: {', '.join(bad)}" if bad else "no faulty nodes"

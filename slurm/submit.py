@@ -19,7 +19,7 @@ from triplane.training.config import RunConfig
 from triplane.training.run_folder import RunFolder
 
 _START_S = 60
-"""Until the first step: imports, the check of the nodes, reading the checkpoint."""
+"""Time to the first step: imports, the check of the nodes, reading the checkpoint."""
 
 
 def submit(path: Path, overrides: list[str], request: Request, *, dry_run: bool) -> None:
@@ -31,8 +31,15 @@ def submit(path: Path, overrides: list[str], request: Request, *, dry_run: bool)
     elif not dry_run:
         raise LaunchError("no Slurm here: sbatch is not on the PATH; run this where jobs are submitted, or --dry-run")
     fewest, most = _nodes(request.nodes)
-    ranks_per_node = request.ranks_per_node or _ranks_per_node(config, fewest, most, partition)
-    order = Order(config, request, fewest, most, ranks_per_node, partition)
+    ranks_per_node = request.ranks_per_node or _ranks_per_node(config, partition, fewest=fewest, most=most)
+    order = Order(
+        config=config,
+        request=request,
+        fewest_nodes=fewest,
+        most_nodes=most,
+        ranks_per_node=ranks_per_node,
+        partition=partition,
+    )
     notes = _check(order)
     submission = next_submission(order.run_dir)
     script = batch_script(order, submission)
@@ -55,7 +62,7 @@ def _say(notes: list[str]) -> None:
 
 def _queue(order: Order, submission: Path, script: str) -> str:
     """Queues the job and returns its id; leaves no files behind if Slurm refuses it."""
-    logs = RunFolder(order.run_dir).logs  # Slurm makes none
+    logs = RunFolder(order.run_dir).logs  # Slurm does not create the folder of its output
     made = [_first_missing(submission), _first_missing(logs)]
     try:
         submission.mkdir(parents=True)
@@ -84,18 +91,18 @@ def _nodes(text: str) -> tuple[int, int]:
     return fewest, most
 
 
-def _ranks_per_node(config: RunConfig, fewest: int, most: int, partition: slurm.Partition | None) -> int:
+def _ranks_per_node(config: RunConfig, partition: slurm.Partition | None, *, fewest: int, most: int) -> int:
     if partition and partition.gpus_per_node:
         return partition.gpus_per_node
     one, dp = config.parallel.ranks_of_one, config.parallel.dp
     if dp != "auto" and fewest == most and one * dp % fewest == 0:
         return one * dp // fewest
-    where = f"the nodes of partition {partition.name} have no GPUs" if partition else "the nodes are not known here"
+    where = f"the nodes of partition {partition.name} have no GPUs" if partition else "the nodes are unknown here"
     raise LaunchError(f"{where}: give --ranks-per-node, or a parallel.dp that spreads evenly over --nodes")
 
 
 def _check(order: Order) -> list[str]:
-    """Returns notes for the user; raises ConfigError with all problems, a line each."""
+    """Returns notes for the user; raises ConfigError with all problems, one line each."""
     request, ranks = order.request, order.fewest_nodes * order.ranks_per_node
     gate = examine(
         order.config,
@@ -128,10 +135,10 @@ def _job_problems(order: Order) -> Iterator[str]:
         has = f"{order.partition.gpus_per_node} GPUs and {order.partition.cpus_per_node} CPUs"
         yield f"--ranks-per-node {order.ranks_per_node}: a node of partition {name} has {has}"
     if request.container and not slurm.has_containers():
-        yield f"--container {request.container}: this Slurm has no pyxis; install it, or leave --container out"
+        yield f"--container {request.container}: this Slurm has no pyxis; install it, or omit --container"
     limit_s = order.partition.default_s if asked_s is None else asked_s
     if limit_s > order.partition.max_s:
-        yield f"--time {request.time}: partition {name} gives {_minutes(order.partition.max_s)} min at most"
+        yield f"--time {request.time}: partition {name} allows {_minutes(order.partition.max_s)} min at most"
     if limit_s < _START_S + order.warning_s:
         yield (
             f"the time limit, {_minutes(limit_s)} min, is too short for one checkpoint: {_START_S} s to start and "

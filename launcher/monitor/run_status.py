@@ -1,4 +1,4 @@
-"""Where a run stands, from what it has written into its folder."""
+"""Reads the status of a run from the files in its folder."""
 
 import tomllib
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class _Training(BaseModel):
 
 
 class ShownConfig(BaseModel):
-    """The keys of a run's config that are shown. Configs of other versions have them too, whatever else they have."""
+    """The keys of a run's config that are shown; configs of all versions have them."""
 
     training: _Training
     data: _Data = _Data()
@@ -49,30 +49,30 @@ class RunStatus:
     config: ShownConfig
     done: bool
     step: int
-    """The last one that was logged."""
+    """The last step that was logged."""
     metrics: dict[str, float]
     """The last value of each metric, by its name in `training.metrics.METRICS`."""
     updated_s: float | None
-    """When the last metrics or event were written, seconds since 1970."""
+    """Time of the last metrics or event, seconds since 1970."""
     checkpoint_step: int | None
     """Step of the newest checkpoint."""
     checkpoint_s: float | None
-    """When it was whole, seconds since 1970."""
+    """Time at which it was complete, seconds since 1970."""
     ranks: int | None
-    """Since the last start."""
+    """Number of ranks since the last start."""
     restarts: int
-    """How often it has gone on from a checkpoint."""
+    """Number of resumes from a checkpoint."""
     last_event: Event | None
     """The last line of history.jsonl."""
 
     @property
     def steps(self) -> int:
-        """In the whole run."""
+        """Steps of the whole run."""
         return self.config.training.steps
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Raises LaunchError if the folder has no config, or something in it cannot be read."""
+    """Reads the status of a run; raises LaunchError if the folder has no config or a file cannot be read."""
     try:
         return _read_status(run_dir)
     except OSError as error:
@@ -108,7 +108,7 @@ def _config(run_dir: Path) -> ShownConfig:
             return _read_config(folder / CONFIG)
     if RunFolder(run_dir).is_running():
         raise LaunchError(f"{run_dir}: the run is starting: it has no {CONFIG} yet")
-    raise LaunchError(f"{run_dir}: not the folder of a run: it has no {CONFIG}, or its start was refused")
+    raise LaunchError(f"{run_dir}: not a run folder: it has no {CONFIG}, or its start was refused")
 
 
 def _read_config(path: Path) -> ShownConfig:
@@ -123,13 +123,13 @@ def _read_config(path: Path) -> ShownConfig:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders at and below `folder`, each real folder once; those that are starting or only submitted too."""
+    """Returns the run folders at and below `folder`, each real folder once, including runs that have not started."""
     found: list[Path] = []
     seen: set[Path] = set()
     waiting = [folder]
     while waiting:
         here = waiting.pop()
-        if (real := here.resolve()) in seen:  # reached by another link
+        if (real := here.resolve()) in seen:  # reached before by another link
             continue
         seen.add(real)
         if RunFolder(here).exists():

@@ -58,7 +58,7 @@ def test_a_run_leaves_a_report(folder: Path) -> None:
     assert "; done; written" in written
     assert triplane("report", "run", "--out", "again.html", cwd=folder).stdout == "again.html\n"
     assert (folder / "again.html").exists()
-    assert "not the folder of a run" in refused(triplane("report", ".", cwd=folder))
+    assert "not a run folder" in refused(triplane("report", ".", cwd=folder))
     assert "give another file by --out" in refused(triplane("report", "run", "--out", "no/a.html", cwd=folder))
 
 
@@ -165,7 +165,7 @@ def test_prove_prints_a_table_and_writes_it(tmp_path: Path) -> None:
     assert len(rows) > 1
     assert not any("compile" in row["layout"] for row in rows)  # there is no compiler on an empty path
     printed = result.stdout.splitlines()
-    assert printed[0] == "no C++ compiler here: layouts with compile are left out"
+    assert printed[0] == "no C++ compiler found: skipping layouts with compile"
     assert [line.split("  ")[-1] for line in printed[2:-1]] == [row["layout"] for row in rows]
     assert all(line.startswith("ok ") for line in printed[2:-1])
     assert printed[-1] == f"{len(rows)} of {len(rows)} layouts train the model that one process trains"

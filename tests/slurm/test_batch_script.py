@@ -1,4 +1,4 @@
-"""What the batch script does when its steps end one way or another; `srun` and `scontrol` are stubs with a record."""
+"""The batch script after each way that its steps can end; `srun` and `scontrol` are stubs with a record."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def shown(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def script(shown: Path) -> Iterator[Path]:
-    """With the folder of a run that has not begun."""
+    """The script, with the folder of a run that has not started."""
     run = shown.parent / "run"
     (run / "jobs/1").mkdir(parents=True)
     (run / "logs").mkdir()
@@ -51,7 +51,7 @@ def command(folder: Path, name: str, body: str) -> None:
 
 
 def run(script: Path, train: str, check: str = "", reason: str = "None", **more: str) -> tuple[int, str, list[str]]:
-    """One segment, of which `train` and `check` are what the steps do: its exit code, its words, its requests."""
+    """Runs a segment whose steps execute `train` and `check`; returns its exit code, output and requests."""
     folder = script.parent
     command(folder, "srun", f'case "$*" in *check-nodes*) :; {check}\n ;; *) :; {train}\n ;; esac')
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "main", "REASON": reason}
@@ -82,15 +82,15 @@ def test_a_crash_is_requeued_until_there_were_too_many_without_a_checkpoint(scri
     run(script, "exit 1")
     code, said, requests = run(script, "exit 1")
     assert (code, requests) == (1, [])
-    assert "the run gives up" in said
+    assert "crash 3 with no checkpoint in between; giving up" in said
 
 
 @pytest.mark.parametrize(
     ("train", "reason", "code", "requests", "said"),
     [
         ("echo 1000000 > run/DONE; exit 1", "None", 0, [], "the run is done"),
-        ("exit 2", "None", 2, [], "cannot go on as it is"),
-        ("exit 0", "None", 0, [], "left as the file"),
+        ("exit 2", "None", 2, [], "the run cannot continue without a change"),
+        ("exit 0", "None", 0, [], "stopped as requested"),
         ("exit 75", "None", 0, ["requeue 7"], "exit code 75; crash 1 of 2"),
         (WARN + SAVE, "None", 0, ["requeue 7"], "saved"),
         (WARN + "exit 0", "None", 0, ["requeue 7"], "warned, but nothing was saved; crash 1 of 2"),
@@ -106,7 +106,7 @@ def test_what_follows_a_step(script: Path, train: str, reason: str, code: int, r
     assert said in ended[1]
 
 
-def test_a_run_that_was_done_with_fewer_steps_goes_on(script: Path) -> None:
+def test_a_run_that_was_done_with_fewer_steps_continues(script: Path) -> None:
     (script.parent / "run/DONE").write_text("999\n")
     assert run(script, "touch run/trained; exit 2")[0] == 2
     assert (script.parent / "run/trained").exists()
@@ -121,7 +121,7 @@ def test_a_warning_asks_the_ranks_and_an_old_one_is_forgotten(script: Path) -> N
     assert not (script.parent / "run/old").exists()
 
 
-def test_a_run_that_was_warned_before_it_trained_does_not_begin(script: Path) -> None:
+def test_a_run_that_was_warned_before_it_trained_does_not_start(script: Path) -> None:
     _, said, requests = run(script, "touch run/trained", check=WARN)
     assert not (script.parent / "run/trained").exists()
     assert requests == ["requeue 7"], said
@@ -133,14 +133,14 @@ def test_a_job_goes_back_without_bad_nodes(script: Path) -> None:
     assert (code, requests) == (0, ["requeue 7", "update JobId=7 ExcNodeList=n3,n5"])
     assert "failed the check: n3,n5" in said
     assert not (script.parent / "run/trained").exists()
-    assert run(script, "echo 1000000 > run/DONE")[0] == 0  # the nodes stay excluded, the run goes on
+    assert run(script, "echo 1000000 > run/DONE")[0] == 0  # the nodes stay excluded, the run continues
 
 
 def test_a_job_that_too_few_nodes_are_left_for_ends(script: Path) -> None:
     bad = "printf 'n%d\\n' 1 3 4 5 >> run/jobs/1/bad_nodes; exit 3"
     code, said, requests = run(script, "touch run/trained", check=bad)
     assert (code, requests) == (1, [])
-    assert "failed the check: n1,n3,n4,n5; partition main has only 1 others, and the run needs 2" in said
+    assert "failed the check: n1,n3,n4,n5; without them partition main has 1 of the 2 nodes" in said
     assert run(script, "touch run/trained")[0] == 1  # the next job of a chain
     assert not (script.parent / "run/trained").exists()
 
@@ -170,6 +170,6 @@ def test_the_jobs_of_a_chain_leave_the_run_to_the_next(script: Path) -> None:
     assert bad[::2] == (0, ["update JobId=6 ExcNodeList=n3"])
     for _ in range(3):
         code, said, _ = run(script, "exit 1", **array)
-    assert code == 1 and "gives up" in said
+    assert code == 1 and "giving up" in said
     assert run(script, "touch run/trained", **array)[0] == 1
     assert not (script.parent / "run/trained").exists()

@@ -1,4 +1,4 @@
-"""The check of the nodes before a run: which are named, and why."""
+"""The check of nodes before a run names the faulty ones, and why."""
 
 import sys
 from dataclasses import replace
@@ -8,37 +8,49 @@ import pytest
 from slurm.cluster import Cluster, until
 from slurm.submitted import Submitted
 
-from triplane.slurm.node_check import Facts, _rounds, out_of_line
+from triplane.slurm.node_check import Facts, _rounds, faulty_nodes
 
-SOUND = Facts("n1", 0, "triplane 1 torch 2", 0.0, 9.0, 9.0, 9.0, "H100", 79.2, 1.5, 10.0)
+SOUND = Facts(
+    node="n1",
+    local_rank=0,
+    code="triplane 1 torch 2",
+    clock_s=0.0,
+    disk_gib=9.0,
+    temporary_gib=9.0,
+    shared_memory_gib=9.0,
+    device="H100",
+    device_gib=79.2,
+    device_used_gib=1.5,
+    bandwidth_gib_s=10.0,
+)
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"code": "triplane 1 torch 3"}, "runs triplane 1 torch 3, others triplane 1 torch 2"),
-        ({"clock_s": -2.0}, "its clock is -2.0 s off"),
-        ({"disk_gib": 0.5}, "run folder: 0.500 GiB free, under 1.0"),
-        ({"shared_memory_gib": 0.0625}, "/dev/shm: 0.062 GiB free, under 0.125"),
-        ({"device_used_gib": 4.0}, "H100 0 is in use: 4.0 of 79.2 GiB are taken"),
-        ({"device_gib": 9.8, "device_used_gib": 2.1}, "H100 0 is in use: 2.1 of 9.8 GiB are taken"),
-        ({"device": "CPU"}, "has CPU, others H100"),
+        ({"code": "triplane 1 torch 3"}, "runs triplane 1 torch 3, others run triplane 1 torch 2"),
+        ({"clock_s": -2.0}, "clock is off by -2.0 s"),
+        ({"disk_gib": 0.5}, "run folder: 0.500 GiB free, less than 1.0"),
+        ({"shared_memory_gib": 0.0625}, "/dev/shm: 0.062 GiB free, less than 0.125"),
+        ({"device_used_gib": 4.0}, "H100 0 is in use: 4.0 of 79.2 GiB"),
+        ({"device_gib": 9.8, "device_used_gib": 2.1}, "H100 0 is in use: 2.1 of 9.8 GiB"),
+        ({"device": "CPU"}, "has CPU, others have H100"),
         ({"bandwidth_gib_s": 4.0}, "all-reduce at 4 GiB/s, others at 10"),
     ],
 )
-def test_a_node_out_of_line_is_named(change: dict, problem: str) -> None:
+def test_a_faulty_node_is_named(change: dict, problem: str) -> None:
     sound = [replace(SOUND, node=f"n{number}") for number in (1, 2, 3)]
-    assert out_of_line(sound) == {}
-    odd = replace(SOUND, node="n4", **change)
-    assert out_of_line([*sound, odd, odd]) == {"n4": [problem]}
+    assert faulty_nodes(sound) == {}
+    faulty = replace(SOUND, node="n4", **change)
+    assert faulty_nodes([*sound, faulty, faulty]) == {"n4": [problem]}
 
 
 def test_a_context_on_a_small_gpu_is_no_use_by_others() -> None:
-    assert out_of_line([replace(SOUND, device_gib=9.8, device_used_gib=0.6)]) == {}
+    assert faulty_nodes([replace(SOUND, device_gib=9.8, device_used_gib=0.6)]) == {}
 
 
 def test_of_two_nodes_with_a_slow_link_neither_is_named() -> None:
-    assert out_of_line([SOUND, replace(SOUND, node="n2", bandwidth_gib_s=0.1)]) == {}
+    assert faulty_nodes([SOUND, replace(SOUND, node="n2", bandwidth_gib_s=0.1)]) == {}
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 8])
@@ -60,7 +72,7 @@ def test_a_slow_link_is_found(cluster: Cluster, tmp_path: Path) -> None:
     cluster.run_on("n3", "tc", "qdisc", "del", "dev", "eth0", "root")
     assert bad.read_text() == "n3\n", result.stdout + result.stderr
     assert result.returncode == 3
-    assert "out of line: n3" in result.stdout
+    assert "faulty nodes: n3" in result.stdout
 
 
 def test_a_job_that_too_few_nodes_are_left_for_ends_and_names_them(cluster: Cluster, folder: Path) -> None:
@@ -69,5 +81,5 @@ def test_a_job_that_too_few_nodes_are_left_for_ends_and_names_them(cluster: Clus
     run.queue("submit", "long.toml", "parallel.tp=1", "--partition", "gpu", "--nodes", 2, "--ranks-per-node", 1)
     until(lambda: run.state == "FAILED", "the job ends")
     cluster.run_on("n3", "mount", "-o", "remount,size=256m", "/dev/shm")
-    assert "failed the check: n3; partition gpu has only 1 others, and the run needs 2" in run.said
+    assert "failed the check: n3; without them partition gpu has 1 of the 2 nodes that the run requires" in run.said
     assert not run.events()

@@ -1,4 +1,4 @@
-"""Mistakes in a submission are told before anything is queued, and leave nothing behind."""
+"""Mistakes in a submission are reported before anything is queued, and leave nothing behind."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ MISTAKES = {
         "the time limit, 1 min, is too short for one checkpoint: 60 s to start and 61 s for a step and a save at the "
         "end; give --time 3 or more",
     ),
-    "too long": ([*NODES, "--partition", "gpu", "--time", "1-0"], "--time 1-0: partition gpu gives 30 min at most"),
+    "too long": ([*NODES, "--partition", "gpu", "--time", "1-0"], "--time 1-0: partition gpu allows 30 min at most"),
     "layout": (["--nodes", "2", "--ranks-per-node", "1", "parallel.tp=4"], "= 4 does not divide 2 ranks"),
     "batch": (
         ["--nodes", "1-3", "--ranks-per-node", "2", "training.eval_sequences=24"],
