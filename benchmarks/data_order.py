@@ -183,7 +183,7 @@ def _cold_start() -> tuple[float, float]:
 
 
 def _data_time_percent(folder: Path, num_workers: int, tokens_per_s: float) -> float:
-    """What part of a step a consumer of `tokens_per_s` waits for its data."""
+    """Returns the percentage of a step that a consumer of `tokens_per_s` waits for its data."""
     waited = steps = 0.0
     batches_read = triplane(folder, num_workers)()
     next(batches_read)

@@ -93,7 +93,7 @@ def engine(mesh: Mesh, model: ModelConfig, layout: ParallelConfig) -> Engine:
 
 
 def both_kernels(mesh: Mesh, model: ModelConfig) -> list[set[str]]:
-    """Of each kind of text."""
+    """Returns the kernels for each kind of text."""
     return [attention_kernels(mesh, model, packed) for packed in (False, True)]
 
 
@@ -116,7 +116,7 @@ def speed(mesh: Mesh, model: ModelConfig, layout: ParallelConfig, sequences: int
 
 
 def both_speeds(mesh: Mesh, model: ModelConfig, layout: ParallelConfig, sequences: int) -> list[str]:
-    """Of each kind of text, by one engine."""
+    """Returns the speed of one engine on each kind of text."""
     built, rows = engine(mesh, model, layout), []
     for packed in (False, True):
         torch.cuda.reset_peak_memory_stats(mesh.device)

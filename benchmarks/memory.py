@@ -62,7 +62,7 @@ class Measured:
     gradients: int
     """Before the last micro-batch, with the bucket of reduction where it stays."""
     activations: int
-    """What the blocks keep of the last micro-batch, and their output."""
+    """Activations that the blocks keep for the last micro-batch, and their output."""
     peak: int
 
 

@@ -1,4 +1,4 @@
-"""What `triplane plan` predicts beside what others have published of H100 clusters.
+"""Compares the predictions of `triplane plan` with published measurements of H100 clusters.
 
     python benchmarks/plan.py           the tables of docs/plan.md
     python benchmarks/plan.py --fit     the constants, fitted anew to the rows marked "fitted"
@@ -240,7 +240,7 @@ def torchtitan() -> Iterator[Row]:
 
 
 def torchtitan_gib(row: Row) -> float:
-    """Of the fullest rank: what FSDP2 shards or keeps whole, our count of activations, and the logits, all at once.
+    """Returns the peak of the fullest rank: FSDP2's shards and whole tensors, our count of activations, and the logits.
 
     Selective recomputation keeps every other product. Logits stand in bf16, fp32, as softmax and as gradient; a
     compiled loss saves one of these, but one that is split over tp is not compiled.

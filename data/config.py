@@ -38,7 +38,7 @@ class PhaseConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """What to read, and how to cut it into sequences."""
+    """The corpora to read, and how to cut them into sequences."""
 
     sources: list[SourceConfig] = Field(min_length=1)
     """Corpora that share a tokenizer. May be appended to during a run, with weight 0 until a phase changes it."""

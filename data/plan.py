@@ -33,7 +33,7 @@ class Plan(Protocol):
 
 
 class Phase(NamedTuple):
-    """What is read from position `start` on."""
+    """The data read from position `start` on."""
 
     start: int
     weights: Sequence[float]

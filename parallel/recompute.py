@@ -23,7 +23,7 @@ _KEPT = {
     torch.ops.triplane.attend_documents.default,
     torch.ops._c10d_functional.all_to_all_single.default,
 }
-"""What `selective` keeps: products, attention, and Ulysses' exchange; the rest is cheap to recompute."""
+"""Operators whose results `selective` keeps: products, attention, Ulysses' exchange; the rest is cheap to recompute."""
 
 
 def apply_recompute(model: Transformer, how: Literal["selective", "full"]) -> None:

@@ -1,4 +1,4 @@
-"""What befalls a run: a table of kinds, how each strikes, and what is to follow."""
+"""A table of faults: how each strikes a run, and what must follow."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ class Scene:
     victim: Victim
     draw: Random
     layout: ParallelConfig
-    """Of the start that is under way, or of the next one."""
+    """Layout of the current start, or of the next one."""
 
 
 @dataclass(frozen=True)

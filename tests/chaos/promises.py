@@ -1,4 +1,4 @@
-"""What must hold of a run after faults, beside one that had none."""
+"""Checks that a run with faults keeps its promises, beside a run without."""
 
 from collections import defaultdict
 from itertools import pairwise

@@ -65,7 +65,7 @@ class Trial:
         self.layouts = LAYOUTS
         self.layouts = [self._drawn_layout(0, len(kinds))] if one_layout else LAYOUTS
         self.layout = self.layouts[0]
-        """Of the last start."""
+        """Layout of the last start."""
 
     def run(self) -> list[Recovery]:
         """Raises BrokenError, or an AssertionError, if a promise is broken; in any case no process stays."""

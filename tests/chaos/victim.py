@@ -36,7 +36,7 @@ class Victim:
         self.struck_s = 0.0
         """When the last fault struck."""
         self.temporary = Path(mkdtemp(prefix="chaos-"))
-        """Of its processes; short, since sockets lie in there."""
+        """Temporary folder of its processes; the path is short, since it holds sockets."""
         for name in ("armed", "batches", "output"):
             (folder / name).mkdir(parents=True)
         self._config = folder / "config.toml"
@@ -52,7 +52,7 @@ class Victim:
         self.process = self._command(layout, *overrides)
 
     def refused(self, layout: ParallelConfig, code: int = 2) -> str:
-        """What a start says that is to be refused with this exit code, whether the run goes on beside it or not."""
+        """Starts the run, which must be refused with this exit code; returns the message."""
         process = self._command(layout)
         if process.wait(_PATIENCE_S) != code:
             raise self.broken(f"exit code {process.returncode} of a start that was to be refused")
@@ -86,7 +86,7 @@ class Victim:
 
     @property
     def _errors(self) -> Path:
-        """What the last start said on stderr."""
+        """The stderr of the last start."""
         return self.folder / "output" / f"{self._starts}.err"
 
     def arm(self, name: str) -> None:
@@ -173,7 +173,7 @@ class Victim:
         return [line for line in _lines(self.run / "metrics.jsonl") if name in line]
 
     def batches(self) -> list[dict[str, Any]]:
-        """What each rank read in each step, in the order of time."""
+        """Returns the batches that the ranks read, ordered by time."""
         records = [record for path in (self.folder / "batches").iterdir() for record in _lines(path)]
         return sorted(records, key=lambda record: record["time"])
 
@@ -194,7 +194,7 @@ class Victim:
 
     @property
     def saved_step(self) -> int:
-        """Of the newest checkpoint."""
+        """Step of the newest checkpoint."""
         newest = latest(self.checkpoints)
         return step_of(newest) if newest else 0
 

@@ -78,7 +78,7 @@ def _write(folder: Path, body: Any) -> None:
 
 
 def _read_all(folder: Path) -> None:
-    """What the commands do: verify, and load each weight."""
+    """Verifies a checkpoint and loads each weight, as the commands do."""
     checkpoint = Checkpoint(folder)
     checkpoint.verify()
     for name, weight in CheckpointWeights(checkpoint).items():

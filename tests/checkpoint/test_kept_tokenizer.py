@@ -42,7 +42,7 @@ def _call(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def imported(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is imported of a Hugging Face folder with a licence and a tokenizer."""
+    """Imports a Hugging Face folder with a licence and a tokenizer."""
     folder = tmp_path_factory.mktemp("import")
     config = small_config(vocab_size=prepared.tokenizer.vocab_size, n_heads=4, dim=32, hidden_dim=64)
     llama(config, random_weights(config), seq_len=48).save_pretrained(folder / "theirs")

@@ -1,4 +1,4 @@
-"""What is deleted, for any checkpoints and rules."""
+"""Retention deletes the right checkpoints, whatever the checkpoints and rules."""
 
 from hypothesis import given
 from hypothesis import strategies as st

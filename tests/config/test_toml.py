@@ -1,4 +1,4 @@
-"""What is saved with a run loads again to the same config."""
+"""A config saved with a run loads to the same config."""
 
 import tomllib
 from pathlib import Path

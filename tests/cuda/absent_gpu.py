@@ -63,7 +63,7 @@ def pretend(record: "Record", devices: int = 8) -> None:
 
 
 def _replace_facts(devices: int) -> None:
-    """What torch.cuda says of the machine."""
+    """Replaces the facts that torch.cuda reports about the machine."""
     import torch
     from torch.cuda import nvtx
 

@@ -1,4 +1,4 @@
-"""What a GPU would be given to do, and what the host would wait for, recorded operator by operator."""
+"""Records, operator by operator, the work a GPU would get and the waits of the host."""
 
 import traceback
 from collections import Counter
@@ -57,7 +57,7 @@ class Wait(NamedTuple):
 
 @dataclass
 class Record:
-    """What happened in each phase."""
+    """Events of each phase."""
 
     phase: str = ""
     waits: Counter[Wait] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""What is read is what was written: by our reader, by a plain WebDataset reader, and never when it is damaged."""
+"""Our reader and a plain WebDataset reader read back what was written, and refuse what is damaged."""
 
 import io
 import pickle

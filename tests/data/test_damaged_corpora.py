@@ -32,7 +32,7 @@ _ODD_VALUES: list[Any] = [
 
 
 def _use(folder: Path) -> None:
-    """What inspecting, verifying and training do with a corpus."""
+    """Inspects, verifies and reads a corpus, as the commands do."""
     describe(folder, 2)
     for corpus in Corpus.open_splits(folder):
         corpus.verify()

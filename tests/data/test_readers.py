@@ -51,7 +51,7 @@ def _write_parquet(path: Path, texts: Sequence[str | None]) -> None:
 
 
 def _write_dataset(folder: Path, texts: list[str]) -> None:
-    """What `datasets.Dataset.save_to_disk` leaves."""
+    """Writes the files that `datasets.Dataset.save_to_disk` writes."""
     folder.mkdir()
     half = len(texts) // 2
     for i, part in enumerate((texts[:half], texts[half:])):

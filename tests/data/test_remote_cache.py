@@ -64,7 +64,7 @@ def _content(corpus: Corpus) -> bytes:
 
 
 def _in_processes(count: int, function: Any, *args: Any) -> list[Any]:
-    """What `function(number, *args)` returns in `count` processes that run at once."""
+    """Returns the results of `function(number, *args)` in `count` concurrent processes."""
     with _FORK.Pool(count) as pool:
         answers = [pool.apply_async(function, (number, *args)) for number in range(count)]
         return [answer.get(60) for answer in answers]

@@ -17,7 +17,7 @@ from triplane.training.run_log import record_event
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of TensorBoard on a folder with one run, which was resumed with another learning rate."""
+    """Address of a TensorBoard on a folder with one run, resumed with another learning rate."""
     runs = tmp_path_factory.mktemp("runs")
     for resume_step, lr in ((0, 0.5), (2, 0.25)):
         record_event(runs / "one", "start", resume_step, layout="dp 2", ranks=2, precision="fp32")

@@ -28,7 +28,7 @@ def triplane(
 
 
 def refused(result: subprocess.CompletedProcess) -> str:
-    """What a mistake printed: exit code 2, no traceback."""
+    """Returns the message of a mistake, after checking exit code 2 and no traceback."""
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr

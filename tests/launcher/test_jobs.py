@@ -25,7 +25,7 @@ from triplane.training.run_log import open_log, record_event
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Of a run of 40 steps that has gone on once and has taken 12."""
+    """Folder of a run of 40 steps that has resumed once and trained 12."""
     run_dir = tmp_path / "runs/small"
     run_dir.mkdir(parents=True)
     (run_dir / "config.toml").write_text("[training]\nsteps = 40\n")

@@ -18,7 +18,7 @@ def everywhere(_: Case) -> bool:
 
 
 def features(case: Case) -> set[str]:
-    """What a case has besides the defaults."""
+    """Returns the features of a case besides the defaults."""
     layout = case.layout
     tensor = "tensor + sequence" if layout.sequence_parallel else "tensor"
     pipeline = "pipeline of virtual stages" if layout.virtual_stages > 1 else "pipeline"

@@ -24,7 +24,7 @@ PHONE, DESKTOP = (400, 3400), (1280, 2000)
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of 2,000 steps with a spike, a resume and a rollback."""
+    """Folder of a run of 2,000 steps with a spike, a resume and a rollback."""
     run_dir = tmp_path_factory.mktemp("run")
     (run_dir / "config.toml").write_text(CONFIG)
     record_event(run_dir, "start", 0, layout="dp 2", ranks=2, precision="fp32")

@@ -18,7 +18,7 @@ from triplane.training.run_log import record_event
 
 
 def shown_by(master: int, text: str, seconds: float = 60) -> str:
-    """What the terminal shows until `text` is in it."""
+    """Returns the terminal's output up to the point where it contains `text`."""
     shown, deadline_s = "", time.monotonic() + seconds
     while text not in shown:
         assert time.monotonic() < deadline_s, shown

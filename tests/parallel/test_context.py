@@ -84,7 +84,7 @@ def on_rank(mesh: Mesh, cp: int, method: Method, cases: list[Case]) -> list[tupl
 
 
 def over_ranks(method: Method, cp: int, cases: list[Case], ranks: int | None = None) -> list[list[Tensor]]:
-    """Of each case, the output and gradients that `cp` of `ranks` compute, put together."""
+    """Returns the output and gradients that `cp` of `ranks` compute for each case, put together."""
     ranks = ranks or cp
     by_rank = run_ranks(ParallelConfig(dp=ranks), ranks, on_rank, cp, method, cases)[ranks // cp - 1 :: ranks // cp]
     results = []

@@ -1,4 +1,4 @@
-"""What megatron-core does without a word, and what stands against it."""
+"""Silent failures of megatron-core, and our guards against them."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ TOKENS, LAYERS, DIM = 512, 5, 48
 
 
 def kept_bytes(how: Literal["none", "selective", "full"]) -> int:
-    """What a forward pass over the blocks has allocated and not given back, on the CPU."""
+    """Returns the bytes that a forward pass over the blocks allocates on the CPU and does not free."""
     config = small_config(n_layers=LAYERS, dim=DIM, hidden_dim=160)
     model = small_model(config)
     if how != "none":

@@ -1,4 +1,4 @@
-"""What a rank loads before its first step."""
+"""Imports of a rank before its first step."""
 
 import subprocess
 import sys

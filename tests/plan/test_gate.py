@@ -1,4 +1,4 @@
-"""What is found before a rank starts, and that it is found once."""
+"""The gate finds each problem before a rank starts, and reports it once."""
 
 import subprocess
 import sys

@@ -159,7 +159,7 @@ class Cluster:
         return [*enter, *map(str, command)]
 
     def run_on(self, node: str, *command: object) -> str:
-        """What a command on a node prints."""
+        """Runs a command on a node; returns its output."""
         done = subprocess.run(self.on(node, command), capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -173,7 +173,7 @@ class Cluster:
         self.output("kill", "-KILL", self.pid_of(node))
 
     def pid_of(self, node: str) -> str:
-        """Of its first process, as the head sees it."""
+        """Returns the pid of the node's first process, as the head sees it."""
         return (self.folder / f"{node}.pid").read_text().strip()
 
     def field(self, job: str, name: str) -> str:

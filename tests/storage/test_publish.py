@@ -1,4 +1,4 @@
-"""What a killed command leaves beside its target goes with the next one; what a running one writes stays."""
+"""A command removes the leftovers of a killed one beside its target, and keeps the files of a running one."""
 
 import subprocess
 import sys

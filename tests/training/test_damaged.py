@@ -33,7 +33,7 @@ def _names(run_dir: Path) -> list[str]:
 
 
 def _set_aside(run_dir: Path) -> list[dict]:
-    """What the history says of checkpoints set aside."""
+    """Returns the events of the history about checkpoints set aside."""
     events = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
     return [event for event in events if event["event"] == "checkpoint set aside"]
 

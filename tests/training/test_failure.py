@@ -16,7 +16,7 @@ LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer 
 
 
 def fails(run_dir: Path, error: Exception, after_s: float = 0.0, watched: bool = False) -> Callable[[int], None]:
-    """What a rank does that ends with `error`."""
+    """Returns a function in which a rank ends with `error`."""
 
     def rank_ends(rank: int) -> None:
         time.sleep(after_s)

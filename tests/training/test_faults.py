@@ -1,4 +1,4 @@
-"""What befalls ranks: requests to stop, numbers that are not finite, spikes, weights that differ."""
+"""Faults of ranks: requests to stop, numbers that are not finite, spikes, weights that differ."""
 
 import json
 import math
@@ -273,7 +273,7 @@ def test_a_run_stops_before_it_saves_weights_that_differ(
 
 
 def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[str, bool]:
-    """What is raised; whether the state then is that of one step."""
+    """Returns the error raised, and whether the state then is that of one step."""
     states, told = [], ""
     for repeat in (False, True):
         engine = proof_engine(mesh, proof_model(), layout, dtype=torch.float32)

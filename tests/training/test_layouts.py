@@ -23,7 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def _run(prepared: Prepared, run_dir: Path, layout: dict[str, Any]) -> list[dict[str, float]]:
-    """What the run logged: losses of training and validation, by step."""
+    """Runs a layout; returns the logged training and validation losses by step."""
     config = small_run(
         prepared,
         run_dir,

@@ -35,7 +35,7 @@ def _train(mesh: Mesh, config: RunConfig) -> None:
 
 
 def _train_and_scrape(mesh: Mesh, config: RunConfig) -> str:
-    """What the endpoint says after step 7."""
+    """Returns the endpoint's answer after step 7."""
     metrics, answers = Report.metrics, []
 
     def and_scrape(report: Report, step: int, values: Mapping[str, float]) -> None:
