@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triplane.model.rule import Rule
+
 _aten = torch.ops.aten
 
 
@@ -20,18 +22,25 @@ class Segments(NamedTuple):
     """At least the length of the longest segment."""
 
 
-def forward(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """Returns attention (T, H, K) and its lse; without `segments` each query sees each key."""
+def forward(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, segments: Segments | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Returns attention (T, H, K) and its lse; without `segments` each query sees each key.
+
+    Only a GPU's kernel has windows, and neither has soft caps.
+    """
+    assert rule.softcap is None, rule
     if q_THK.is_cuda:
         assert q_THK.dtype != torch.float32, "no flash kernel on a GPU takes fp32"
         lengths = _lengths(q_THK, k_SGK, segments)
         out_THK, lse_HT, *_ = _aten._flash_attention_forward(
-            q_THK, k_SGK, v_SGK, *lengths, 0.0, segments is not None, False
+            *(q_THK, k_SGK, v_SGK, *lengths, 0.0, segments is not None, False), **_options(rule, segments)
         )
         return out_THK, lse_HT
+    assert rule.window is None, rule
     parts = [
         _aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_heads_first(x[span]) for x in (q_THK, k_SGK, v_SGK)), 0.0, segments is not None
+            *(_heads_first(x[span]) for x in (q_THK, k_SGK, v_SGK)), 0.0, segments is not None, scale=rule.scale
         )
         for span in _spans(segments)
     ]
@@ -46,6 +55,7 @@ def backward(
     out_THK: Tensor,
     lse_HT: Tensor,
     segments: Segments | None,
+    rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; with a merged `out` and `lse`, the part due to these keys and values."""
     if q_THK.is_cuda:
@@ -55,16 +65,26 @@ def backward(
         return _aten._flash_attention_backward(
             *(grad_THK, q_THK, k_SGK, v_SGK, out_THK, lse_HT.contiguous()),
             *(*lengths, 0.0, segments is not None, seed, offset),
+            **_options(rule, segments),
         )
     parts = [
         _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(_heads_first(x[span]) for x in (grad_THK, q_THK, k_SGK, v_SGK, out_THK)),
             *(lse_HT[None, :, span], 0.0, segments is not None),
+            scale=rule.scale,
         )
         for span in _spans(segments)
     ]
     dq_THK, dk_SGK, dv_SGK = (torch.cat([_tokens_first(x) for x in grads]) for grads in zip(*parts))
     return dq_THK, dk_SGK, dv_SGK
+
+
+def _options(rule: Rule, segments: Segments | None) -> dict[str, float | int]:
+    """Returns the GPU kernels' scale and window, which counts the keys before a query's own."""
+    if rule.window is None:
+        return {"scale": rule.scale}
+    assert segments is not None, "a window needs causal segments"
+    return {"scale": rule.scale, "window_size_left": rule.window - 1, "window_size_right": 0}
 
 
 def _spans(segments: Segments | None) -> list[slice]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from triplane.model.attend import SegmentAttention
 from triplane.model.batch import Batch
 from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
@@ -46,4 +47,5 @@ def apply_context_parallel(model: Transformer, cp: Axis, method: Method) -> None
     for block in model.blocks.values():
         attention = block.get_submodule("attention")
         core = attention.get_submodule("core")
+        assert isinstance(core, SegmentAttention)
         attention.core = UlyssesAttention(core, cp) if method == "ulysses" else RingAttention(core, cp)

@@ -17,22 +17,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from triplane.model import flash
+from triplane.model.attend import SegmentAttention
 from triplane.model.batch import Batch
+from triplane.model.rule import Rule
 from triplane.parallel.mesh import Axis
 
 
 class RingAttention(nn.Module):
     """Replaces a SegmentAttention `core`, on this rank's zig-zag share of the tokens."""
 
-    def __init__(self, core: nn.Module, cp: Axis):
+    def __init__(self, core: SegmentAttention, cp: Axis):
         super().__init__()
         assert cp.group is not None, "a ring needs two ranks"
+        self.rule = core.rule
         self.cp = cp
 
     # The compiler cannot trace sends and receives; it compiles the block before and after them.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
-        return _Ring.apply(q_THK, k_TGK, v_TGK, batch, self.cp)  # type: ignore[no-untyped-call]
+        return _Ring.apply(q_THK, k_TGK, v_TGK, batch, self.rule, self.cp)  # type: ignore[no-untyped-call]
 
 
 class Pair(NamedTuple):
@@ -92,8 +95,8 @@ class _Share:
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, cp: Axis) -> Tensor:
-        ctx.cp = cp
+    def forward(ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, rule: Rule, cp: Axis) -> Tensor:
+        ctx.rule, ctx.cp = rule, cp
         ctx.pairs = pairs(batch, cp, len(q_THK))
         own = torch.stack((k_TGK, v_TGK))
         wide = torch.promote_types(q_THK.dtype, torch.float32)
@@ -102,7 +105,7 @@ class _Ring(torch.autograd.Function):
         for rank, (k, v) in _around(own, cp):
             if rank in ctx.pairs:
                 queries, keys, segments = ctx.pairs[rank]
-                part, part_lse = flash.forward(q_THK[queries], k[keys], v[keys], segments)
+                part, part_lse = flash.forward(q_THK[queries], k[keys], v[keys], segments, rule)
                 _merge(out_THK[queries], lse_HT[:, queries], part, part_lse)
         out_THK = out_THK.to(q_THK.dtype)
         ctx.save_for_backward(q_THK, own, out_THK, lse_HT)
@@ -121,14 +124,14 @@ class _Ring(torch.autograd.Function):
             if rank in ctx.pairs:
                 queries, keys, segments = ctx.pairs[rank]
                 here = (grad_THK[queries], q_THK[queries], k[keys], v[keys], out_THK[queries], lse_HT[:, queries])
-                dq, grads[0, keys], grads[1, keys] = flash.backward(*here, segments)
+                dq, grads[0, keys], grads[1, keys] = flash.backward(*here, segments, ctx.rule)
                 dq_THK[queries] += dq
             if arrived is not None:
                 grads += arrived()
             arrived = pass_on(grads, ctx.cp)
         assert arrived is not None
         dk_TGK, dv_TGK = arrived().to(own.dtype)
-        return dq_THK.to(q_THK.dtype), dk_TGK, dv_TGK, None, None
+        return dq_THK.to(q_THK.dtype), dk_TGK, dv_TGK, None, None, None
 
 
 def _merge(out_THK: Tensor, lse_HT: Tensor, part_THK: Tensor, part_lse_HT: Tensor) -> None:

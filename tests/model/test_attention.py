@@ -1,4 +1,4 @@
-"""Which kernel attention runs, and that it computes softmax attention."""
+"""Which kernel attention runs."""
 
 import subprocess
 import sys
@@ -9,9 +9,6 @@ import torch
 from small_models import packed, random_documents, small_config, small_model
 from torch.profiler import ProfilerActivity, profile
 
-from triplane.model.attention import attend
-from triplane.model.batch import Batch
-
 CPU_KERNELS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
@@ -19,18 +16,19 @@ CPU_KERNELS = {
 OLD_SIGNATURE = """
 from torch.nn.attention import varlen
 real = varlen.varlen_attn
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
-    assert window_size == (-1, 0)
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    assert (scale, window_size) == (0.25, (-1, 0))
     return real(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size, enable_gqa=True)
 varlen.varlen_attn = varlen_attn
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triplane.model.attention import attend
+from triplane.model.attend import SegmentAttention
 from triplane.model.batch import Batch
+from triplane.model.rule import Rule
 batch = Batch.build(torch.zeros(8), torch.zeros(8), (0, 3, 8))
 with FakeTensorMode(allow_non_fake_inputs=True):
     q, k, v = (torch.empty(8, heads, 16, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    print(tuple(attend(q, k, v, batch).shape))
+    print(tuple(SegmentAttention(Rule(scale=0.25))(q, k, v, batch).shape))
 """
 """A program in which varlen_attn has the arguments that it had in torch 2.11."""
 LENGTHS = {"ragged": [5, 17, 1, 9], "equal": [8, 8, 8, 8], "one": [32]}
@@ -62,28 +60,6 @@ def test_cuda_runs_a_flash_kernel_both_ways(lengths: list[int]) -> None:
     flash = {name for name in operators if "flash" in name or "cudnn" in name or "varlen" in name}
     assert any(name.endswith("backward") for name in flash), operators
     assert "aten::_scaled_dot_product_attention_math" not in operators
-
-
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_attend_is_masked_softmax_with_its_gradients(lengths: list[int]) -> None:
-    total = sum(lengths)
-    q, k, v = (torch.randn(total, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
-    segment_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    visible_TT = (segment_T[:, None] == segment_T).tril()
-
-    def plain() -> Any:
-        k_THK, v_THK = (x.repeat_interleave(3, dim=1) for x in (k, v))
-        scores_HTT = torch.einsum("thk,shk->hts", q, k_THK) / 8**0.5
-        weights_HTT = scores_HTT.masked_fill(~visible_TT, float("-inf")).softmax(dim=-1)
-        return torch.einsum("hts,shk->thk", weights_HTT, v_THK)
-
-    bounds = (0, *torch.tensor(lengths).cumsum(0).tolist())
-    ids = torch.zeros(total, dtype=torch.int64)
-    out, expected = attend(q, k, v, Batch.build(ids, ids, bounds)), plain()
-    torch.testing.assert_close(out, expected)
-    direction = torch.randn_like(out)
-    for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, expected))):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_grouped_queries_need_no_argument_that_older_torch_lacks() -> None:

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from dense_attention import PLAIN
 from small_models import packed, random_documents, small_config, small_model
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from triplane.model.attention import SegmentAttention
+from triplane.model.attend import SegmentAttention
 from triplane.model.batch import Batch
 from triplane.parallel import ring
 from triplane.parallel.config import ParallelConfig
@@ -74,7 +75,7 @@ def axis_of(mesh: Mesh, cp: int) -> Axis:
 
 def on_rank(mesh: Mesh, cp: int, method: Method, cases: list[Case]) -> list[tuple[Batch, list[Tensor]]]:
     axis = axis_of(mesh, cp)
-    core = MODULES[method](SegmentAttention(), axis)
+    core = MODULES[method](SegmentAttention(PLAIN), axis)
     results = []
     for case in cases:
         batch, tensors = whole(case)
@@ -95,7 +96,7 @@ def over_ranks(method: Method, cp: int, cases: list[Case], ranks: int | None = N
 
 
 def on_one(case: Case) -> list[Tensor]:
-    return output_and_gradients(SegmentAttention(), *whole(case))
+    return output_and_gradients(SegmentAttention(PLAIN), *whole(case))
 
 
 def difference(some: list[Tensor], others: list[Tensor]) -> float:
@@ -128,7 +129,7 @@ def test_bf16_errs_as_one_process_in_bf16_does(method: Method) -> None:
     cases = [Case(bounds, dtype=torch.bfloat16) for bounds in BOUNDS.values()]
     for case, results in zip(cases, over_ranks(method, 4, cases), strict=True):
         batch, tensors = whole(case)
-        exact = output_and_gradients(SegmentAttention(), batch, [x.float() for x in tensors])
+        exact = output_and_gradients(SegmentAttention(PLAIN), batch, [x.float() for x in tensors])
         for x, one, y in zip(results, on_one(case), exact, strict=True):
             assert x.dtype == torch.bfloat16
             # Each part of a sum over ranks is rounded once, and the sum once more.

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from dense_attention import batch_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from triplane.model import flash
-from triplane.model.attention import attend
-from triplane.model.batch import Batch
+from triplane.model.attend import SegmentAttention
+from triplane.model.rule import Rule
 
 QUERIES, KEYS, HEADS, KV_HEADS, HEAD_DIM = 40, 64, 6, 2, 16
 BOUNDS = (0, 7, 8, 64)
+RULE = Rule(scale=0.3)
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
@@ -35,17 +37,17 @@ def inputs(queries: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat1
 def test_output_lse_and_gradients(device: str, causal: bool) -> None:
     q, k, v, grad = inputs(KEYS if causal else QUERIES, device)
     runs = segments(device) if causal else None
-    out, lse = flash.forward(q, k, v, runs)
-    found = [out, *flash.backward(grad, q, k, v, out, lse, runs)]
+    out, lse = flash.forward(q, k, v, runs, RULE)
+    found = [out, *flash.backward(grad, q, k, v, out, lse, runs, RULE)]
 
     q, k, v = (x.cpu().float().requires_grad_() for x in (q, k, v))
-    ids_T = torch.zeros(KEYS, dtype=torch.int64)
     if causal:
-        expected = attend(q, k, v, Batch.build(ids_T, ids_T, BOUNDS))
+        expected = SegmentAttention(RULE)(q, k, v, batch_of(BOUNDS))
     else:
         q_1HTK, k_1GSK, v_1GSK = (x.transpose(0, 1)[None] for x in (q, k, v))
-        expected = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, enable_gqa=True)[0].transpose(0, 1)
-        scores_HTS = torch.einsum("thk,shk->hts", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) / HEAD_DIM**0.5
+        expected = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, scale=RULE.scale, enable_gqa=True)
+        expected = expected[0].transpose(0, 1)
+        scores_HTS = torch.einsum("thk,shk->hts", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) * RULE.scale
         torch.testing.assert_close(lse.cpu(), scores_HTS.logsumexp(-1), rtol=0, atol=1e-2)
     gradients = torch.autograd.grad(expected, (q, k, v), grad.cpu().float())
     for x, y in zip(found, (expected, *gradients), strict=True):
@@ -56,17 +58,17 @@ def without_data(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_cuda_kernels_take_these_arguments(causal: bool) -> None:
+@pytest.mark.parametrize(("causal", "rule"), [(True, RULE), (False, RULE), (True, Rule(scale=0.3, window=5))])
+def test_the_cuda_kernels_take_these_arguments(causal: bool, rule: Rule) -> None:
     """Schemas and shapes only, on tensors without data, so that a machine without a GPU checks them too."""
     tensors, runs = inputs(KEYS if causal else QUERIES), segments("cpu") if causal else None
     with FakeTensorMode():
         q, k, v, grad = map(without_data, tensors)
         if runs is not None:
             runs = flash.Segments(without_data(runs.bounds_int32), runs.longest)
-        out, lse = flash.forward(q, k, v, runs)
+        out, lse = flash.forward(q, k, v, runs, rule)
         assert out.shape == grad.shape and lse.shape == (HEADS, len(grad)) and lse.dtype == torch.float32
-        grads = flash.backward(grad, q, k, v, out, lse, runs)
+        grads = flash.backward(grad, q, k, v, out, lse, runs, rule)
         assert [(x.shape, x.device.type) for x in grads] == [(x.shape, "cuda") for x in (q, k, v)]
 
 
@@ -75,4 +77,4 @@ def test_fp32_on_cuda_is_refused() -> None:
     with FakeTensorMode():
         q, k, v, _ = map(without_data, tensors)
         with pytest.raises(AssertionError, match="fp32"):
-            flash.forward(q, k, v, None)
+            flash.forward(q, k, v, None, RULE)

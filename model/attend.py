@@ -1,0 +1,103 @@
+"""The core of attention, by the kernel that can do the rule. batch.py has the shape legend."""
+
+from dataclasses import replace
+from inspect import signature
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from triplane.model.batch import Batch
+from triplane.model.documents import attend_documents
+from triplane.model.rule import Rule
+
+_GROUPED_QUERIES: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""torch 2.11 accepts fewer key and value heads than query heads without this option."""
+
+Kernel = Literal["sdpa", "varlen", "flash", "blocked"]
+
+
+class SegmentAttention(nn.Module):
+    """Causal attention within each segment, by one rule; another implementation can replace the module."""
+
+    def __init__(self, rule: Rule):
+        super().__init__()
+        self.rule = rule
+
+    def forward(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        batch: Batch,
+        bias_HL: Tensor | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """Returns (T, H, K).
+
+        `bias_HL`, fp32, is added to the scores by query head and distance, from 0 to `batch.longest` - 1 at least.
+        `sinks_H` are logits that take part in the softmax of each query of their head, without a value.
+        """
+        assert bias_HL is None or bias_HL.shape[1] >= batch.longest, (bias_HL.shape, batch.longest)
+        rule = replace(self.rule, window=None) if self.rule.sees_all(batch.longest) else self.rule
+        kernel = choose(q_THK.device.type, q_THK.dtype, rule, uniform=batch.uniform, bias=bias_HL, sinks=sinks_H)
+        if kernel == "sdpa":
+            return _sdpa(q_THK, k_TGK, v_TGK, batch, rule)
+        if kernel == "varlen":
+            return _varlen(q_THK, k_TGK, v_TGK, batch, rule)
+        segments = (batch.bounds_int32, batch.longest)
+        parts = (rule.scale, rule.window, rule.softcap)
+        return attend_documents(q_THK, k_TGK, v_TGK, bias_HL, sinks_H, *segments, kernel, *parts)[0]
+
+
+def choose(
+    device: str, dtype: torch.dtype, rule: Rule, *, uniform: bool, bias: Tensor | None, sinks: Tensor | None
+) -> Kernel:
+    """Returns the fastest kernel that can do the rule.
+
+    sdpa     without sinks or a window; on a GPU the only one in fp32
+    varlen   on a GPU in half precision, with a window or segments of several lengths
+    flash    as those two, and sinks, since it returns the lse
+    blocked  everything
+    """
+    if rule.softcap is not None or bias is not None:
+        return "blocked"
+    if device == "cpu":
+        if rule.window is not None:
+            return "blocked"
+        return "sdpa" if uniform and sinks is None else "flash"
+    if dtype in (torch.float32, torch.float64):
+        return "sdpa" if rule.window is None and sinks is None else "blocked"
+    if sinks is not None:
+        return "flash"
+    return "sdpa" if uniform and rule.window is None else "varlen"
+
+
+def _sdpa(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, rule: Rule) -> Tensor:
+    if batch.uniform:
+        return _sdpa_equal(q_THK, k_TGK, v_TGK, batch.longest, rule)
+    spans = [slice(a, b) for a, b in pairwise(batch.bounds)]  # one call per segment beats a mask
+    return torch.cat([_sdpa_equal(q_THK[s], k_TGK[s], v_TGK[s], s.stop - s.start, rule) for s in spans])
+
+
+def _sdpa_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, length: int, rule: Rule) -> Tensor:
+    """Computes attention over segments of equal length, as the batch dim of SDPA."""
+    q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+    shared = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale, enable_gqa=shared)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, rule: Rule) -> Tensor:
+    bounds, longest = batch.bounds_int32, batch.longest
+    out = varlen_attn(
+        *(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest),
+        scale=rule.scale,
+        window_size=(-1 if rule.window is None else rule.window - 1, 0),
+        **_GROUPED_QUERIES,
+    )
+    assert isinstance(out, Tensor)
+    return out

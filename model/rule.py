@@ -1,0 +1,23 @@
+"""What a query sees, and how a score becomes a weight: all that attention is told beside its tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Causal attention within each segment of a batch."""
+
+    scale: float
+    """Factor of each product of a query and a key."""
+    window: int | None = None
+    """Keys that a query sees, the one at its own place and those just before it; None: all of them."""
+    softcap: float | None = None
+    """Bounds scores: score becomes softcap * tanh(score / softcap), before a bias is added (Gemma 2)."""
+
+    def __post_init__(self) -> None:
+        assert self.window is None or self.window > 0, self.window
+        assert self.softcap is None or self.softcap > 0, self.softcap
+
+    def sees_all(self, longest: int) -> bool:
+        """Returns True if, in segments of at most `longest` tokens, the window hides nothing."""
+        return self.window is None or self.window >= longest
