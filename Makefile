@@ -22,8 +22,9 @@ install: .venv/installed-dev
 quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh configs/quickstart.sh
 
+# Three workers for two cores: one of them usually waits, for a cluster, a hang or a time limit.
 test: .venv/installed-dev
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Strikes runs with N faults, e.g. `make chaos N=100 SEED=7`, and tells how each kind was survived.
 chaos: .venv/installed-dev

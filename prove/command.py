@@ -66,6 +66,8 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Re
         allowed = tolerances(cases, model, steps=range(_STEPS), machine=machine)
     except (RanksFailedError, queue.Empty) as error:
         raise LaunchError(f"the bf16 process to compare layouts with failed: {str(error)[-200:]}") from error
+    if any(case.layout.compile for case in cases):
+        import torch._inductor.compile_fx  # noqa: F401  before the ranks fork: a second for each
     results = []
     for case in cases:
         own = case.model(model)

@@ -156,6 +156,7 @@ def _prepare() -> None:
     from triplane.training import hardware, optimizer, verdicts  # noqa: F401
 
     groups._BACKENDS["cuda"] = "cpu:fake,cuda:fake"
+    import deepspeed.compile.backend  # noqa: F401  before the cases fork: a second for each
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
     # It compares values that ranks have gathered.

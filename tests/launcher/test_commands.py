@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import webdataset
+from commands import triplane
 from runs import small_run
 from small_corpora import Prepared
 
@@ -18,16 +19,13 @@ from triplane.config.toml import to_toml
 from triplane.storage.locks import locked_folder
 
 
-def triplane(
-    *arguments: object, cwd: Path, launch: tuple[str, ...] = (), **environment: str
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, *(launch or ("-m",)), "triplane", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
-    )
+def started(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command as a user does."""
+    command = [sys.executable, "-m", "triplane", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
-def refused(result: subprocess.CompletedProcess) -> str:
+def refused(result: subprocess.CompletedProcess[str]) -> str:
     """Returns the message of a mistake, after checking exit code 2 and no traceback."""
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -40,12 +38,12 @@ def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("commands")
     config = small_run(prepared, Path("run"), parallel={"dp": 2})
     (folder / "small.toml").write_text(to_toml(config))
-    first = triplane("train", "small.toml", "training.stop_at_step=5", cwd=folder)
+    first = started("train", "small.toml", "training.stop_at_step=5", cwd=folder)
     assert first.returncode == 0, first.stderr
     assert "dp 2, zero 1, fp32 on cpu; starting from initial weights" in first.stdout
     assert "step 5/8" in first.stdout
     assert first.stderr == ""
-    second = triplane("train", "small.toml", cwd=folder)
+    second = started("train", "small.toml", cwd=folder)
     assert second.returncode == 0, second.stderr
     assert "resuming from run/checkpoints/step_5" in second.stdout
     assert "step 8: validation loss" in second.stdout
@@ -158,7 +156,9 @@ def test_fp8_is_refused_where_there_is_none(folder: Path) -> None:
     assert message.endswith("requires GPUs of compute capability 8.9 or more, not a CPU; set parallel.fp8=false\n")
 
 
-def test_prove_prints_a_table_and_writes_it(tmp_path: Path) -> None:
+def test_prove_prints_a_table_and_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triplane.prove.command._STEPS", 3)
+    monkeypatch.setattr("triplane.prove.rounding.SEEDS", range(4))
     result = triplane("prove", "--ranks", "1", "--quick", "--json", "proof.json", cwd=tmp_path, PATH="")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "proof.json").read_text())

@@ -115,6 +115,7 @@ def is_past(folder: Path, step: int) -> bool:
     return step_of(folder) > step
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_bytes(folder: Path, prepared: Prepared) -> None:
     for interrupt in (interrupt_terminal, terminate_as_slurm):
         begin = step_of(folder)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.compile_fx  # imported before the ranks fork
 from torch._dynamo.utils import counters
 
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork

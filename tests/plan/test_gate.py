@@ -1,11 +1,11 @@
 """The gate finds each problem before a rank starts, and reports it once."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import triplane
 from runs import held_by_another, small_run
 from small_corpora import Prepared
 
@@ -20,8 +20,7 @@ from triplane.training.config import RunConfig
 def started(config: RunConfig, folder: Path) -> subprocess.CompletedProcess[str]:
     """`triplane train`, in a process of its own."""
     (folder / "run.toml").write_text(to_toml(config))
-    command = [sys.executable, "-m", "triplane", "train", "run.toml"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return triplane("train", "run.toml", cwd=folder)
 
 
 def trained(config: RunConfig, ranks: int = 1) -> None:
