@@ -11,14 +11,15 @@ from triplane.launcher.cli import main
 
 def triplane(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Returns the output and exit code of a command."""
+    command = ["triplane", *map(str, arguments)]
     with TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
         child = os.fork()
         if not child:
-            _become(["triplane", *map(str, arguments)], cwd, out.fileno(), errors.fileno(), environment)
+            _become(command, cwd, out.fileno(), errors.fileno(), environment)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.seek(0)
         errors.seek(0)
-        return subprocess.CompletedProcess(arguments, code, out.read(), errors.read())
+        return subprocess.CompletedProcess(command, code, out.read(), errors.read())
 
 
 def _become(command: list[str], cwd: Path, out: int, errors: int, environment: dict[str, str]) -> None:
