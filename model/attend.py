@@ -1,6 +1,5 @@
 """The core of attention, by the kernel that can do the rule. batch.py has the shape legend."""
 
-from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
 from typing import Any, Literal
@@ -42,7 +41,7 @@ class SegmentAttention(nn.Module):
         `sinks_H` are logits that take part in the softmax of each query of their head, without a value.
         """
         assert bias_HL is None or bias_HL.shape[1] >= batch.longest, (bias_HL.shape, batch.longest)
-        rule = replace(self.rule, window=None) if self.rule.sees_all(batch.longest) else self.rule
+        rule = self.rule.within(batch.longest)
         kernel = choose(q_THK.device.type, q_THK.dtype, rule, uniform=batch.uniform, bias=bias_HL, sinks=sinks_H)
         if kernel == "sdpa":
             return _sdpa(q_THK, k_TGK, v_TGK, batch, rule)

@@ -1,6 +1,6 @@
 """What a query sees, and how a score becomes a weight: all that attention is told beside its tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,6 @@ class Rule:
         assert self.window is None or self.window > 0, self.window
         assert self.softcap is None or self.softcap > 0, self.softcap
 
-    def sees_all(self, longest: int) -> bool:
-        """Returns True if, in segments of at most `longest` tokens, the window hides nothing."""
-        return self.window is None or self.window >= longest
+    def within(self, longest: int) -> "Rule":
+        """Returns the rule without its window where it hides nothing, in segments of at most `longest` tokens."""
+        return self if self.window is None or self.window < longest else replace(self, window=None)

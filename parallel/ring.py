@@ -4,11 +4,12 @@ A rank holds two chunks of the stream, one early and one late (context.py), so t
 every rank the same. A share keeps the order of the stream, so to its own keys a rank attends causally
 within its part of each document. Between two ranks, at most one document reaches from the earlier
 chunks into the later ones, and there each query sees each key.
+
+This is the ring of plain causal attention, by flash kernels; direct.py has what they lack.
 """
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from triplane.model import flash
+from triplane.model import flash, sinks
 from triplane.model.attend import SegmentAttention
 from triplane.model.batch import Batch
+from triplane.model.merge import merge
 from triplane.model.rule import Rule
+from triplane.parallel.direct import attend_directly
 from triplane.parallel.mesh import Axis
+from triplane.parallel.zigzag import Share
 
 
 class RingAttention(nn.Module):
@@ -34,8 +38,20 @@ class RingAttention(nn.Module):
 
     # The compiler cannot trace sends and receives; it compiles the block before and after them.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
-        return _Ring.apply(q_THK, k_TGK, v_TGK, batch, self.rule, self.cp)  # type: ignore[no-untyped-call]
+    def forward(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        batch: Batch,
+        bias_HL: Tensor | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        rule = self.rule.within(batch.longest)
+        half = q_THK.dtype in (torch.float16, torch.bfloat16)
+        if rule.window is None and rule.softcap is None and bias_HL is None and (half or not q_THK.is_cuda):
+            return _Ring.apply(q_THK, k_TGK, v_TGK, sinks_H, batch, rule, self.cp)  # type: ignore[no-untyped-call]
+        return attend_directly(q_THK, k_TGK, v_TGK, batch, rule, self.cp, bias_HL, sinks_H)
 
 
 class Pair(NamedTuple):
@@ -48,7 +64,7 @@ class Pair(NamedTuple):
 
 def pairs(batch: Batch, cp: Axis, tokens: int) -> dict[int, Pair]:
     """Returns, by rank, what to compute when that rank's keys arrive; nothing where no document is shared."""
-    shares = [_Share(rank, cp.size, tokens // 2) for rank in range(cp.size)]
+    shares = [Share(rank, cp.size, tokens // 2) for rank in range(cp.size)]
     mine = shares[cp.rank]
     found = {cp.rank: Pair(slice(0, tokens), slice(0, tokens), mine.segments(batch))}
     for theirs in shares:
@@ -66,36 +82,18 @@ def pairs(batch: Batch, cp: Axis, tokens: int) -> dict[int, Pair]:
     return found
 
 
-@dataclass(frozen=True)
-class _Share:
-    """A rank's two chunks of the stream."""
-
-    rank: int
-    size: int
-    chunk: int
-    """Tokens per chunk."""
-
-    @property
-    def early(self) -> int:
-        return self.rank * self.chunk
-
-    @property
-    def late(self) -> int:
-        return (2 * self.size - 1 - self.rank) * self.chunk
-
-    def before(self, position: int) -> int:
-        """Returns the number of tokens of the share before `position` of the stream."""
-        return sum(min(max(position - start, 0), self.chunk) for start in (self.early, self.late))
-
-    def segments(self, batch: Batch) -> flash.Segments:
-        """Returns the share's part of each document."""
-        early, late = ((batch.bounds_int32 - start).clamp(0, self.chunk) for start in (self.early, self.late))
-        return flash.Segments(early + late, min(batch.longest, 2 * self.chunk))
-
-
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, rule: Rule, cp: Axis) -> Tensor:
+    def forward(
+        ctx: Any,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        sinks_H: Tensor | None,
+        batch: Batch,
+        rule: Rule,
+        cp: Axis,
+    ) -> Tensor:
         ctx.rule, ctx.cp = rule, cp
         ctx.pairs = pairs(batch, cp, len(q_THK))
         own = torch.stack((k_TGK, v_TGK))
@@ -106,15 +104,17 @@ class _Ring(torch.autograd.Function):
             if rank in ctx.pairs:
                 queries, keys, segments = ctx.pairs[rank]
                 part, part_lse = flash.forward(q_THK[queries], k[keys], v[keys], segments, rule)
-                _merge(out_THK[queries], lse_HT[:, queries], part, part_lse)
+                merge(out_THK[queries], lse_HT[:, queries], part, part_lse)
+        if sinks_H is not None:
+            out_THK, lse_HT = sinks.join(out_THK, lse_HT, sinks_H)
         out_THK = out_THK.to(q_THK.dtype)
-        ctx.save_for_backward(q_THK, own, out_THK, lse_HT)
+        ctx.save_for_backward(q_THK, own, out_THK, lse_HT, sinks_H)
         return out_THK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
-        q_THK, own, out_THK, lse_HT = ctx.saved_tensors
+        q_THK, own, out_THK, lse_HT, sinks_H = ctx.saved_tensors
         grad_THK = grad_THK.contiguous()
         dq_THK = torch.zeros_like(q_THK, dtype=lse_HT.dtype)
         arrived: Callable[[], Tensor] | None = None
@@ -131,14 +131,8 @@ class _Ring(torch.autograd.Function):
             arrived = pass_on(grads, ctx.cp)
         assert arrived is not None
         dk_TGK, dv_TGK = arrived().to(own.dtype)
-        return dq_THK.to(q_THK.dtype), dk_TGK, dv_TGK, None, None, None
-
-
-def _merge(out_THK: Tensor, lse_HT: Tensor, part_THK: Tensor, part_lse_HT: Tensor) -> None:
-    """Merges attention over further keys into `out_THK` and `lse_HT`, in place."""
-    weight_HT = torch.sigmoid(part_lse_HT - lse_HT)
-    out_THK.lerp_(part_THK.to(out_THK.dtype), weight_HT.T.unsqueeze(-1))
-    lse_HT.copy_(torch.logaddexp(lse_HT, part_lse_HT))
+        dsinks_H = None if sinks_H is None else sinks.gradient(grad_THK, out_THK, lse_HT, sinks_H)
+        return dq_THK.to(q_THK.dtype), dk_TGK, dv_TGK, dsinks_H, None, None, None
 
 
 def _around(own: Tensor, cp: Axis) -> Iterator[tuple[int, Tensor]]:

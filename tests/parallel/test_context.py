@@ -5,19 +5,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from dense_attention import PLAIN
+from dense_attention import PLAIN, RULES
 from small_models import packed, random_documents, small_config, small_model
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from triplane.model.attend import SegmentAttention
 from triplane.model.batch import Batch
-from triplane.parallel import ring
+from triplane.model.rule import Rule
+from triplane.parallel import direct, ring
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.context import Method, cut_for_context
 from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.ring import RingAttention
 from triplane.parallel.ulysses import UlyssesAttention
+from triplane.parallel.zigzag import seen
 from triplane.prove.forked import run_ranks
 
 TOKENS, HEADS, HEAD_DIM = 96, 12, 8
@@ -29,6 +31,9 @@ class Case(NamedTuple):
     bounds: tuple[int, ...]
     n_kv_heads: int = 2
     dtype: torch.dtype = torch.float32
+    rule: Rule = PLAIN
+    extras: bool = False
+    """A bias and sinks."""
 
 
 def random_bounds(seed: int) -> tuple[int, ...]:
@@ -59,11 +64,19 @@ def whole(case: Case) -> tuple[Batch, list[Tensor]]:
     return Batch.build(numbers_T, 1000 + numbers_T, case.bounds), [x.to(case.dtype) for x in tensors]
 
 
-def output_and_gradients(core: nn.Module, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
+def extras_of(case: Case) -> list[Tensor]:
+    if not case.extras:
+        return []
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((HEADS, TOKENS), (HEADS,))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype) for shape in shapes]
+
+
+def output_and_gradients(core: nn.Module, batch: Batch, tensors: list[Tensor], extras: list[Tensor]) -> list[Tensor]:
     *qkv, grad = tensors
-    qkv = [x.clone().requires_grad_() for x in qkv]
-    out = core(*qkv, batch)
-    return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+    inputs = [x.clone().requires_grad_() for x in (*qkv, *extras)]
+    out = core(*inputs[:3], batch, *inputs[3:])
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
 def axis_of(mesh: Mesh, cp: int) -> Axis:
@@ -75,12 +88,14 @@ def axis_of(mesh: Mesh, cp: int) -> Axis:
 
 def on_rank(mesh: Mesh, cp: int, method: Method, cases: list[Case]) -> list[tuple[Batch, list[Tensor]]]:
     axis = axis_of(mesh, cp)
-    core = MODULES[method](SegmentAttention(PLAIN), axis)
     results = []
     for case in cases:
+        core = MODULES[method](SegmentAttention(case.rule), axis)
         batch, tensors = whole(case)
         share = cut_for_context(batch, axis, method)
-        results.append((share, output_and_gradients(core, share, [x[share.tokens_T] for x in tensors])))
+        results.append(
+            (share, output_and_gradients(core, share, [x[share.tokens_T] for x in tensors], extras_of(case)))
+        )
     return results
 
 
@@ -91,12 +106,13 @@ def over_ranks(method: Method, cp: int, cases: list[Case], ranks: int | None = N
     results = []
     for shares in zip(*by_rank):
         order_T = torch.cat([share.tokens_T for share, _ in shares]).argsort()
-        results.append([torch.cat(parts)[order_T] for parts in zip(*(tensors for _, tensors in shares))])
+        parts = [*zip(*(tensors for _, tensors in shares))]
+        results.append([torch.cat(x)[order_T] for x in parts[:4]] + [sum(x[1:], x[0]) for x in parts[4:]])
     return results
 
 
 def on_one(case: Case) -> list[Tensor]:
-    return output_and_gradients(SegmentAttention(PLAIN), *whole(case))
+    return output_and_gradients(SegmentAttention(case.rule), *whole(case), extras_of(case))
 
 
 def difference(some: list[Tensor], others: list[Tensor]) -> float:
@@ -124,12 +140,22 @@ def test_fp64_agrees_to_its_own_precision(method: Method) -> None:
         assert difference(results, on_one(case)) < 1e-13, case
 
 
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_rule_is_that_of_one_process(method: Method, cp: int) -> None:
+    bounds = (ONE, BOUNDS["past chunks"], BOUNDS["long in the middle"], BOUNDS["short"], random_bounds(0))
+    rules = (*RULES.values(), Rule(scale=0.3, window=30))
+    cases = [Case(x, 2, torch.float64, rule, extras) for x in bounds for rule in rules for extras in (False, True)]
+    for case, results in zip(cases, over_ranks(method, cp, cases), strict=True):
+        assert difference(results, on_one(case)) < 1e-13, case
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_errs_as_one_process_in_bf16_does(method: Method) -> None:
     cases = [Case(bounds, dtype=torch.bfloat16) for bounds in BOUNDS.values()]
     for case, results in zip(cases, over_ranks(method, 4, cases), strict=True):
         batch, tensors = whole(case)
-        exact = output_and_gradients(SegmentAttention(PLAIN), batch, [x.float() for x in tensors])
+        exact = output_and_gradients(SegmentAttention(PLAIN), batch, [x.float() for x in tensors], [])
         for x, one, y in zip(results, on_one(case), exact, strict=True):
             assert x.dtype == torch.bfloat16
             # Each part of a sum over ranks is rounded once, and the sum once more.
@@ -189,6 +215,54 @@ def test_keys_in_the_order_of_ranks_are_caught(monkeypatch: pytest.MonkeyPatch) 
     """The comparison can fail: here rank i gets key/value head i % 2, not i // 2."""
     monkeypatch.setattr(Tensor, "repeat_interleave", lambda x, copies, dim: x.repeat(1, copies, 1))
     assert difference(over_ranks("ulysses", 4, [Case(ONE)])[0], on_one(Case(ONE))) > 0.1
+
+
+def test_biases_of_other_heads_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: here each rank takes the bias and the sinks of the first heads."""
+    real = UlyssesAttention.__init__
+
+    def first_rank(self: UlyssesAttention, core: nn.Module, cp: Axis) -> None:
+        real(self, core, cp)
+        self.rank = 0
+
+    monkeypatch.setattr(UlyssesAttention, "__init__", first_rank)
+    case = Case(ONE, extras=True)
+    assert difference(over_ranks("ulysses", 2, [case])[0], on_one(case)) > 0.1
+
+
+def test_a_window_of_another_size_over_ranks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: here ranks send one key too few."""
+    monkeypatch.setattr(direct, "seen", lambda bounds, reader, owner, window: seen(bounds, reader, owner, window - 1))
+    case = Case(ONE, rule=RULES["window"])
+    assert difference(over_ranks("ring", 2, [case])[0], on_one(case)) > 1e-3
+
+
+def elements_sent(mesh: Mesh, cases: list[Case]) -> list[int]:
+    """Of each case, the elements that this rank sends to others for an output, and its gradients."""
+    sent: list[int] = []
+    exchange: Any = dist.all_to_all_single
+
+    def counted(received: Tensor, x: Tensor, received_sizes: list[int], sizes: list[int], **options: Any) -> Any:
+        sent[-1] += sum(n for rank, n in enumerate(sizes) if rank != mesh.rank) * x[:1].numel()
+        return exchange(received, x, received_sizes, sizes, **options)
+
+    dist.all_to_all_single = counted  # type: ignore[assignment]
+    for case in cases:
+        sent.append(0)
+        on_rank(mesh, mesh.world_size, "ring", [case])
+    return sent
+
+
+def test_a_window_over_ranks_sends_the_keys_that_are_seen() -> None:
+    window, cp, chunk = 5, 4, TOKENS // 8
+    token = 2 * 2 * HEAD_DIM  # key and value of two heads
+    rule = Rule(scale=0.3, window=window)
+    cases = [Case(ONE, rule=rule), Case((0, *range(chunk, TOKENS, chunk), TOKENS), rule=rule)]
+    by_rank = run_ranks(ParallelConfig(dp=cp), cp, elements_sent, cases)
+    # The last keys of each chunk but the last are seen by the next one; the middle two chunks are on one rank. They
+    # are sent twice, forward and backward, and their gradients once.
+    assert sum(sent for sent, _ in by_rank) == 3 * (2 * cp - 2) * (window - 1) * token
+    assert [sent for _, sent in by_rank] == [0] * cp  # no document is in two chunks
 
 
 @pytest.mark.parametrize("cp", [2, 3, 8])
