@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -74,7 +75,13 @@ class Trainer:
         )
         self.agreement = Agreement(engine.mesh.device)
         first_step_tokens = config.training.global_batch_size * corpora.seq_len_at(0)
-        self.warmup_steps = warmup_steps(config.schedule, first_step_tokens)
+        self.learning_rate = partial(
+            learning_rate,
+            config.schedule,
+            peak=config.optimizer.lr,
+            steps=config.training.steps,
+            warmup_steps=warmup_steps(config.schedule, first_step_tokens),
+        )
         self.unsaved: str | None = None
         """Why the last save failed."""
 
@@ -108,13 +115,7 @@ class Trainer:
             due = self._due(step, last)
             exact = "log" in due
             with profiler.step(step), work("step", step):
-                lr = learning_rate(
-                    config.schedule,
-                    step,
-                    peak=config.optimizer.lr,
-                    steps=config.training.steps,
-                    warmup_steps=self.warmup_steps,
-                )
+                lr = self.learning_rate(step)
                 with self.phase("data_time_s"):
                     micro_batches = next(batches)
                 for _ in repeated(engine, step) if "repeat" in due else (None,):
