@@ -7,36 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from resharding import LAYOUTS
+from killed_saves import LAYOUT, RANKS, kill_a_save, save
 from runs import small_run
-from save_phases import REMOTE_PHASES, plant
+from save_phases import REMOTE_PHASES
 from servers import s3_server
 from small_corpora import Prepared
-from small_models import state_after
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 from typer.testing import CliRunner
 
 from triplane.checkpoint import store as store_module
-from triplane.checkpoint.config import CheckpointConfig
-from triplane.checkpoint.folder import checkpoints, latest, set_aside, write_problem
+from triplane.checkpoint.folder import checkpoints, set_aside, write_problem
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.resume import fill_from_newest
-from triplane.checkpoint.store import CheckpointStore, Save
+from triplane.checkpoint.store import Save
 from triplane.config.preflight import find_checkpoint
 from triplane.launcher.cli import app
 from triplane.launcher.run import train_on
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
-from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.prove.forked import run_ranks
 from triplane.prove.reference import proof_model
 from triplane.prove.resharding import train_between
 from triplane.storage import location as location_module
 from triplane.storage.errors import CheckpointError, OutOfReachError
 from triplane.storage.location import Location, entries, location, writing
 from triplane.training.config import RunConfig
-
-LAYOUT, RANKS = LAYOUTS["zero1 dp2"]
-ELEMENTS = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +132,7 @@ def _resume_without_a_server(mesh: Mesh, folder: str) -> str:
 
 
 def test_what_is_out_of_reach_is_not_taken_for_damaged(remote: Location) -> None:
-    run_ranks(LAYOUT, RANKS, _save, str(remote), 1)
+    run_ranks(LAYOUT, RANKS, save, str(remote), 1)
     for error in run_ranks(LAYOUT, RANKS, _resume_without_a_server, str(remote)):
         assert error.startswith(f"{remote}: out of reach: EndpointConnectionError: "), error
     assert write_problem(remote) is None
@@ -151,28 +146,19 @@ def test_a_bucket_that_is_not_there_is_told_before_training() -> None:
     )
 
 
-STANDS = ("after the manifest", "in the deletion of an old one")
+COMMITTED = ("after the manifest", "in the deletion of an old one")
 
 
 @pytest.mark.parametrize("phase", REMOTE_PHASES)
 def test_a_killed_save_leaves_the_one_before(phase: str, remote: Location) -> None:
-    run_ranks(LAYOUT, RANKS, _save, str(remote), 1)
-    with pytest.raises(RanksFailedError, match=r"exit code -9"):
-        run_ranks(LAYOUT, RANKS, _save, str(remote), 2, phase)
-    newest = latest(remote)
-    assert newest == remote / ("step_2" if phase in STANDS else "step_1")
-    checkpoint = Checkpoint(newest)
-    checkpoint.verify()
-    assert checkpoint.tensor("weight/w").eq(checkpoint.state["step"]).all()
-    run_ranks(LAYOUT, RANKS, _save, str(remote), 3)
-    assert list(entries(remote)) == ["step_3"]
+    kill_a_save(remote, phase=phase, phases=REMOTE_PHASES, committed=phase in COMMITTED)
 
 
 def test_a_store_that_fails_leaves_the_run_alive(remote: Location) -> None:
-    run_ranks(LAYOUT, RANKS, _save, str(remote), 1)
-    for save in run_ranks(LAYOUT, RANKS, _save_to_one_that_is_tired, str(remote), 2):
-        assert save.error.startswith(f"cannot write {remote}/step_2: {remote}/step_2: out of reach: it is tired")
-        assert save.error.endswith("earlier checkpoints are untouched; see that it can be written to")
+    run_ranks(LAYOUT, RANKS, save, str(remote), 1)
+    for saved in run_ranks(LAYOUT, RANKS, _save_to_one_that_is_tired, str(remote), 2):
+        assert saved.error.startswith(f"cannot write {remote}/step_2: {remote}/step_2: out of reach: it is tired")
+        assert saved.error.endswith("earlier checkpoints are untouched; see that it can be written to")
     assert list(entries(remote)) == ["step_1"]
 
 
@@ -183,22 +169,4 @@ def _refuse(path: Location, fragments: Sequence[Fragment]) -> Any:
 def _save_to_one_that_is_tired(mesh: Mesh, folder: str, step: int) -> Save:
     if mesh.rank == 1:
         store_module.write_tensors = _refuse
-    return _save(mesh, folder, step)
-
-
-def _save(mesh: Mesh, folder: str, step: int, phase: str | None = None) -> Save:
-    if phase and mesh.rank == REMOTE_PHASES[phase][0]:
-        plant(phase, lambda: True, REMOTE_PHASES)
-    data = torch.full((ELEMENTS,), float(step))
-    fragment = Fragment(
-        kind="weight",
-        name="w",
-        shape=torch.Size((ELEMENTS * RANKS,)),
-        offsets=(ELEMENTS * mesh.rank,),
-        data=data,
-        primary=True,
-    )
-    store = CheckpointStore(location(folder), CheckpointConfig(keep_last=1))
-    store.save(step, [fragment], state_after(step))
-    (save,) = store.ended(wait=True)
-    return save
+    return save(mesh, folder, step)
