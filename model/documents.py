@@ -100,8 +100,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad_THK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     rule = (ctx.longest, ctx.kernel, ctx.scale, ctx.window, ctx.softcap)
-    grads = iter(_backward(grad_THK, *ctx.saved_tensors, *rule))
-    bias_HL, sinks_H = ctx.saved_tensors[5:7]
+    saved = ctx.saved_tensors  # read once: recomputation frees what it has unpacked
+    grads = iter(_backward(grad_THK, *saved, *rule))
+    bias_HL, sinks_H = saved[5:7]
     dq_THK, dk_TGK, dv_TGK = (next(grads) for _ in range(3))
     dbias_HL, dsinks_H = (None if x is None else next(grads) for x in (bias_HL, sinks_H))
     return dq_THK, dk_TGK, dv_TGK, dbias_HL, dsinks_H, *[None] * 6
