@@ -248,17 +248,19 @@ def torchtitan_gib(row: Row) -> float:
     work, model, layout = row.work, row.work.model, row.work.layout
     compiled = layout.compile and layout.tp == 1
     alone = replace(work, layout=layout.model_copy(update={"pp": 1, "virtual_stages": 1, "recompute": "none"}))
-    again = kept_activations(alone, RankKind("one block", 0, (Stage(1, embedding=False, head=False),)))
+    again = kept_activations(alone, RankKind("one block", 0, (Stage(range(1), embedding=False, head=False),)))
     found = []
     for rank in pipeline(work):
         owned = parameters(work, rank)
         # Under a pipeline weights stay gathered and gradients whole until the step ends.
-        state = 16 * owned / work.replicas + (6 * owned if layout.pp > 1 else 4 * layer_parameters(work))
+        state = 16 * owned / work.replicas + (6 * owned if layout.pp > 1 else 4 * layer_parameters(work, 0))
         activations: float = kept_activations(work, rank)
         if layout.recompute == "selective":
-            products = 3 * model.dim + (model.n_heads + 2 * model.n_kv_heads) * model.head_dim + 2 * model.hidden_dim
+            attention = model.attention
+            products = 3 * model.dim + (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
+            products += 2 * model.feed_forward.hidden_dim
             kept = 2 * model.dim + products / 2
-            activations = 2 * work.tokens * (rank.layers * kept + 2 * model.dim)
+            activations = 2 * work.tokens * (len(rank.layers) * kept + 2 * model.dim)
         logits = work.tokens * table_parameters(work) / model.dim * (14 if compiled else 18) * rank.has_head
         found.append(state + activations + max(logits, again))
     return max(found) / 2**30

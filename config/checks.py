@@ -46,10 +46,9 @@ def _check_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
 
 
 def _check_model(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    yield from multiple("n_heads", model.n_heads, f"n_kv_heads ({model.n_kv_heads})", model.n_kv_heads)
-    if model.head_dim % 2:
-        yield f"head_dim ({model.head_dim}) is odd, but RoPE rotates pairs; set it to {model.head_dim + 1}"
+    yield from config.model.problems()
+    lengths = [config.data.seq_len, *(phase.seq_len or config.data.seq_len for phase in config.data.phases)]
+    yield from config.model.length_problems(max(lengths))
 
 
 def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -32,15 +32,19 @@ def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[
     If a field takes several types, `loc` is longer than the key and ends in the type tried.
     """
     key: list[str] = []
-    table, below = schema, schema
+    table, tables = schema, [schema]
     for name in loc:
-        key.append(str(name))
         if isinstance(name, int):  # an index into a list of tables
+            key.append(str(name))
             continue
-        table, subtable = below, _subtable(below, name)
-        if subtable is None:
+        if chosen := [kind for kind in tables if name in _kinds(kind)]:  # the kind of a table
+            tables = chosen
+            continue
+        key.append(name)
+        table = tables[0]
+        tables = _subtables(table, name)
+        if not tables:
             break
-        below = subtable
     return tuple(key), table
 
 
@@ -49,9 +53,15 @@ def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDet
     given = _short(format_value(value) if isinstance(value, str | int | float) else repr(value))
     if kind == "extra_forbidden":
         return f"unknown key; {_suggest(name, table, schema)}"
+    if kind == "value_error":
+        return str(errors[0]["ctx"]["error"])
+    if kind == "union_tag_invalid":
+        kinds = [name for below in _subtables(table, name) for name in _kinds(below)]
+        near = get_close_matches(errors[0]["ctx"]["tag"], kinds, n=1)
+        return f'kind is "{_short(errors[0]["ctx"]["tag"])}"; {_near_or_all(near, kinds)}'
     if kind == "missing":
-        if below := _subtable(table, name):
-            needs = [key for key, field in below.model_fields.items() if field.is_required()]
+        if below := _subtables(table, name):
+            needs = [key for key, field in below[0].model_fields.items() if field.is_required()]
             return f"missing table; it requires {', '.join(needs)}"
         meaning = " ".join((table.model_fields[name].description or "").split()).partition(". ")[0]
         return f"missing. {meaning}".rstrip(". ")
@@ -75,25 +85,36 @@ def _short(text: str) -> str:
 
 
 def _suggest(name: str, table: type[BaseModel], schema: type[BaseModel]) -> str:
-    if near := get_close_matches(name, table.model_fields, n=1):
+    known = [*table.model_fields, *getattr(table, "short_keys", ())]
+    if near := get_close_matches(name, known, n=1):
         return f"did you mean {near[0]}?"
     elsewhere = [".".join(path) for path in _paths(schema) if path[-1] == name]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return f"known here: {', '.join(table.model_fields)}"
+    return _near_or_all(list(dict.fromkeys(elsewhere)), known)
+
+
+def _near_or_all(near: list[str], known: list[str]) -> str:
+    return f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(known)}"
 
 
 def _paths(table: type[BaseModel]) -> Iterator[tuple[str, ...]]:
     for name in table.model_fields:
         yield (name,)
-        if below := _subtable(table, name):
+        for below in _subtables(table, name):
             yield from ((name, *path) for path in _paths(below))
 
 
-def _subtable(table: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """Returns the schema of the table `name`; None for a value or an unknown key."""
-    if name not in table.model_fields:
-        return None
-    annotation = table.model_fields[name].annotation
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+def _subtables(table: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    """Returns the schemas of the table `name`, one for each of its kinds; none for a value or an unknown key."""
+    return list(_tables_in(table.model_fields[name].annotation)) if name in table.model_fields else []
+
+
+def _tables_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _tables_in(inner)
+
+
+def _kinds(table: type[BaseModel]) -> tuple[str, ...]:
+    """Returns the name of a table among the kinds of its union; none if it is in none."""
+    return get_args(table.model_fields["kind"].annotation) if "kind" in table.model_fields else ()

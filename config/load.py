@@ -1,7 +1,7 @@
 """Loads a run config from a TOML file and command-line overrides."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from triplane.config.explain import explain, spelled
 from triplane.config.overrides import Override
+from triplane.model.config import ModelConfig
 from triplane.storage.errors import ConfigError
 from triplane.training.config import RunConfig
 
@@ -38,13 +39,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(values, strict=True)
     except ValidationError as error:
-        for key, problem in explain(error, RunConfig).items():
+        for spelled_out, problem in explain(error, RunConfig).items():
+            key = _as_given(spelled_out, values)
             # An override may have created the table of the key, or replaced it or a value in it.
             overridden = any(override.path[: len(key)] == key[: len(override.path)] for override in parsed)
             problems.append(f"{'override' if overridden else path}: {spelled(key)}: {problem}")
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _as_given(key: tuple[str, ...], values: Mapping[str, object]) -> tuple[str, ...]:
+    """Returns the key as the user wrote it, where `[model]` takes a short one."""
+    given = values.get("model")
+    if isinstance(given, Mapping) and key[0] == "model":
+        for short, long in ModelConfig.short_keys.items():
+            if short in given and key[1:3] == long:
+                return ("model", short, *key[3:])
+    return key
 
 
 def _read(path: Path) -> dict[str, object]:

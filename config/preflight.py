@@ -65,10 +65,11 @@ def check_run_dir(
         return [problem] if problem else list(_check_initial(config))
     newest, state = found[0], found[1].state
     try:
-        config_of(state["run"], newest)
+        saved = config_of(state["run"], newest)
     except CheckpointError as error:
         return [str(error)]
-    theirs, ours = flatten(state["run"]), flatten(record)
+    # Read anew, since an older version spelled the same network in other keys.
+    theirs, ours = flatten(state["run"] | {"model": saved.model.model_dump(mode="json")}), flatten(record)
     keys = sorted(theirs.keys() | ours.keys())
     differing = [key for key in keys if key.startswith(_FIXED) and theirs.get(key) != ours.get(key)]
     problems = [
@@ -180,14 +181,18 @@ def _check_initial(config: RunConfig) -> Iterator[str]:
         return
     try:
         found = find_checkpoint(initial)
-        theirs = model_of(read_manifest(found).state["run"], found).model_dump(mode="json")
+        theirs = flatten(model_of(read_manifest(found).state["run"], found).model_dump(mode="json"))
         parent_of(initial)
     except CheckpointError as error:
         yield f"checkpoint.initial: {error}"
         return
-    for key, ours in config.model.model_dump(mode="json", exclude={"init_std", "z_loss_weight"}).items():
-        if theirs[key] != ours:
-            yield f"checkpoint.initial: {initial} has {key} {theirs[key]}, but model.{key} is {ours}; make them equal"
+    ours = flatten(config.model.model_dump(mode="json"))
+    for key in sorted((theirs.keys() | ours.keys()) - {"init_std", "z_loss_weight"}):
+        if theirs.get(key) != ours.get(key):
+            yield (
+                f"checkpoint.initial: {initial} has {key} {theirs.get(key)}, but model.{key} is {ours.get(key)}; make "
+                f"them equal"
+            )
 
 
 def change_since(state: dict[str, Any], record: dict[str, Any]) -> DataChange:

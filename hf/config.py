@@ -5,7 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from triplane.hf.families import FAMILIES, family_problem
-from triplane.model.config import ModelConfig, RopeScaling
+from triplane.model.config import ModelConfig
+from triplane.model.parts.gated import Gated
+from triplane.model.parts.rms import RmsNorm
+from triplane.model.parts.rotary import LinearScaling, Llama3Scaling, Rotary, Scaling
+from triplane.model.parts.softmax import Softmax
 from triplane.storage.errors import ModelError
 from triplane.storage.foreign import first_problem
 
@@ -76,14 +80,17 @@ def to_model_config(parsed: HfConfig, where: str) -> ModelConfig:
             vocab_size=parsed.vocab_size,
             dim=parsed.hidden_size,
             n_layers=parsed.num_hidden_layers,
-            n_heads=parsed.num_attention_heads,
-            n_kv_heads=parsed.num_key_value_heads or parsed.num_attention_heads,
-            head_dim=parsed.head_dim or max(1, parsed.hidden_size // parsed.num_attention_heads),
-            hidden_dim=parsed.intermediate_size,
-            qkv_bias=parsed.attention_bias,
-            rope_base=_rope(parsed).rope_theta or parsed.rope_theta or 10_000.0,
-            rope_scaling=_rope_scaling(parsed),
-            norm_eps=parsed.rms_norm_eps,
+            attention=Softmax(
+                n_heads=parsed.num_attention_heads,
+                n_kv_heads=parsed.num_key_value_heads or parsed.num_attention_heads,
+                head_dim=parsed.head_dim or max(1, parsed.hidden_size // parsed.num_attention_heads),
+                qkv_bias=parsed.attention_bias,
+            ),
+            feed_forward=Gated(hidden_dim=parsed.intermediate_size),
+            positions=Rotary(
+                base=_rope(parsed).rope_theta or parsed.rope_theta or 10_000.0, scaling=_rope_scaling(parsed)
+            ),
+            norm=RmsNorm(eps=parsed.rms_norm_eps),
             tie_embeddings=bool(parsed.tie_word_embeddings),
             init_std=parsed.initializer_range or 0.02,
         )
@@ -157,7 +164,7 @@ def _rope(hf: HfConfig) -> _Rope:
     return next((rope for rope in (hf.rope_scaling, hf.rope_parameters) if rope not in (None, empty)), None) or empty
 
 
-def _rope_scaling(hf: HfConfig) -> RopeScaling | None:
+def _rope_scaling(hf: HfConfig) -> Scaling | None:
     rope = _rope(hf)
     if nested := [key for key, value in (rope.model_extra or {}).items() if isinstance(value, dict)]:
         raise ModelError(f"rope parameters of its own for {nested[0][:60]!r}; this model has the same in every layer")
@@ -175,14 +182,14 @@ def _rope_scaling(hf: HfConfig) -> RopeScaling | None:
     if rope.factor == 1:
         return None
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=rope.factor)
+        return LinearScaling(kind="linear", factor=rope.factor)
     assert rope.low_freq_factor is not None and rope.high_freq_factor is not None
     if rope.low_freq_factor >= rope.high_freq_factor:
         raise ModelError(
             f"low_freq_factor ({rope.low_freq_factor}) is not below high_freq_factor ({rope.high_freq_factor})"
         )
     original = hf.original_max_position_embeddings or rope.original_max_position_embeddings
-    return RopeScaling(
+    return Llama3Scaling(
         kind="llama3",
         factor=rope.factor,
         low_freq_factor=rope.low_freq_factor,

@@ -113,6 +113,6 @@ def family_problem(hf: dict[str, Any]) -> str | None:
 
 def llama_problem(config: ModelConfig) -> str | None:
     """Why transformers would refuse the model as a Llama."""
-    if config.dim % config.n_heads:
-        return f"for a Llama, model.dim ({config.dim}) must be a multiple of model.n_heads ({config.n_heads})"
+    if config.dim % config.attention.n_heads:
+        return f"for a Llama, model.dim ({config.dim}) must be a multiple of model.n_heads ({config.attention.n_heads})"
     return None

@@ -96,7 +96,7 @@ class FolderWeights(Mapping[str, Tensor]):
         shapes: dict[str, tuple[int, ...]] = {}
         if config.tie_embeddings:
             shapes[_HEAD] = (config.vocab_size, config.dim)
-        if config.qkv_bias:
+        if config.attention.qkv_bias:
             biases = [to_hf_name(f"blocks.{number}.{OUTPUT_BIAS}") for number in range(config.n_layers)]
             shapes |= dict.fromkeys(biases, (config.dim,))
         return {name: shape for name, shape in shapes.items() if name in self._stored}

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from triplane.hf.families import llama_problem
-from triplane.model.config import ModelConfig, RopeScaling
+from triplane.model.config import ModelConfig
+from triplane.model.parts.rms import RmsNorm
+from triplane.model.parts.rotary import Llama3Scaling, Rotary, Scaling
 from triplane.storage.errors import ModelError
 
 OUTPUT_BIAS = "attention.wo.bias"
@@ -53,26 +55,28 @@ def hf_config(
     """
     if problem := llama_problem(config):
         raise ModelError(problem)
-    scaling = _hf_rope_scaling(config.rope_scaling)
+    attention, rotary = config.attention, config.positions
+    assert isinstance(rotary, Rotary) and isinstance(config.norm, RmsNorm)
+    scaling = _hf_rope_scaling(rotary.scaling)
     dtype_name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "attention_bias": config.qkv_bias,
+        "attention_bias": attention.qkv_bias,
         "mlp_bias": False,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
+        "intermediate_size": config.feed_forward.hidden_dim,
         "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base, **(scaling or {})},
-        "rope_theta": config.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rotary.base, **(scaling or {})},
+        "rope_theta": rotary.base,
         "rope_scaling": scaling,
-        "rms_norm_eps": config.norm_eps,
+        "rms_norm_eps": config.norm.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": bos_id,
@@ -82,12 +86,13 @@ def hf_config(
     }
 
 
-def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def _hf_rope_scaling(scaling: Scaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     plain = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "linear":
         return plain
+    assert isinstance(scaling, Llama3Scaling)
     return plain | {
         "low_freq_factor": scaling.low_freq_factor,
         "high_freq_factor": scaling.high_freq_factor,

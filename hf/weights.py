@@ -24,7 +24,7 @@ def write_weights(weights: Mapping[str, Tensor], config: ModelConfig, folder: Pa
     """
     with torch.device("meta"):
         sizes = {name: p.nbytes for name, p in Transformer(config).to(dtype).named_parameters()}
-    zeros = [f"blocks.{number}.{OUTPUT_BIAS}" for number in range(config.n_layers if config.qkv_bias else 0)]
+    zeros = [f"blocks.{number}.{OUTPUT_BIAS}" for number in range(config.n_layers if config.attention.qkv_bias else 0)]
     sizes |= dict.fromkeys(zeros, config.dim * dtype.itemsize)
     shards = _shards(sizes)
     files: dict[str, str] = {}

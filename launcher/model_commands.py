@@ -137,6 +137,7 @@ def generate(
         next_logits(model),
         ids,
         max_new_tokens=tokens,
+        longest=model.config.longest,
         temperature=temperature,
         top_k=top_k,
         seed=seed,

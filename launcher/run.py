@@ -143,7 +143,7 @@ def _prepare(
     report.choices(
         state.step,
         to_toml(config),
-        {key: str(choice) if isinstance(choice, list) else choice for key, choice in choices.items()},
+        {key: str(choice) if isinstance(choice, list | tuple) else choice for key, choice in choices.items()},
     )
     for line in set_aside:
         report.message(line)

@@ -53,6 +53,17 @@ class Batch:
             uniform=uniform,
         )
 
+    @classmethod
+    def padded(cls, tokens: Sequence[int], multiple: int) -> "Batch":
+        """Makes one segment of `tokens`, padded to a multiple; causal attention ignores what follows the last token.
+
+        Positions grow no further, since a network may number only so many.
+        """
+        ids_T = torch.zeros(len(tokens) + -len(tokens) % multiple, dtype=torch.int64)
+        ids_T[: len(tokens)] = torch.tensor(tokens)
+        batch = cls.build(ids_T, torch.full_like(ids_T, IGNORED_TARGET), (0, len(ids_T)))
+        return replace(batch, positions_T=batch.positions_T.clamp(max=len(tokens) - 1))
+
     def to(self, device: torch.device) -> "Batch":
         """Copies the batch to `device`, asynchronously if it is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

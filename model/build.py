@@ -51,7 +51,8 @@ def streamed_logits(
 
     def take(path: str, module: nn.Module, _: object) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            full = "embedding.weight" if path == "head" and config.tie_embeddings else f"{path}.{name}"
+            tied = config.tie_embeddings and f"{path}.{name}" == "head.weight"
+            full = "embedding.weight" if tied else f"{path}.{name}"
             weight = _weight(weights, full, parameter).to(rounded_to).float()
             module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
@@ -62,9 +63,7 @@ def streamed_logits(
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(partial(take, path))
             module.register_forward_hook(drop)
-    hidden_TD = model.hidden(batch)[rows_T]
-    assert model.norm is not None and model.head is not None
-    return model.head(model.norm(hidden_TD))
+    return model.score(model.hidden(batch)[rows_T])
 
 
 def _check_names(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:

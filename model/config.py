@@ -1,31 +1,81 @@
-"""The config table `[model]`: the network, independent of how it is trained or distributed."""
+"""The config table `[model]`: the network, independent of how it is trained or distributed. Imports no torch.
 
-from typing import Literal
+Each part is a union of kinds, which are described, one a file, in `parts/`.
+"""
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+
+from triplane.model.part import default_kind
+from triplane.model.parts.alibi import Alibi
+from triplane.model.parts.gated import Gated
+from triplane.model.parts.learned import LearnedPositions
+from triplane.model.parts.no_positions import NoPositions
+from triplane.model.parts.plain import Plain
+from triplane.model.parts.relative import RelativePositions
+from triplane.model.parts.rms import RmsNorm
+from triplane.model.parts.rotary import Rotary
+from triplane.model.parts.sinusoidal import SinusoidalPositions
+from triplane.model.parts.softmax import AnyNorm, Softmax
+from triplane.model.weights import Axis
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
 """Logits per chunk of the head: about what a CPU's caches hold; half a GiB in fp32 on a GPU, which needs large
 products. Meta stands for a GPU."""
 
+_DEFAULT_KINDS = {"attention": "softmax", "feed_forward": "gated", "positions": "rotary"}
+AnyAttention = Annotated[Softmax, default_kind(_DEFAULT_KINDS["attention"])]
+AnyFeedForward = Annotated[Gated | Plain, Field(discriminator="kind"), default_kind(_DEFAULT_KINDS["feed_forward"])]
+AnyPositions = Annotated[
+    Rotary | LearnedPositions | SinusoidalPositions | Alibi | RelativePositions | NoPositions,
+    Field(discriminator="kind"),
+    default_kind(_DEFAULT_KINDS["positions"]),
+]
 
-class RopeScaling(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """Stretches the rotary frequencies, so that a model reads longer contexts than it was trained on."""
 
-    kind: Literal["linear", "llama3"]
-    """`linear` divides all frequencies (Chen et al. 2023), `llama3` only the low ones, smoothly (Llama 3.1)."""
-    factor: float = Field(gt=1)
-    """How many times longer the context becomes."""
-    low_freq_factor: PositiveFloat = 1.0
-    """llama3: wavelengths over `original_seq_len / low_freq_factor` are divided by `factor`."""
-    high_freq_factor: PositiveFloat = 4.0
-    """llama3: wavelengths under `original_seq_len / high_freq_factor` are unchanged."""
-    original_seq_len: PositiveInt = 8192
-    """llama3: tokens of context before stretching."""
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_PLACES = {"pre": ("norm",), "post": ("stream_norm",), "output": ("post_norm",), "sandwich": ("norm", "post_norm")}
+"""Norms of a branch by placement: of its input, of its output, of the stream after it was added."""
+
+_SHORT_KEYS = {
+    "n_heads": ("attention", "n_heads"),
+    "n_kv_heads": ("attention", "n_kv_heads"),
+    "head_dim": ("attention", "head_dim"),
+    "qkv_bias": ("attention", "qkv_bias"),
+    "hidden_dim": ("feed_forward", "hidden_dim"),
+    "rope_base": ("positions", "base"),
+    "rope_scaling": ("positions", "scaling"),
+    "norm_eps": ("norm", "eps"),
+}
+"""Keys of `[model]` that stand for a key of a part, so that a Llama needs no further tables."""
+
+
+class Layer(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """What some layers change: tables with only the keys that differ from the model's."""
+
+    repeat: PositiveInt = 1
+    """Consecutive layers with these changes."""
+    attention: AnyAttention | None = None
+    """Changes of attention, such as its window."""
+    feed_forward: AnyFeedForward | None = None
+    """Changes of the feed-forward part."""
+    positions: AnyPositions | None = None
+    """Changes of the positions, such as their base; without weights."""
 
 
 class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+    """A decoder-only transformer.
+
+    In place of their tables, `n_heads`, `n_kv_heads`, `head_dim`, `qkv_bias`, `hidden_dim`, `rope_base`, `rope_scaling`
+    and `norm_eps` may stand here.
+    """
+
+    short_keys: ClassVar = _SHORT_KEYS
 
     vocab_size: PositiveInt
     """Token ids run from 0 to `vocab_size - 1`; must equal the tokenizer's."""
@@ -33,26 +83,151 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
     """Width of the residual stream."""
     n_layers: PositiveInt
     """Number of blocks."""
-    n_heads: PositiveInt
-    """Query heads."""
-    n_kv_heads: PositiveInt
-    """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
-    head_dim: PositiveInt
-    """Width of one head; usually `dim / n_heads`. Even, since RoPE rotates pairs."""
-    hidden_dim: PositiveInt
-    """Width inside the feed-forward block."""
-    qkv_bias: bool = False
-    """True: queries, keys and values have a bias, as in Qwen2."""
-    rope_base: PositiveFloat = 10_000.0
-    """Wavelength base of the rotary position embedding (theta)."""
-    rope_scaling: RopeScaling | None = None
-    """None: positions as trained."""
-    norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm."""
+    attention: AnyAttention
+    """Attention of all layers."""
+    feed_forward: AnyFeedForward
+    """Feed-forward part of all layers."""
+    positions: AnyPositions = Rotary()
+    """How the network learns where a token stands."""
+    norm: AnyNorm = RmsNorm()
+    """Norm of blocks and before the head."""
+    norm_placement: Literal["pre", "post", "output", "sandwich"] = "pre"
+    """`pre`: of each branch's input (GPT-2). `post`: of the stream after each branch, with none before the head
+    (Vaswani et al. 2017). `output`: of each branch's output (OLMo 2). `sandwich`: of both (Gemma 2)."""
+    residual: Literal["serial", "parallel", "parallel_shared_norm"] = "serial"
+    """`parallel`: attention and feed-forward read the same stream (GPT-NeoX); `parallel_shared_norm`: after one norm
+    (GPT-J, Cohere)."""
+    residual_scale: PositiveFloat = 1.0
+    """Multiplies what each branch adds (Granite)."""
+    layers: Annotated[tuple[Layer, ...], Field(strict=False), BeforeValidator(_as_tuple)] = ()
+    """Changes layer by layer, repeated over the depth: [{ attention = { window = 4096 } }, {}] gives every other layer
+    a window. Empty: all layers are equal."""
+    embedding_scale: PositiveFloat = 1.0
+    """Multiplies the embeddings; sqrt(dim) in Vaswani et al. 2017 and Gemma."""
+    embedding_norm: AnyNorm | None = None
+    """Norm of the embeddings, as in BLOOM. None: none."""
     tie_embeddings: bool = False
     """True: the output head is the embedding table."""
+    head_bias: bool = False
+    """True: the logits have a bias, as in GPT-J."""
+    head_scale: PositiveFloat = 1.0
+    """Multiplies the logits (Cohere)."""
+    head_softcap: PositiveFloat | None = None
+    """Logits z become softcap tanh(z / softcap) (Gemma 2). None: any."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; `init_std / sqrt(2 n_layers)` for those that write to the residual
     stream (GPT-2)."""
     z_loss_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared log-partition in the loss, which keeps logits small (PaLM, section 5)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, values: Any) -> Any:
+        """Moves short keys into their tables, and completes the tables of `layers`."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for short, (table, key) in _SHORT_KEYS.items():
+            if short in values:
+                values[table] = _with(values.get(table, {}), key, values.pop(short), short)
+        if isinstance(values.get("layers"), list | tuple):
+            values["layers"] = [_completed(layer, values) for layer in values["layers"]]
+        return values
+
+    @property
+    def stream(self) -> Axis:
+        """The axis of the residual stream."""
+        return Axis("dim", self.dim)
+
+    @property
+    def block_norms(self) -> list[str]:
+        """The names of the norms of each block."""
+        branches = ["attention"] if self.residual == "parallel_shared_norm" else ["attention", "feed_forward"]
+        return [f"{branch}_{place}" for branch in branches for place in _PLACES[self.norm_placement]]
+
+    @property
+    def final_norm(self) -> bool:
+        """True if there is a norm before the head; with `post` the last block ends in one."""
+        return self.norm_placement != "post"
+
+    @property
+    def pattern(self) -> tuple[Layer, ...]:
+        """The layers of one period, complete; layer i is `pattern[i % len(pattern)]`."""
+        whole = {"attention": self.attention, "feed_forward": self.feed_forward, "positions": self.positions}
+        layers = [layer for layer in self.layers or (Layer(),) for _ in range(layer.repeat)]
+        return tuple(
+            layer.model_copy(update={"repeat": 1} | {key: getattr(layer, key) or part for key, part in whole.items()})
+            for layer in layers
+        )
+
+    def layer(self, number: int) -> Layer:
+        """Returns the complete layer `number`."""
+        pattern = self.pattern
+        return pattern[number % len(pattern)]
+
+    @property
+    def all_positions(self) -> tuple[AnyPositions, ...]:
+        """The model's positions, then others that layers have, each once."""
+        return tuple(dict.fromkeys([self.positions, *(layer.positions for layer in self.pattern if layer.positions)]))
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence that its positions number; None: any."""
+        return min((kind.limit for kind in self.all_positions if kind.limit is not None), default=None)
+
+    def problems(self) -> Iterator[str]:
+        """Yields what keys of different tables contradict, a line each with its operands."""
+        period = sum(layer.repeat for layer in self.layers)
+        if period and self.n_layers % period:
+            yield f"layers repeat every {period}, which does not divide n_layers ({self.n_layers})"
+        if self.residual != "serial" and self.norm_placement != "pre":
+            yield f'residual "{self.residual}" requires norm_placement "pre", not "{self.norm_placement}"'
+        heads = set()
+        for layer in dict.fromkeys(self.pattern):
+            assert layer.attention is not None and layer.positions is not None
+            attention, positions = layer.attention, layer.positions
+            heads.add(attention.n_heads)
+            if attention.n_heads % attention.n_kv_heads:
+                yield (
+                    f"n_heads ({attention.n_heads}) is not a multiple of n_kv_heads ({attention.n_kv_heads}); the next "
+                    f"multiple is {attention.n_heads + -attention.n_heads % attention.n_kv_heads}"
+                )
+            yield from positions.problems(attention.head_dim)
+            if positions != self.positions and list(positions.weights(self.dim, attention.n_heads)):
+                yield f'layers: positions of kind "{positions.kind}" have weights; set model.positions'
+        if len(heads) > 1 and any(positions.by_head for positions in self.all_positions):
+            yield f"layers have {' and '.join(map(str, sorted(heads)))} heads, but positions that differ by head"
+
+    def length_problems(self, seq_len: int) -> Iterator[str]:
+        """Yields why sequences of this many tokens do not fit the network."""
+        for positions in self.all_positions:
+            if positions.limit is not None and positions.limit < seq_len:
+                yield f"{positions.kind} positions number {positions.limit} tokens, but seq_len is {seq_len}"
+        windows = {layer.attention.window for layer in self.pattern if layer.attention and layer.attention.window}
+        for window in sorted(windows):
+            if window > seq_len:
+                yield f"attention.window ({window}) is over seq_len ({seq_len}); leave it out, or set it lower"
+
+
+def _with(table: Any, key: str, value: Any, short: str) -> Any:
+    if not isinstance(table, dict):
+        return table
+    if key in table:
+        raise ValueError(f"{short} is given twice: here and as {key} of a table")
+    return {**table, key: value}
+
+
+def _completed(layer: Any, values: dict[str, Any]) -> Any:
+    """Returns the tables of `layer` over the model's, unless they are of another kind."""
+    if not isinstance(layer, dict):
+        return layer
+    whole = {}
+    for key, changes in layer.items():
+        base = values.get(key)
+        if isinstance(base, BaseModel):
+            base = base.model_dump()
+        if isinstance(changes, dict) and isinstance(base, dict):
+            kind = base.get("kind", _DEFAULT_KINDS.get(key))
+            changes = {**base, **changes} if changes.get("kind", kind) == kind else changes
+        whole[key] = changes
+    return whole

@@ -25,18 +25,23 @@ def generate(
     top_k: int | None,
     seed: int,
     eos_id: int | None,
+    longest: int | None = None,
 ) -> list[int]:
     """Returns the new tokens, up to and including `eos_id`; a pure function of its arguments.
 
+    Stops where the network would read more than `longest` tokens (None: any number).
+
     Temperature 0 takes the likeliest token; otherwise draws from the `top_k` likeliest (None: all).
     Keeps no cache: each token costs a forward pass over all previous ones, which suits samples during
-    training, not serving. Raises ModelError on an empty prompt.
+    training, not serving. Raises ModelError on an empty prompt, or one over `longest`.
     """
     if not prompt:
         raise ModelError("The prompt has no tokens; give at least one, such as the beginning-of-sequence id.")
+    if longest is not None and len(prompt) > longest:
+        raise ModelError(f"The prompt has {len(prompt)} tokens, but the positions of this network end at {longest}.")
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
-    for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens if longest is None else min(max_new_tokens, longest + 1 - len(prompt))):
         tokens.append(_draw(next_logits(tokens).float().cpu(), temperature, top_k, generator))
         if tokens[-1] == eos_id:
             break
@@ -49,11 +54,8 @@ def next_logits(model: Transformer) -> NextLogits:
 
     @torch.inference_mode()
     def score(tokens: list[int]) -> Tensor:
-        assert model.norm is not None and model.head is not None
-        # Causal attention ignores padding after the last token.
-        tokens_T = torch.tensor([*tokens, *[0] * (-len(tokens) % LENGTH_MULTIPLE)])
-        batch = Batch.build(tokens_T, tokens_T, (0, len(tokens_T))).to(device)
-        return model.head(model.norm(model.hidden(batch)[len(tokens) - 1]))
+        batch = Batch.padded(tokens, LENGTH_MULTIPLE).to(device)
+        return model.score(model.hidden(batch)[len(tokens) - 1])
 
     return score
 

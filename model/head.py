@@ -30,18 +30,34 @@ class Head(nn.Module):
     """A projection to the vocabulary and the cross-entropy of its logits, computed in fp32."""
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+        self.scale = config.head_scale
+        self.softcap = config.head_softcap
         self.z_loss_weight = config.z_loss_weight
 
     def forward(self, x_TD: Tensor, targets_T: Tensor | None = None) -> Loss | Tensor:
         """Returns the loss, or the logits (T, V) without targets."""
         if targets_T is None:
-            return F.linear(x_TD, self.weight)
+            return self.shaped(F.linear(x_TD, self.weight, self.bias))
         chunk = max(1, CHUNK_LOGITS[x_TD.device.type] // len(self.weight))
-        return Loss(*_Chunked.apply(x_TD, self.weight, targets_T, chunk, self.losses))  # type: ignore[no-untyped-call]
+
+        def losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+            return self.losses(self.shaped(logits_TV), targets_T)
+
+        return Loss(*_Chunked.apply(x_TD, self.weight, self.bias, targets_T, chunk, losses))  # type: ignore[no-untyped-call]
+
+    def shaped(self, logits_TV: Tensor) -> Tensor:
+        """Returns the logits scaled and capped; the cap in fp32."""
+        if self.scale != 1:
+            logits_TV = logits_TV * self.scale
+        if self.softcap is None:
+            return logits_TV
+        return (self.softcap * (logits_TV.float() / self.softcap).tanh()).to(logits_TV.dtype)
 
     def losses(self, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the sums of cross-entropy and z-loss over tokens; overwrites fp32 logits."""
@@ -55,16 +71,23 @@ Losses = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, losses: Losses
+        ctx: Any,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        chunk: int,
+        losses: Losses,
     ) -> tuple[Tensor, ...]:
         train = ctx.needs_input_grad[0]
         sums = torch.zeros(2, device=x_TD.device)
         grad_x_TD = torch.empty_like(x_TD) if train else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if train else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if train and bias_V is not None else None
         for start in range(0, len(x_TD), chunk):
             part = slice(start, start + chunk)
             x = x_TD[part].detach()
-            logits = F.linear(x, weight_VD.detach()).requires_grad_(train)
+            logits = F.linear(x, weight_VD.detach(), None if bias_V is None else bias_V.detach()).requires_grad_(train)
             with torch.set_grad_enabled(train):
                 cross_entropy, z = losses(logits, targets_T[part])
                 objective = cross_entropy + z
@@ -72,12 +95,15 @@ class _Chunked(torch.autograd.Function):
             if grad_x_TD is not None and grad_weight_VD is not None:
                 (grad_logits,) = torch.autograd.grad(objective, logits)
                 grad_x_TD[part] = grad_logits @ weight_VD
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_logits.sum(dim=0, dtype=torch.float32)
                 if x.dtype == torch.float32:
                     grad_weight_VD.addmm_(grad_logits.T, x)  # saves a pass over (V, D)
                 else:
                     grad_weight_VD += grad_logits.T @ x
         if grad_weight_VD is not None:
-            ctx.save_for_backward(grad_x_TD, grad_weight_VD.to(weight_VD.dtype))
+            grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(weight_VD.dtype)
+            ctx.save_for_backward(grad_x_TD, grad_weight_VD.to(weight_VD.dtype), grad_bias_V)
         cross_entropy, z = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy, z)
         return cross_entropy + z, cross_entropy, z
@@ -85,8 +111,9 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_x_TD * grad, grad_weight_VD * grad, None, None, None
+        grad_x_TD, grad_weight_VD, grad_bias_V = ctx.saved_tensors
+        grad_bias_V = None if grad_bias_V is None else grad_bias_V * grad
+        return grad_x_TD * grad, grad_weight_VD * grad, grad_bias_V, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):

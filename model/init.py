@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from triplane.model.config import ModelConfig
+from triplane.model.describe import model_weights
 
 _ROWS = 1024
 """Rows per generator, so that a rank draws only about the rows it holds."""
-
-_RESIDUAL_WRITERS = ("attention.wo.weight", "feed_forward.w_down.weight")
 
 
 def initial_weight(
@@ -25,14 +24,12 @@ def initial_weight(
 ) -> Tensor:
     """Returns the part of parameter `name` that starts at `offsets` and spans `sizes`; fp32 on the host.
 
-    Norms are ones, biases zeros. Matrices are normal with `init_std`, scaled by 1 / sqrt(2 n_layers) if they write
-    to the residual stream (GPT-2).
+    Each part says how its weights begin (weights.py).
     """
-    if name.endswith(".bias"):
-        return torch.zeros(sizes)
-    if len(shape) == 1:
-        return torch.ones(sizes)
-    std = config.init_std / (math.sqrt(2 * config.n_layers) if name.endswith(_RESIDUAL_WRITERS) else 1)
+    init = model_weights(config)[name].init
+    if not isinstance(init, str):
+        return torch.full(sizes, init)
+    std = config.init_std / (math.sqrt(2 * config.n_layers) if init == "residual" else 1)
     first, last = offsets[0], offsets[0] + sizes[0]
     columns = slice(offsets[1], offsets[1] + sizes[1])
     part = torch.empty(sizes)

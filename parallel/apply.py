@@ -7,8 +7,8 @@ from triplane.model.config import ModelConfig
 from triplane.model.transformer import Transformer
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.pipeline import TIED_HEAD, cut_stage
-from triplane.parallel.placement import LocalModel, place
+from triplane.parallel.pipeline import copied_names, cut_stage
+from triplane.parallel.placement import LocalModel, Placement, place
 from triplane.parallel.recompute import apply_recompute
 from triplane.parallel.stages import stage_layers
 
@@ -29,12 +29,14 @@ def build_local_model(
     """
     count = mesh.pp.size * layout.virtual_stages
     layers = stage_layers(config, count, seq_len)
-    stages, placements = [], []
+    stages: list[Transformer] = []
+    placements: list[Placement] = []
     for number in range(mesh.pp.rank, count, mesh.pp.size):
         with torch.device("meta"):
             model = Transformer(config).to(dtype)
-            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             cut_stage(model, layers[number], first=number == 0, last=number == count - 1)
+            if stages and config.positions.every_stage:  # one copy serves all stages of the rank
+                model.positions = stages[0].positions
             if mesh.tp.size > 1:
                 from triplane.parallel.tensor import apply_tensor_parallel
 
@@ -57,8 +59,9 @@ def build_local_model(
             apply_recompute(model, "full")
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         _materialise(model, layout, mesh)
-        tied_copy = config.tie_embeddings and model.embedding is None
-        placements += place(model, mesh, shapes=shapes, local=local, tied=TIED_HEAD if tied_copy else {})
+        placed = place(model, mesh, local=local, tied=copied_names(model))
+        known = {id(placement.parameter) for placement in placements}
+        placements += [placement for placement in placed if id(placement.parameter) not in known]
         stages.append(model)
     return LocalModel(stages, placements, dtype)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.config import ModelConfig
@@ -24,8 +24,8 @@ from triplane.parallel.rules import token_multiple
 Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
 """Maps (module, micro-batch number, the previous stage's output) to this stage's output or scaled loss."""
 
-MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, Size]]], torch.optim.Optimizer]
-"""Takes each parameter of this rank with its global shape."""
+MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, str]]], torch.optim.Optimizer]
+"""Takes each parameter of this rank with its role."""
 
 
 class Optimizer(Protocol):
@@ -74,7 +74,7 @@ class Engine:
         self.layout = layout
         self.mesh = mesh
         self.local = build_local_model(config, layout, mesh, dtype=dtype, seq_len=seq_len)
-        self._torch_optimizer = make_optimizer((placed.parameter, placed.shape) for placed in self.local.placements)
+        self._torch_optimizer = make_optimizer((placed.parameter, placed.role) for placed in self.local.placements)
         self.optimizer = _wrap(self.local, self._torch_optimizer, layout, mesh, grad_clip=grad_clip)
         if mesh.pp.size > 1:
             from triplane.parallel import megatron
@@ -115,13 +115,10 @@ class Engine:
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Returns the scores of the token that follows `tokens`, (V,) fp32, equal on all ranks; collective."""
-        # Causal attention ignores padding after the last token; the axes that split tokens need equal shares.
-        multiple = lcm(LENGTH_MULTIPLE, token_multiple(self.layout))
-        ids_T = torch.zeros(len(tokens) + -len(tokens) % multiple, dtype=torch.int64)
-        ids_T[: len(tokens)] = torch.tensor(tokens)
-        wanted_T = torch.full_like(ids_T, IGNORED_TARGET)
-        wanted_T[len(tokens) - 1] = 0
-        share = self._share(Batch.build(ids_T, wanted_T, [0, len(ids_T)]).to(self.mesh.device))
+        # The axes that split tokens need equal shares.
+        batch = Batch.padded(tokens, lcm(LENGTH_MULTIPLE, token_multiple(self.layout)))
+        batch.targets_T[len(tokens) - 1] = 0  # marks the one score that is wanted
+        share = self._share(batch.to(self.mesh.device))
         logits_V = torch.zeros(self.config.vocab_size, device=self.mesh.device)
 
         def forward(module: nn.Module, number: int, received: Tensor | None) -> Tensor:
@@ -136,7 +133,8 @@ class Engine:
             return scores_TV.new_zeros(())
 
         with torch.no_grad():
-            self._schedule(forward, self.mesh.pp.size if self.layout.virtual_stages > 1 else 1, len(ids_T), train=False)
+            micro_batches = self.mesh.pp.size if self.layout.virtual_stages > 1 else 1
+            self._schedule(forward, micro_batches, len(batch.tokens_T), train=False)
         dist.all_reduce(logits_V)  # within each dp rank, one rank has each score and the others have zero
         return logits_V / self.mesh.dp.size
 
@@ -179,7 +177,7 @@ class Engine:
             with self.optimizer.accumulation() if train else nullcontext():
                 self.pipeline.run(forward, micro_batches, tokens, forward_only=not train)
                 if train:
-                    self._sum_tied_gradient()
+                    self._sum_copied_gradients()
             return
         for number in range(micro_batches):
             if not train:
@@ -188,13 +186,16 @@ class Engine:
             loss = forward(self.optimizer.module, number, None)
             self.optimizer.backward(loss, last=number == micro_batches - 1)
 
-    def _sum_tied_gradient(self) -> None:
-        """Sums the gradients of the first stage's table and of the last stage's copy of it."""
+    def _sum_copied_gradients(self) -> None:
+        """Sums the gradients of the first stage's weights and of other stages' copies of them."""
+        if self.config.positions.every_stage:
+            for table in self.local.stages[0].positions.parameters():
+                dist.all_reduce(self.optimizer.gradient(table), group=self.mesh.pp.group)
         if self.mesh.embedding is None or not self.config.tie_embeddings:
             return
-        table = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
-        assert table is not None and isinstance(table.weight, nn.Parameter)
-        dist.all_reduce(self.optimizer.gradient(table.weight), group=self.mesh.embedding)
+        end = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
+        assert end is not None and isinstance(end.weight, nn.Parameter)
+        dist.all_reduce(self.optimizer.gradient(end.weight), group=self.mesh.embedding)
 
 
 def _wrap(

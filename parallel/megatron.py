@@ -58,8 +58,6 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignor
     The input's gradient is a partial sum; the preceding norm sums it over tp, for all its consumers at once.
     """
 
-    tp_dim = 0
-
     def __init__(self, linear: nn.Linear, mesh: Mesh):
         super().__init__(
             linear.in_features,
@@ -82,28 +80,28 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc
     With sequence parallelism each rank gets its share of the tokens, (T / tp, out).
     """
 
-    tp_dim = 1
-
     def __init__(self, linear: nn.Linear, mesh: Mesh, sequence_parallel: bool):
         super().__init__(
             linear.in_features,
             linear.out_features,
             config=_layer_config(linear.weight.dtype, sequence_parallel),
             init_method=None,
-            bias=False,
+            bias=linear.bias is not None,
             input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=True,  # with sequence parallelism it would leave the bias's gradient unsummed
             tp_group=mesh.tp.group,
         )
+        self.mesh = mesh
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        out, bias = super().forward(x)
+        if bias is None:
+            return out
+        return out + (copy_to_tp(bias, self.mesh) if self.sequence_parallel else bias)
 
 
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: ignore[misc]
     """Holds `rows` rows; other ranks' tokens give zero, and the sum over tp is (T, D), or (T / tp, D) per rank."""
-
-    tp_dim = 0
 
     def __init__(self, embedding: nn.Embedding, rows: int, mesh: Mesh, *, sequence_parallel: bool):
         super().__init__(

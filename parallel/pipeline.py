@@ -1,9 +1,8 @@
 """Cuts a model to one pipeline stage."""
 
-from triplane.model.transformer import Transformer
+from torch import nn
 
-TIED_HEAD = {"head.weight": "embedding.weight"}
-"""With tied embeddings, the last stage holds a copy of the first stage's table."""
+from triplane.model.transformer import Transformer
 
 
 def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> None:
@@ -13,5 +12,17 @@ def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> Non
             del model.blocks[name]
     if not first:
         model.embedding = None
+        model.embedding_norm = nn.Identity()
+        for positions in model.kinds_of_positions:
+            if not positions.config.every_stage:
+                positions.drop_weights()
     if not last:
         model.norm = model.head = None
+
+
+def copied_names(model: Transformer) -> dict[str, str]:
+    """Maps the names of parameters that a later stage copies from the first one to their names there."""
+    if model.embedding is not None:
+        return {}
+    names = {name: name for name, _ in model.named_parameters() if name.startswith("positions.")}
+    return names | ({"head.weight": "embedding.weight"} if model.config.tie_embeddings else {})

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor, nn
 
+from triplane.model.describe import model_weights
 from triplane.model.transformer import Transformer
+from triplane.parallel.axes import split_dim
 from triplane.parallel.mesh import Mesh
 
 
@@ -16,6 +18,8 @@ class Placement:
 
     name: str
     parameter: nn.Parameter
+    role: str
+    """As in model/weights.py."""
     shape: Size
     """Shape of the global tensor."""
     local: Size
@@ -36,25 +40,24 @@ class Placement:
         return rows * self.local[1:].numel()
 
 
-def place(
-    module: nn.Module, mesh: Mesh, *, shapes: dict[str, Size], local: dict[str, Size], tied: dict[str, str]
-) -> list[Placement]:
-    """Places the parameters of this rank's `module`.
+def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[str, str]) -> list[Placement]:
+    """Places the parameters of this rank's `model`.
 
-    `shapes` are those of the whole model, `local` those of this module before ZeRO 3. `tied` maps the name of a
-    copied parameter to its name on the stage that owns it. A module with an attribute `tp_dim` holds a share of
-    its weight along that dim.
+    `local` are their shapes before ZeRO 3. `tied` maps the name of a copied parameter to its name on the stage that
+    owns it.
     """
+    weights = model_weights(model.config)
     placements = []
-    for name, parameter in module.named_parameters():
+    for name, parameter in model.named_parameters():
         logical = tied.get(name, name)
-        dim = getattr(module.get_submodule(name.rpartition(".")[0]), "tp_dim", None)
+        dim = split_dim(weights[logical], mesh.tp.size)
         offsets = tuple(mesh.tp.rank * size if i == dim else 0 for i, size in enumerate(local[name]))
         placements.append(
             Placement(
                 name=logical,
                 parameter=parameter,
-                shape=shapes[logical],
+                role=weights[logical].role,
+                shape=Size(weights[logical].shape),
                 local=local[name],
                 offsets=offsets,
                 sharded=dim is not None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from triplane.model import documents  # noqa: F401  defines an operator in _KEPT
+from triplane.model import attend, documents  # noqa: F401  they define operators in _KEPT
 from triplane.model.transformer import Transformer
 
 _KEPT = {

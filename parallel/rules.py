@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from triplane.model.config import ModelConfig
+from triplane.model.describe import layer_weights
+from triplane.model.weights import Axis
 from triplane.parallel.config import ParallelConfig
 
-_ROW_MULTIPLE = 8
+_KEYS = {"dim": "dim", "head": "n_heads", "kv_head": "n_kv_heads", "hidden": "hidden_dim"}
+"""The config's names of a block's axes."""
 _FP8_MULTIPLE = 16
 """The GPU's kernel requires both dims of a product to be multiples of it."""
 _FP8_CAPABILITY = (8, 9)
@@ -24,17 +27,23 @@ class Devices(NamedTuple):
 def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) -> Iterator[str]:
     """Yields every problem as one line with its operands; `precision` as in the training config."""
     tp, pp, cp, zero = layout.tp, layout.pp, layout.cp, layout.zero
-    yield from multiple("n_heads", model.n_heads, f"tp ({tp})", tp)
-    yield from multiple("hidden_dim", model.hidden_dim, f"tp ({tp})", tp)
-    if model.n_kv_heads % tp and tp % model.n_kv_heads:
-        yield f"n_kv_heads ({model.n_kv_heads}) and tp ({tp}): one must be a multiple of the other"
+    layers = list(dict.fromkeys(model.pattern))
+    weights = [weight for layer in layers for weight in layer_weights(model, layer)]
+    counts = dict.fromkeys((axis.name, axis.count) for weight in weights for axis in weight.axes)
+    for name, count in counts:
+        if name in ("head", "hidden"):
+            yield from multiple(_KEYS[name], count, f"tp ({tp})", tp)
+    for attention in dict.fromkeys(layer.attention for layer in layers):
+        assert attention is not None
+        yield from attention.split_problems(tp)
     if layout.sequence_parallel and tp == 1:
         yield "sequence_parallel requires tp > 1: it splits tokens over the tp ranks"
-    if cp > 1 and layout.cp_method == "ulysses" and model.n_heads % (tp * cp) and model.n_heads % tp == 0:
-        yield (
-            f'cp_method "ulysses" gives each of cp ({cp}) ranks a share of n_heads / tp ({model.n_heads // tp}) heads, '
-            f'which is not a whole number; use "ring"'
-        )
+    for name, count in counts:
+        if name == "head" and cp > 1 and layout.cp_method == "ulysses" and count % (tp * cp) and count % tp == 0:
+            yield (
+                f'cp_method "ulysses" gives each of cp ({cp}) ranks a share of n_heads / tp ({count // tp}) heads, '
+                f'which is not a whole number; use "ring"'
+            )
     stages = pp * layout.virtual_stages
     if pp == 1 and stages > 1:
         yield f"virtual_stages ({stages}) requires pp > 1"
@@ -68,14 +77,15 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
     if layout.fp8 and precision == "fp32":
         yield "fp8 requires precision bf16: fp32 weights would gain nothing"
     if layout.fp8:
-        widths = {
-            "dim": model.dim,
-            "hidden_dim": model.hidden_dim,
-            "n_heads x head_dim": model.n_heads * model.head_dim,
-            "n_kv_heads x head_dim": model.n_kv_heads * model.head_dim,
-        }
-        for name, width in widths.items():
-            yield from multiple(f"fp8: {name}", width, f"{_FP8_MULTIPLE}, which its kernels require", _FP8_MULTIPLE)
+        matrices = [weight for weight in weights if weight.role == "matrix"]
+        widths = dict.fromkeys((_width(axis), axis.size) for weight in matrices for axis in weight.axes)
+        for name, size in widths:
+            yield from multiple(f"fp8: {name}", size, f"{_FP8_MULTIPLE}, which its kernels require", _FP8_MULTIPLE)
+
+
+def _width(axis: Axis) -> str:
+    """Spells the size of an axis in the config's keys."""
+    return f"{_KEYS[axis.name]} x head_dim" if axis.width > 1 else _KEYS[axis.name]
 
 
 def device_problems(layout: ParallelConfig, precision: str, devices: Devices) -> Iterator[str]:
@@ -93,11 +103,6 @@ def token_multiple(layout: ParallelConfig) -> int:
     """Returns what a micro-batch's tokens must be a multiple of, so that all ranks get equal shares."""
     chunks = 2 * layout.cp if layout.cp_method == "ring" and layout.cp > 1 else layout.cp
     return chunks * (layout.tp if layout.sequence_parallel else 1)
-
-
-def vocabulary_rows(vocab_size: int, tp: int) -> int:
-    """Returns a rank's rows of the vocabulary tables; with tp, a multiple of eight, which GPUs multiply fast."""
-    return vocab_size if tp == 1 else -(-vocab_size // (tp * _ROW_MULTIPLE)) * _ROW_MULTIPLE
 
 
 def multiple(name: str, value: int, operands: str, factor: int) -> Iterator[str]:

@@ -3,14 +3,19 @@
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate, pairwise
 from math import inf
 
 from triplane.model.config import ModelConfig
-from triplane.model.count import block_flops, head_flops
+from triplane.model.count import head_flops, layer_flops
+from triplane.model.describe import head_weights, layer_weights
 from triplane.storage.errors import LayoutError
 
 _EMBEDDING = 0.1
 """The embedding's cost as a share of the head's: no product, but its gradient is as large a table."""
+
+Cost = Callable[[int, int, int], float]
+"""Maps a stage, its first layer and the one after its last to the cost."""
 
 
 @cache
@@ -22,36 +27,55 @@ def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> tuple[range,
     n = config.n_layers
     if n < stages - 1:
         raise LayoutError(f"{stages} pipeline stages need at least {stages - 1} layers, but n_layers is {n}")
-    head = head_flops(config) / block_flops(config, seq_len)
+    pattern = [layer_flops(config, layer, seq_len) for layer in config.pattern]
+    until = [0, *accumulate(pattern[number % len(pattern)] for number in range(n))]
+    unit = until[-1] / n
+    head = head_flops(config) / unit
 
-    def cost(stage: int, layers: int) -> float:
-        """Returns the cost in units of a layer."""
-        return layers + (stage == 0) * _EMBEDDING * head + (stage == stages - 1) * head
+    def cost(stage: int, start: int, stop: int) -> float:
+        """Returns the cost in units of a mean layer."""
+        ends = (stage == 0) * _EMBEDDING * head + (stage == stages - 1) * head
+        return (until[stop] - until[start]) / unit + ends
 
-    limits = sorted({cost(stage, layers) for stage in (0, 1, stages - 1) for layers in range(n + 1)})
-    limit = limits[bisect_left(limits, True, key=lambda limit: _divide(n, stages, cost, limit) is not None)]
-    numbers = _divide(n, stages, cost, limit)
-    assert numbers is not None
-    starts = [sum(numbers[:stage]) for stage in range(stages)]
-    return tuple(range(start, start + number) for start, number in zip(starts, numbers))
+    runs = {until[stop] - until[start]: (start, stop) for start in range(n + 1) for stop in range(start, n + 1)}
+    limits = sorted({cost(stage, *run) for stage in (0, 1, stages - 1) for run in runs.values()})
+    least = 0 if _same_roles(config) else 1
+    limit = limits[bisect_left(limits, True, key=lambda limit: _divide(n, stages, cost, limit, least) is not None)]
+    starts = _divide(n, stages, cost, limit, least)
+    assert starts is not None
+    return tuple(range(start, stop) for start, stop in pairwise([*starts, n]))
 
 
-def _divide(n: int, stages: int, cost: Callable[[int, int], float], limit: float) -> tuple[int, ...] | None:
-    """Returns the layers of each stage with the least sum of squared costs, none over `limit`; None if impossible."""
+def _same_roles(config: ModelConfig) -> bool:
+    """Returns True if a last stage without layers has weights of all roles that decay sets apart.
+
+    ZeRO's ranks would otherwise wait for each other's groups of parameters.
+    """
+    in_layers = {weight.role for layer in config.pattern for weight in layer_weights(config, layer)}
+    return "vector" not in in_layers or "vector" in {weight.role for weight in head_weights(config)}
+
+
+def _divide(n: int, stages: int, cost: Cost, limit: float, least: int) -> tuple[int, ...] | None:
+    """Returns each stage's first layer with the least sum of squared costs, none over `limit`; None if impossible.
+
+    The last stage has `least` layers or more, the others one or more.
+    """
 
     @cache
-    def best(stage: int, left: int) -> tuple[float, tuple[int, ...]]:
+    def best(stage: int, start: int) -> tuple[float, tuple[int, ...]]:
         last = stage == stages - 1
         found: tuple[float, tuple[int, ...]] = (inf, ())
-        for layers in [left] if last else range(1, left + 1):
-            if cost(stage, layers) > limit:
+        if last and n - start < least:
+            return found
+        for stop in [n] if last else range(start + 1, n + 1):
+            if cost(stage, start, stop) > limit:
                 break
-            rest, numbers = (0.0, ()) if last else best(stage + 1, left - layers)
-            found = min(found, (cost(stage, layers) ** 2 + rest, (layers, *numbers)))
+            rest, starts = (0.0, ()) if last else best(stage + 1, stop)
+            found = min(found, (cost(stage, start, stop) ** 2 + rest, (start, *starts)))
         return found
 
-    squares, numbers = best(0, n)
-    return numbers if squares < inf else None
+    squares, starts = best(0, 0)
+    return starts if squares < inf else None
 
 
 def group_size(micro_batches: int, stages: int) -> int:

@@ -1,94 +1,125 @@
-"""Tensor parallelism: swaps modules of the plain model by a table (Shoeybi et al. 2019).
+"""Tensor parallelism: swaps modules of the plain model by the axes of their weights (Shoeybi et al. 2019).
 
-A block needs one all-reduce in forward after each of wo and w_down, and one in backward before each norm's
-consumers. With sequence parallelism (Korthikanti et al. 2022) the norms and the residual stream hold a share of
-the tokens: each all-reduce becomes a reduce-scatter and an all-gather. Parameter names do not change.
+A block needs one all-reduce in forward after each row layer, and one in backward before each branch. With sequence
+parallelism (Korthikanti et al. 2022) the norms and the residual stream hold a share of the tokens: each all-reduce
+becomes a reduce-scatter and an all-gather. Parameter names do not change.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triplane.model.batch import IGNORED_TARGET
-from triplane.model.config import ModelConfig
+from triplane.model.block import Block
 from triplane.model.head import Head
+from triplane.model.modules import NormModule, PartModule, WeightsModule
 from triplane.model.transformer import Transformer
+from triplane.model.weights import Axis, Weight
 from triplane.parallel import megatron
+from triplane.parallel.axes import local_shape, split_dim, vocabulary_rows
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.rules import vocabulary_rows
 
 
 def apply_tensor_parallel(model: Transformer, mesh: Mesh, sequence_parallel: bool) -> None:
     """Replaces the modules of `model` (on meta) by modules that hold this rank's share."""
-    config, tp = model.config, mesh.tp.size
-    rows = vocabulary_rows(config.vocab_size, tp)
-
-    def column(linear: nn.Linear) -> nn.Module:
-        return megatron.ColumnParallelLinear(linear, mesh)
-
-    def row(linear: nn.Linear) -> nn.Module:
-        return megatron.RowParallelLinear(linear, mesh, sequence_parallel)
-
-    def key_value(linear: nn.Linear) -> nn.Module:
-        return column(linear) if config.n_kv_heads % tp == 0 else SharedKeyValueLinear(linear, config, mesh)
-
-    def norm(norm: nn.RMSNorm) -> nn.Module:
-        return GatheringRMSNorm(norm, mesh) if sequence_parallel else CopyingRMSNorm(norm, mesh)
-
-    swaps: dict[str, Callable[..., nn.Module]] = {
-        "embedding": lambda table: megatron.VocabParallelEmbedding(
-            table, rows, mesh, sequence_parallel=sequence_parallel
-        ),
-        "attention_norm": norm,
-        "wq": column,
-        "wk": key_value,
-        "wv": key_value,
-        "wo": row,
-        "feed_forward_norm": norm,
-        "w_gate": column,
-        "w_up": column,
-        "w_down": row,
-        "norm": norm,
-        "head": lambda head: VocabParallelHead(head, rows, mesh),
-    }
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name in swaps:
-                setattr(parent, name, swaps[name](child))
+    rows = vocabulary_rows(model.config.vocab_size, mesh.tp.size)
+    enter = Gather if sequence_parallel else Copy
+    if isinstance(model.embedding, nn.Embedding):
+        model.embedding = megatron.VocabParallelEmbedding(
+            model.embedding, rows, mesh, sequence_parallel=sequence_parallel
+        )
+    if isinstance(model.head, Head):
+        model.leave = enter(mesh)
+        model.head = VocabParallelHead(model.head, rows, mesh)
+    for positions in model.kinds_of_positions:
+        share = positions.n_heads // mesh.tp.size
+        positions.heads = slice(mesh.tp.rank * share, (mesh.tp.rank + 1) * share)
+    inside: set[nn.Module] = set()
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        block.enter = enter(mesh)
+        for part in (block.attention, block.feed_forward):
+            inside |= set(part.modules())
+            _split_layers(part, mesh, sequence_parallel)
+            for norm in part.children():
+                if isinstance(norm, NormModule) and _last_split(norm, mesh):
+                    norm.mean = partial(_mean_over_tp, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, WeightsModule):
+            _split_weights(module, mesh)
+            # A rank sees only its heads' part of the gradient of a weight that a branch uses, and with sequence
+            # parallelism only its tokens' part of all others.
+            if module in inside or sequence_parallel:
+                module.shared = partial(megatron.copy_to_tp, mesh=mesh)
+    if sequence_parallel:
+        model.embedded = lambda x_T: x_T.chunk(mesh.tp.size)[mesh.tp.rank]
 
 
-class CopyingRMSNorm(nn.RMSNorm):
-    """RMSNorm whose output feeds column-parallel layers; sums the output's gradient over tp."""
+def _last_split(norm: NormModule, mesh: Mesh) -> bool:
+    """Returns True if the tp ranks hold shares of what the norm averages over."""
+    last = Weight("input", norm.axes[-1:], 0.0, "vector")
+    return split_dim(last, mesh.tp.size) is not None
 
-    def __init__(self, norm: nn.RMSNorm, mesh: Mesh):
-        super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
+
+def _split_layers(part: PartModule, mesh: Mesh, sequence_parallel: bool) -> None:
+    """Swaps the linear layers of a part."""
+    for name, child in list(part.named_children()):
+        if isinstance(child, nn.Linear):
+            weight = part.weights[f"{name}.weight"]
+            dim = split_dim(weight, mesh.tp.size)
+            if dim is None:
+                setattr(part, name, SharedKeyValueLinear(child, weight.axes[0], mesh))
+            elif dim == 0:
+                setattr(part, name, megatron.ColumnParallelLinear(child, mesh))
+            else:
+                setattr(part, name, megatron.RowParallelLinear(child, mesh, sequence_parallel))
+
+
+def _split_weights(module: WeightsModule, mesh: Mesh) -> None:
+    """Narrows a module's own parameters to this rank's share."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        weight = module.weights[name]
+        if split_dim(weight, mesh.tp.size) is not None:
+            module.split.add(name)
+            setattr(module, name, nn.Parameter(parameter.new_empty(local_shape(weight, mesh.tp.size))))
+
+
+def _mean_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
+    """Averages over the last dim, of which each rank holds a share; each rank's use of the mean has a gradient."""
+    total = megatron.copy_to_tp(megatron.sum_over_tp(x.sum(-1, keepdim=True), mesh), mesh)
+    return total / (x.shape[-1] * mesh.tp.size)
+
+
+class Copy(nn.Module):
+    """Stands before column-parallel layers: sums the gradient of their input over tp."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
         self.mesh = mesh
 
-    def forward(self, x: Tensor) -> Tensor:
-        return megatron.copy_to_tp(super().forward(x), self.mesh)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return megatron.copy_to_tp(x_TD, self.mesh)
 
 
-class GatheringRMSNorm(CopyingRMSNorm):
-    """RMSNorm of this rank's tokens, (T / tp, D); gathers its output to (T, D)."""
+class Gather(Copy):
+    """Gathers the tokens of all tp ranks, (T / tp, D) to (T, D); sums and scatters the gradient."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = megatron.copy_to_tp(self.weight, self.mesh)  # each rank sees the gradient of its tokens
-        normed = F.rms_norm(x, self.normalized_shape, weight, self.eps)
-        return megatron.gather_tokens(normed, self.mesh)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return megatron.gather_tokens(x_TD, self.mesh)
 
 
 class SharedKeyValueLinear(nn.Module):
     """A key or value projection with fewer heads than tp ranks: held whole, used for the one head that a rank needs."""
 
-    def __init__(self, linear: nn.Linear, config: ModelConfig, mesh: Mesh):
+    def __init__(self, linear: nn.Linear, heads: Axis, mesh: Mesh):
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(linear.weight))
         self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias))
         self.mesh = mesh
-        start = mesh.tp.rank * config.n_kv_heads // mesh.tp.size * config.head_dim
-        self.head = slice(start, start + config.head_dim)
+        start = mesh.tp.rank * heads.count // mesh.tp.size * heads.width
+        self.head = slice(start, start + heads.width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         # Each rank sees a part of its head's gradient, and none of the other heads'.
@@ -103,13 +134,12 @@ class VocabParallelHead(Head):
     Rows past the vocabulary are zero, score minus infinity, and have no gradient.
     """
 
-    tp_dim = 0
-
     def __init__(self, head: Head, rows: int, mesh: Mesh):
         nn.Module.__init__(self)
         vocab_size, dim = head.weight.shape
         self.weight = nn.Parameter(head.weight.new_empty(rows, dim))
-        self.z_loss_weight = head.z_loss_weight
+        self.bias = None if head.bias is None else nn.Parameter(head.weight.new_empty(rows))
+        self.scale, self.softcap, self.z_loss_weight = head.scale, head.softcap, head.z_loss_weight
         self.mesh = mesh
         self.used = min(rows, max(0, vocab_size - mesh.tp.rank * rows))
 

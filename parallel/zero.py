@@ -46,7 +46,8 @@ def materialise_shares(model: Transformer, mesh: Mesh) -> None:
     _join(mesh)
     dtype = next(model.parameters()).dtype
     for module in model.modules():
-        if not list(module.parameters(recurse=False)):
+        own = list(module.parameters(recurse=False))
+        if not own or hasattr(own[0], "ds_id"):  # sharded with the module that holds this one
             continue
         if module is model.head and model.config.tie_embeddings and model.embedding is not None:
             model.head.weight = model.embedding.weight

@@ -5,11 +5,22 @@ activations. `benchmarks/memory.py` compares them with measurements.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from triplane.model.config import CHUNK_LOGITS
+from triplane.model.describe import layer_weights
+from triplane.parallel.axes import local_activations
 from triplane.parallel.config import BUCKET_ELEMENTS
-from triplane.plan.shares import RankKind, Work, in_flight, layer_parameters, parameters, table_parameters
+from triplane.plan.shares import (
+    RankKind,
+    Work,
+    in_flight,
+    layer_costs,
+    layer_parameters,
+    parameters,
+    table_parameters,
+)
 
 Device = Literal["cuda", "cpu"]
 
@@ -65,9 +76,11 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
     # ZeRO 1 allocates its bucket in the first backward and keeps it until the last.
     kept = bucket if zero == 3 or (zero == 1 and max(work.micro_batches, work.layout.pp) > 1) else 0
     loss = moment(accumulated, activations, kept + gathered + (_loss(work, device) if rank.has_head else 0))
-    block = _block_gradients(work, device) if rank.layers else 0
+    kinds = {number % work.period for number in rank.layers}
+    block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
+    whole = max(_block(work, kind, device) for kind in range(work.period))
     first_backward = moment(accumulated, activations, bucket + gathered + block)
-    last_backward = moment(gradients, _block(work, device), bucket + gathered + block)
+    last_backward = moment(gradients, whole, bucket + gathered + block)
     fullest = max((loss, first_backward, last_backward), key=lambda memory: memory.total)
     update = weights + optimizer + gradients + (8 * share if zero else 0)
     return replace(fullest, temporary=fullest.temporary + max(0, update - fullest.total))
@@ -83,48 +96,51 @@ def _bucket(work: Work, owned: int, device: Device) -> int:
 
 def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int:
     """Returns what forward keeps for backward, for all micro-batches in flight."""
-    block, stream = _block_kept(work, device), _stream(work)
-    kept = 0
+    stream, kept = _stream(work), 0
     for stage, count in zip(rank.stages, in_flight(work, rank)):
         passed_on = stream if work.layout.pp > 1 and not stage.head else 0  # the schedules keep what a stage sends
-        kept += count * (stage.layers * block + passed_on)
+        blocks = sum(_block_kept(work, number % work.period, device) for number in stage.layers)
+        kept += count * (blocks + passed_on)
     return kept + (_head_kept(work, device) if rank.has_head else 0)
 
 
-def _block_kept(work: Work, device: Device) -> int:
+@cache
+def _block_kept(work: Work, kind: int, device: Device) -> int:
     """Returns what a block keeps of a micro-batch, depending on recomputation."""
-    model, layout, tokens, width = work.model, work.layout, work.tokens, work.element_bytes
-    match layout.recompute:
+    match work.layout.recompute:
         case "full":
             return _stream(work)
         case "none":
-            return _block(work, device)
-    # Selective keeps the block's input and the outputs of products and attention; with tp, those of wo and w_down are
+            return _block(work, kind, device)
+    # Selective keeps the block's input and the outputs of products and attention; with tp, those of row layers are
     # partial sums of all tokens.
-    products = 2 * model.dim + 2 * model.hidden_dim // layout.tp
-    return _stream(work) + tokens * width * products + _attention(work)
+    outputs = sum(local_activations(cost.outputs, work.layout.tp) for cost in layer_costs(work, kind))
+    return _stream(work) + work.tokens * work.element_bytes * outputs + _attention(work, kind)
 
 
-def _block(work: Work, device: Device) -> int:
+@cache
+def _block(work: Work, kind: int, device: Device) -> int:
     """Returns what a block keeps of a micro-batch without recomputation."""
-    model, layout, tokens, width = work.model, work.layout, work.tokens, work.element_bytes
-    hidden = model.hidden_dim // layout.tp
-    if layout.fp8:  # each product keeps one-byte copies of its input and weight
-        heads = model.n_heads // layout.tp * model.head_dim
-        products = tokens * (5 * model.dim + heads + hidden + 3 * hidden * width) + layer_parameters(work)
+    tp, tokens, width = work.layout.tp, work.tokens, work.element_bytes
+    costs = layer_costs(work, kind)
+    kept = tokens * width * sum(local_activations(cost.kept, tp) for cost in costs)
+    if work.layout.fp8:  # each product keeps one-byte copies of its input and weight
+        layer = layer_weights(work.model, work.model.pattern[kind])
+        inputs = [weight.axes[1:] for weight in layer if weight.role == "matrix"]
+        kept += tokens * sum(local_activations(axes, tp) for axes in inputs) + layer_parameters(work, kind)
     else:
-        products = tokens * width * (2 * model.dim + 4 * hidden)
-    return 2 * _norm(work, device) + products + _attention(work)
+        # The output of attention, which its last product reads, is among what attention keeps.
+        kept += tokens * width * sum(local_activations(cost.inputs, tp) for cost in costs)
+    return len(work.model.block_norms) * _norm(work, device) + kept + _attention(work, kind)
 
 
-def _attention(work: Work) -> int:
+def _attention(work: Work, kind: int) -> int:
     """Returns the bytes of queries, keys, values, the output, and the log-sum-exp of each query's scores."""
-    model, layout = work.model, work.layout
-    heads, kv_heads = model.n_heads // layout.tp, work.kv_heads
-    kept = 2 * (heads + kv_heads) * model.head_dim
-    if layout.cp > 1 and layout.cp_method == "ulysses":  # also the output before the exchange
-        kept += heads * model.head_dim
-    return work.tokens * (work.element_bytes * kept + _STATISTIC * heads)
+    tp, (cost, _) = work.layout.tp, layer_costs(work, kind)
+    kept = local_activations(cost.attended, tp)
+    if work.layout.cp > 1 and work.layout.cp_method == "ulysses":  # also the output before the exchange
+        kept += local_activations(tuple(axis for axis in cost.attended if axis.name == "head"), tp) // 2
+    return work.tokens * (work.element_bytes * kept + _STATISTIC * local_activations(cost.statistics, tp))
 
 
 def _norm(work: Work, device: Device) -> int:
@@ -158,9 +174,9 @@ def _loss(work: Work, device: Device) -> int:
     return tokens * work.model.dim * width + summed + max(logits, product)
 
 
-def _block_gradients(work: Work, device: Device) -> int:
+def _block_gradients(work: Work, kind: int, device: Device) -> int:
     """Returns the temporary memory of a block's backward: what is recomputed, and gradients between its products."""
-    model, layout = work.model, work.layout
-    between = work.tokens * work.element_bytes * (model.dim + 2 * model.hidden_dim // layout.tp)
-    again = 0 if layout.recompute == "none" else _block(work, device) - _block_kept(work, device)
+    _, feed_forward = layer_costs(work, kind)
+    between = work.tokens * work.element_bytes * local_activations(feed_forward.outputs, work.layout.tp)
+    again = 0 if work.layout.recompute == "none" else _block(work, kind, device) - _block_kept(work, kind, device)
     return between + again

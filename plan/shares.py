@@ -1,10 +1,13 @@
 """Computes a rank's share of a model: stages, layers, parameters, micro-batches in flight."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from triplane.model.config import ModelConfig
+from triplane.model.describe import embedding_weights, head_weights, layer_weights
+from triplane.model.weights import Cost
+from triplane.parallel.axes import local_elements, vocabulary_rows
 from triplane.parallel.config import ParallelConfig
-from triplane.parallel.rules import vocabulary_rows
 from triplane.parallel.stages import group_size, stage_layers
 
 
@@ -22,6 +25,11 @@ class Work:
     seq_len: int
 
     @property
+    def period(self) -> int:
+        """Layers after which their kinds repeat; layer i is of kind i % period."""
+        return len(self.model.pattern)
+
+    @property
     def replicas(self) -> int:
         """Ranks that share gradients and optimizer state."""
         return self.dp * self.layout.cp
@@ -36,17 +44,12 @@ class Work:
         """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4
 
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads that a tp rank computes."""
-        return max(1, self.model.n_kv_heads // self.layout.tp)
-
 
 @dataclass(frozen=True)
 class Stage:
     """Consecutive layers, with the embedding or head at the ends of the model."""
 
-    layers: int
+    layers: range
     embedding: bool
     head: bool
 
@@ -61,8 +64,8 @@ class RankKind:
     """One per virtual stage."""
 
     @property
-    def layers(self) -> int:
-        return sum(stage.layers for stage in self.stages)
+    def layers(self) -> list[int]:
+        return [number for stage in self.stages for number in stage.layers]
 
     @property
     def has_head(self) -> bool:
@@ -78,7 +81,7 @@ def pipeline(work: Work) -> list[RankKind]:
     layout = work.layout
     count = layout.pp * layout.virtual_stages
     layers = stage_layers(work.model, count, work.seq_len)
-    stages = [Stage(len(run), number == 0, number == count - 1) for number, run in enumerate(layers)]
+    stages = [Stage(run, number == 0, number == count - 1) for number, run in enumerate(layers)]
     names = ["first stage", *["middle stage"] * (layout.pp - 2), "last stage"] if layout.pp > 1 else ["every rank"]
     return [RankKind(name, rank, tuple(stages[rank :: layout.pp])) for rank, name in enumerate(names)]
 
@@ -89,14 +92,19 @@ def rank_kinds(work: Work) -> list[RankKind]:
     return ranks if len(ranks) < 3 else [ranks[0], ranks[1], ranks[-1]]
 
 
-def layer_parameters(work: Work) -> int:
-    """Returns the parameters of one layer on one tp rank."""
-    model, tp = work.model, work.layout.tp
-    shared = model.n_kv_heads % tp != 0  # each rank then has whole key and value projections
-    kv_heads = model.n_kv_heads if shared else model.n_kv_heads // tp
-    heads = model.n_heads // tp
-    attention = (2 * model.dim * (heads + kv_heads) + model.qkv_bias * (heads + 2 * kv_heads)) * model.head_dim
-    return attention + 3 * model.dim * model.hidden_dim // tp + 2 * model.dim
+@cache
+def layer_parameters(work: Work, kind: int) -> int:
+    """Returns the parameters on one tp rank of a layer of `kind`, its number in the pattern."""
+    layer = work.model.pattern[kind]
+    return sum(local_elements(weight, work.layout.tp) for weight in layer_weights(work.model, layer))
+
+
+@cache
+def layer_costs(work: Work, kind: int) -> tuple[Cost, Cost]:
+    """Returns the costs of attention and feed-forward in a layer of `kind`."""
+    layer, dim = work.model.pattern[kind], work.model.dim
+    assert layer.attention is not None and layer.feed_forward is not None
+    return layer.attention.cost(dim, work.seq_len), layer.feed_forward.cost(dim)
 
 
 def table_parameters(work: Work) -> int:
@@ -106,10 +114,15 @@ def table_parameters(work: Work) -> int:
 
 def parameters(work: Work, rank: RankKind) -> int:
     """Returns the parameters of a rank before ZeRO partitions them."""
-    shared = work.model.tie_embeddings and rank.has_embedding and rank.has_head
-    tables = rank.has_embedding + rank.has_head - shared
-    norm = work.model.dim * rank.has_head
-    return rank.layers * layer_parameters(work) + tables * table_parameters(work) + norm
+    ends = [*(embedding_weights(work.model) if rank.has_embedding else [])]
+    if rank.has_head:
+        ends += head_weights(work.model)
+    shared = work.model.tie_embeddings and rank.has_head and not rank.has_embedding  # its own copy of the table
+    return (
+        sum(layer_parameters(work, number % work.period) for number in rank.layers)
+        + sum(local_elements(weight, work.layout.tp) for weight in ends)
+        + shared * table_parameters(work)
+    )
 
 
 def in_flight(work: Work, rank: RankKind) -> list[int]:

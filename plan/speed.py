@@ -1,11 +1,13 @@
 """Estimates the time of a step: matrix products, attention, memory traffic, communication, waiting."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from triplane.model.count import flops_per_token
+from triplane.parallel.axes import local_activations
 from triplane.plan.gpus import Gpu
 from triplane.plan.rates import OURS, Program, Rates
-from triplane.plan.shares import Work, layer_parameters, parameters, pipeline, table_parameters
+from triplane.plan.shares import Work, layer_costs, layer_parameters, parameters, pipeline, table_parameters
 from triplane.plan.traffic import context_s, data_s, sends_s, tensor_s
 
 _HOST_BYTES_PER_S, _PCIE_BYTES_PER_S = 20e9, 25e9
@@ -74,8 +76,12 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     """Estimates a step on `work.replicas x tp x pp` GPUs."""
     layout, micro, rates = work.layout, work.micro_batches, Rates(gpu, program)
     ranks = pipeline(work)
-    block, head = _block(work, rates), _head(work, rates)
-    passes = [block.times(rank.layers) + (head if rank.has_head else _Pass()) for rank in ranks]
+    blocks, head = [_block(work, kind, rates) for kind in range(work.period)], _head(work, rates)
+    passes = []
+    for rank in ranks:
+        kinds = Counter(number % work.period for number in rank.layers)
+        layers = (blocks[kind].times(number) for kind, number in kinds.items())
+        passes.append(sum(layers, head if rank.has_head else _Pass()))
     slowest = max(passes, key=lambda stage: stage.total)
     steady = slowest.times(micro)
     # The first micro-batch reaches the slowest stage through the others, sooner with more virtual stages per rank.
@@ -101,36 +107,37 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     )
 
 
-def _block(work: Work, rates: Rates) -> _Pass:
-    model, layout, tokens = work.model, work.layout, work.tokens
+def _block(work: Work, kind: int, rates: Rates) -> _Pass:
+    layout, tokens = work.layout, work.tokens
     again = {"none": 0.0, "selective": rates.program.again, "full": 1.0}[layout.recompute]
-    products = (6 + 2 * again) * layer_parameters(work) * tokens
+    products = (6 + 2 * again) * layer_parameters(work, kind) * tokens
     products_s = products / rates.products_flops_per_s(work.bf16, layout.fp8)
     # Two products forward and five backward; the mask halves each.
-    scores = model.n_heads // layout.tp * model.head_dim * work.seq_len * tokens
+    scores = local_activations(layer_costs(work, kind)[0].scores, layout.tp) * tokens
     attention_s = (7 + 2 * (layout.recompute == "full")) * scores / rates.attention_flops_per_s(work.bf16)
     computing_s = products_s + attention_s
+    moving_s = _block_bytes(work, kind, rates.program) / rates.memory_bytes_per_s
     return _Pass(
         products=computing_s,
         # A block takes at least as long as the host needs to launch its kernels.
-        memory=max(_block_bytes(work, rates.program) / rates.memory_bytes_per_s, rates.program.launch_s - computing_s),
+        memory=max(moving_s, rates.program.launch_s - computing_s),
         tensor=tensor_s(work, rates),
-        context=context_s(work, rates, attention_s),
+        context=context_s(work, kind, rates, attention_s),
     )
 
 
-def _block_bytes(work: Work, program: Program) -> float:
-    """Returns the bytes moved outside of products: norms, rotations, SwiGLU, residuals, and gradient accumulation."""
-    model, layout = work.model, work.layout
-    heads = model.n_heads // layout.tp * model.head_dim
-    stream = model.dim / (layout.tp if layout.sequence_parallel else 1)
-    hidden = model.hidden_dim / layout.tp
-    forward = 20 * stream + 40 * (heads + work.kv_heads * model.head_dim) + 10 * hidden
+def _block_bytes(work: Work, kind: int, program: Program) -> float:
+    """Returns the bytes moved outside of products: norms, rotations, gates, residuals, and gradient accumulation."""
+    layout, costs = work.layout, layer_costs(work, kind)
+    stream = work.model.dim / (layout.tp if layout.sequence_parallel else 1)
+    forward = 10 * len(costs) * stream + sum(local_activations(cost.moved, layout.tp) for cost in costs)
     if layout.fp8:  # each product's input is scanned for its maximum, scaled and rounded
-        forward += 6 * (2 * model.dim + heads + hidden)
+        attended = tuple(axis for axis in costs[0].attended if axis.name == "head")
+        read = sum(local_activations(cost.inputs, layout.tp) for cost in costs)
+        forward += 6 * (read + local_activations(attended, layout.tp) // 2)
     passes = 3 + (layout.recompute != "none")  # backward moves twice as much
     moved = work.tokens * forward * passes * work.element_bytes / 2
-    return moved * (program.fused if layout.compile else 1) + 12 * layer_parameters(work)
+    return moved * (program.fused if layout.compile else 1) + 12 * layer_parameters(work, kind)
 
 
 def _head(work: Work, rates: Rates) -> _Pass:

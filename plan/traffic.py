@@ -12,14 +12,16 @@ def tensor_s(work: Work, rates: Rates) -> float:
     return (8 + again) * rates.collective_s(whole, work.layout.tp, 1) * (1 - rates.program.tp_hidden)
 
 
-def context_s(work: Work, rates: Rates, attention_s: float) -> float:
-    """Returns the time per block and micro-batch, overlapped with `attention_s` of attention."""
-    layout, model, hop_s = work.layout, work.model, rates.program.hop_s
+def context_s(work: Work, kind: int, rates: Rates, attention_s: float) -> float:
+    """Returns the time per block of `kind` and micro-batch, overlapped with `attention_s` of attention."""
+    layout, hop_s = work.layout, rates.program.hop_s
     if layout.cp == 1:
         return 0.0
-    heads, kv_heads = model.n_heads // layout.tp, work.kv_heads
+    attention = work.model.pattern[kind].attention
+    assert attention is not None
+    heads, kv_heads = attention.n_heads // layout.tp, max(1, attention.n_kv_heads // layout.tp)
     bandwidth = rates.link_bytes_per_s(layout.cp, layout.tp)
-    head = work.tokens * model.head_dim * work.element_bytes
+    head = work.tokens * attention.head_dim * work.element_bytes
     if layout.cp_method == "ulysses":
         exchanged = (2 * heads + 2 * max(kv_heads, layout.cp)) * head * (layout.cp - 1) / layout.cp
         return 2 * exchanged / bandwidth + 4 * hop_s * layout.cp

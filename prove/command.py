@@ -92,10 +92,20 @@ def _result(model: ModelConfig, case: Case, *, reference: Trace, tolerance: Diff
 def _shrunken(model: ModelConfig) -> ModelConfig:
     """Returns a model with the features of `model` and the size of `proof_model`."""
     small = proof_model()
-    kept = ("qkv_bias", "rope_base", "rope_scaling", "norm_eps", "tie_embeddings", "z_loss_weight")
-    groups = min(small.n_heads, model.n_heads // model.n_kv_heads)
-    n_kv_heads = small.n_heads // groups if small.n_heads % groups == 0 else small.n_kv_heads
-    return small.model_copy(update={name: getattr(model, name) for name in kept} | {"n_kv_heads": n_kv_heads})
+    attention, shape = model.attention, small.attention
+    groups = min(shape.n_heads, attention.n_heads // attention.n_kv_heads)
+    n_kv_heads = shape.n_heads // groups if shape.n_heads % groups == 0 else shape.n_kv_heads
+    sizes = {"n_heads": shape.n_heads, "head_dim": shape.head_dim, "n_kv_heads": n_kv_heads}
+    return model.model_copy(
+        update={
+            "vocab_size": small.vocab_size,
+            "dim": small.dim,
+            "n_layers": small.n_layers,
+            "init_std": small.init_std,
+            "attention": attention.model_copy(update=sizes),
+            "feed_forward": model.feed_forward.model_copy(update={"hidden_dim": small.feed_forward.hidden_dim}),
+        }
+    )
 
 
 def _line(result: Result) -> str:

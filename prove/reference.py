@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.config import ModelConfig
+from triplane.model.describe import model_weights
 from triplane.model.init import initial_weight
+from triplane.model.parts.gated import Gated
+from triplane.model.parts.softmax import Softmax
 from triplane.model.transformer import Transformer
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
@@ -77,12 +80,9 @@ def proof_model(tie_embeddings: bool = False, vocab_size: int = 61) -> ModelConf
         vocab_size=vocab_size,
         dim=32,
         n_layers=5,
-        n_heads=8,
-        n_kv_heads=2,
-        head_dim=8,
-        hidden_dim=48,
+        attention=Softmax(n_heads=8, n_kv_heads=2, head_dim=8, qkv_bias=True),
+        feed_forward=Gated(hidden_dim=48),
         init_std=0.1,
-        qkv_bias=True,
         z_loss_weight=1e-3,
         tie_embeddings=tie_embeddings,
     )
@@ -120,7 +120,8 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
             offsets, sizes = (0,) * parameter.dim(), tuple(parameter.shape)
             weight = initial_weight(config, seed, name, shape=parameter.shape, offsets=offsets, sizes=sizes)
             parameter.copy_(weight)
-    optimizer = adamw(_OPTIMIZER, ((parameter, parameter.shape) for parameter in model.parameters()))
+    weights = model_weights(config)
+    optimizer = adamw(_OPTIMIZER, ((parameter, weights[name].role) for name, parameter in model.named_parameters()))
     losses, norms = [], []
     start_s = perf_counter()
     for step in range(steps):

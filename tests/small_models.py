@@ -34,13 +34,14 @@ def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64) ->
     """Returns transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    unbiased = config.model_copy(update={"qkv_bias": False})
+    biased = config.attention.qkv_bias
+    unbiased = config.model_copy(update={"attention": config.attention.model_copy(update={"qkv_bias": False})})
     content = hf_config(unbiased, seq_len, bos_id=None, eos_id=None, dtype=torch.float32)
-    if config.qkv_bias:
+    if biased:
         content |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
     of: Any
     kind: Any
-    of, kind = (Qwen2Config, Qwen2ForCausalLM) if config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    of, kind = (Qwen2Config, Qwen2ForCausalLM) if biased else (LlamaConfig, LlamaForCausalLM)
     model = kind(of(**content)).eval()
     state = {to_hf_name(name): weight for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -244,6 +244,7 @@ class Trainer:
             self.engine.next_logits,
             [tokenizer.bos_id],
             max_new_tokens=_SAMPLE_TOKENS,
+            longest=self.config.model.longest,
             temperature=0.8,
             top_k=50,
             seed=state.step,

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Size, nn
+from torch import nn
 
 from triplane.training.config import OptimizerConfig
 
 
-def adamw(config: OptimizerConfig, parameters: Iterable[tuple[nn.Parameter, Size]]) -> torch.optim.AdamW:
+def adamw(config: OptimizerConfig, parameters: Iterable[tuple[nn.Parameter, str]]) -> torch.optim.AdamW:
     """Builds AdamW; the training loop sets the learning rate at each step."""
     return torch.optim.AdamW(
         decay_groups(parameters),
@@ -21,13 +21,13 @@ def adamw(config: OptimizerConfig, parameters: Iterable[tuple[nn.Parameter, Size
     )
 
 
-def decay_groups(parameters: Iterable[tuple[nn.Parameter, Size]]) -> list[dict[str, Any]]:
-    """Returns two parameter groups: matrices, with weight decay, and vectors (norms), without.
-
-    Each parameter comes with its full shape, which ZeRO 3 removes from the parameter itself.
+def decay_groups(parameters: Iterable[tuple[nn.Parameter, str]]) -> list[dict[str, Any]]:
+    """Returns parameter groups by the roles that come with the parameters: matrices and tables, with weight decay, and
+    vectors (norms, biases), without; a network without vectors has one group.
     """
-    matrices: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for parameter, shape in parameters:
-        (matrices if len(shape) > 1 else vectors).append(parameter)
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    for parameter, role in parameters:
+        (vectors if role == "vector" else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -19,9 +19,13 @@ def config(**changes: Any) -> RunConfig:
         "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
     }
     for key, value in changes.items():
-        (table,) = (name for name in tables if key in RunConfig.model_fields[name].annotation.model_fields)
+        (table,) = (name for name in tables if key in _keys(RunConfig.model_fields[name].annotation))
         tables[table][key] = value
     return RunConfig.model_validate({"run_dir": "r", **tables})
+
+
+def _keys(table: Any) -> list[str]:
+    return [*table.model_fields, *getattr(table, "short_keys", ())]
 
 
 def test_a_good_config_passes_with_and_without_ranks() -> None:
@@ -98,7 +102,11 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             "fp8 requires precision bf16: fp32 weights would gain nothing",
         ),
         ({"n_kv_heads": 3, "tp": 1}, 4, "n_heads (4) is not a multiple of n_kv_heads (3); the next multiple is 6"),
-        ({"head_dim": 7}, 4, "head_dim (7) is odd, but RoPE rotates pairs; set it to 8"),
+        (
+            {"head_dim": 7},
+            4,
+            "rotary positions turn pairs of dims, but head_dim (7) x fraction (1) is 7, not an even number",
+        ),
         (
             {"global_batch_size": 10},
             4,

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from runs import small_run
 from small_corpora import Prepared
 
-from triplane.config.explain import _subtable
+from triplane.config.explain import _subtables
 from triplane.config.load import load_config
 from triplane.config.toml import to_toml
 from triplane.plan.command import plan
@@ -49,7 +49,7 @@ def values(table: type[BaseModel], path: str = "") -> Iterator[tuple[str, object
     """Every key, tables too, with its annotation."""
     for name, field in table.model_fields.items():
         yield path + name, field.annotation
-        if below := _subtable(table, name):
+        for below in _subtables(table, name):
             yield from values(below, f"{path}{name}.")
 
 

@@ -48,5 +48,5 @@ def test_it_reads_like_a_config_by_hand() -> None:
     )
     lines = to_toml(config).splitlines()
     assert lines[:5] == ['run_dir = "runs/a"', "seed = 0", "", "[model]", "vocab_size = 9"]
-    scaling = lines.index("[model.rope_scaling]")
-    assert lines[scaling - 1 : scaling + 3] == ["", "[model.rope_scaling]", 'kind = "linear"', "factor = 2.0"]
+    scaling = lines.index("[model.positions.scaling]")
+    assert lines[scaling - 1 : scaling + 3] == ["", "[model.positions.scaling]", 'kind = "linear"', "factor = 2.0"]

@@ -25,12 +25,12 @@ from triplane.hf import verify
 from triplane.hf import weights as hf_weights
 from triplane.hf.export import export
 from triplane.model.build import load_model
-from triplane.model.config import RopeScaling
 from triplane.model.generate import generate, next_logits
+from triplane.model.parts.rotary import LinearScaling, Llama3Scaling
 from triplane.storage.errors import CheckpointError, ModelError
 
 VOCAB = 400
-LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
+LLAMA3 = Llama3Scaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
 PROVENANCE = {"run": "first", "step": "1000", "corpus": "sha256:0123", "layout": "tp 2, pp 2, dp 2"}
 export_fp32 = partial(export, context=64, dtype=torch.float32, provenance={})
 
@@ -73,7 +73,7 @@ VARIANTS = {
     "biases": {"qkv_bias": True},
     "tied": {"tie_embeddings": True},
     "llama3": {"rope_scaling": LLAMA3},
-    "linear, wide heads": {"rope_scaling": RopeScaling(kind="linear", factor=3), "head_dim": 16},
+    "linear, wide heads": {"rope_scaling": LinearScaling(kind="linear", factor=3), "head_dim": 16},
 }
 
 

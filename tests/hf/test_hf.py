@@ -13,12 +13,12 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from triplane.hf.config import from_hf_config, parse_hf_config
 from triplane.hf.families import FAMILIES
 from triplane.hf.names import hf_config, to_hf_name
-from triplane.model.config import RopeScaling
+from triplane.model.parts.rotary import LinearScaling, Llama3Scaling, Scaling
 from triplane.model.transformer import Transformer
 from triplane.storage.errors import ModelError
 
-LINEAR = RopeScaling(kind="linear", factor=3)
-LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=32)
+LINEAR = LinearScaling(kind="linear", factor=3)
+LLAMA3 = Llama3Scaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=32)
 SCALINGS = pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3], ids=["plain", "linear", "llama3"])
 
 
@@ -31,7 +31,7 @@ def test_names_are_llamas() -> None:
 
 @SCALINGS
 @pytest.mark.parametrize("tie", [False, True])
-def test_config_comes_back(scaling: RopeScaling | None, tie: bool) -> None:
+def test_config_comes_back(scaling: Scaling | None, tie: bool) -> None:
     config = small_config(
         rope_scaling=scaling, rope_base=5e5, tie_embeddings=tie, norm_eps=1e-6, init_std=0.01, head_dim=16
     )
@@ -45,7 +45,7 @@ def test_config_comes_back(scaling: RopeScaling | None, tie: bool) -> None:
 
 @SCALINGS
 @pytest.mark.parametrize("dropped", [(), ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")])
-def test_transformers_reads_each_form_alike(scaling: RopeScaling | None, dropped: str, tmp_path: Path) -> None:
+def test_transformers_reads_each_form_alike(scaling: Scaling | None, dropped: str, tmp_path: Path) -> None:
     config = small_config(rope_scaling=scaling, rope_base=5e5)
     written = hf_config(config, 128, bos_id=1, eos_id=None, dtype=torch.bfloat16)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in dropped}))

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from triplane.model.batch import Batch
 from triplane.model.build import load_model, streamed_logits
-from triplane.model.config import RopeScaling
-from triplane.model.rope import frequencies
+from triplane.model.parts.rotary import LinearScaling, Llama3Scaling
 from triplane.storage.errors import ModelError
 
 # Of the four frequencies one stays, one is blended and two are divided.
-LLAMA3 = RopeScaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
+LLAMA3 = Llama3Scaling(kind="llama3", factor=4, low_freq_factor=1, high_freq_factor=4, original_seq_len=128)
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "one key head": {"n_kv_heads": 1},
@@ -24,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_embeddings": True},
     "biases": {"qkv_bias": True},
     "rope base": {"rope_base": 500_000.0},
-    "linear scaling": {"rope_scaling": RopeScaling(kind="linear", factor=3)},
+    "linear scaling": {"rope_scaling": LinearScaling(kind="linear", factor=3)},
     "llama3 scaling": {"rope_scaling": LLAMA3},
     "norm eps": {"norm_eps": 0.1},
 }
@@ -46,7 +45,7 @@ def test_logits_equal_llama(changes: dict[str, Any]) -> None:
 def test_frequencies_are_llamas_to_the_last_bit(variant: str) -> None:
     config = small_config(**{"head_dim": 128} | VARIANTS[variant])
     expected = llama(config, random_weights(config)).model.rotary_emb.inv_freq
-    assert torch.equal(frequencies(config, torch.device("cpu")), expected)
+    assert torch.equal(config.positions.frequencies(config.attention.head_dim, torch.arange(2)), expected)
 
 
 @pytest.mark.parametrize("variant", ["rope base", "linear scaling", "llama3 scaling"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from triplane.model.config import ModelConfig
-from triplane.model.count import block_flops, head_flops
+from triplane.model.count import head_flops, layer_flops
 from triplane.parallel.stages import stage_layers
 from triplane.storage.errors import LayoutError
 
@@ -17,7 +17,7 @@ def config(n_layers: int, vocab_size: int) -> ModelConfig:
 
 
 def costs(model: ModelConfig, sizes: list[int]) -> list[float]:
-    head, block = head_flops(model), block_flops(model, 32)
+    head, block = head_flops(model), layer_flops(model, model.layer(0), 32)
     costs = [float(size * block) for size in sizes]
     costs[0] += 0.1 * head
     costs[-1] += head

@@ -54,7 +54,8 @@ def test_the_peak_of_real_ranks_is_as_predicted(layout: dict[str, Any], micro_ba
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
 def test_the_ranks_of_a_pipeline_hold_the_model(layout: dict[str, Any]) -> None:
     one = work(**layout)
-    for model in (one.model, one.model.model_copy(update={"qkv_bias": True})):
+    biased = one.model.attention.model_copy(update={"qkv_bias": True})
+    for model in (one.model, one.model.model_copy(update={"attention": biased})):
         ranks = [parameters(replace(one, model=model), rank) for rank in pipeline(one)]
         assert sum(ranks) == count_parameters(model)
 

@@ -96,7 +96,7 @@ def test_all_problems_come_together(prepared: Prepared, tmp_path: Path) -> None:
         schedule={"warmup_steps": 20},
     )
     text = "\n".join(examine(config, ranks=1).problems)
-    assert "head_dim (7) is odd" in text
+    assert "head_dim (7) x fraction (1) is 7" in text
     assert "warm-up (20 steps) is longer than the run (8 steps)" in text
     assert "model.vocab_size is 99, but the tokenizer" in text
     assert "3 checkpoints of" in text and "GiB are free" in text
@@ -107,7 +107,7 @@ def test_what_has_nothing_to_do_with_the_layout_does_not_hide_the_rest(tmp_path:
         CONFIGS / "8b.toml", "schedule.warmup_steps=999_999", "model.head_dim=127", "--gpus", 64, cwd=tmp_path
     )
     assert "warm-up (999999 steps) is longer than the run" in result.stdout
-    assert "head_dim (127) is odd" in result.stdout
+    assert "head_dim (127) x fraction (1) is 127" in result.stdout
     assert "to the end" in result.stdout and "layout" not in result.stdout.splitlines()[-1]
 
 

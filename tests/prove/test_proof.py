@@ -154,7 +154,7 @@ def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
 
 def _with_decay_by_the_shape_that_is_left(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        "triplane.prove.reference.adamw", lambda config, placed: adamw(config, ((p, p.shape) for p, _ in placed))
+        "triplane.prove.reference.adamw", lambda config, placed: adamw(config, ((p, "matrix") for p, _ in placed))
     )
 
 

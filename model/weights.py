@@ -1,0 +1,81 @@
+"""What a part says of itself: its weights, and the cost of a token in it. Imports no torch.
+
+Initial values, counts, FLOPs, optimizer groups, tensor parallelism, placements and the plan fold over these.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+Init = Literal["normal", "residual"] | float
+"""`normal` draws with `init_std`; `residual` with `init_std / sqrt(2 n_layers)`; a number fills."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dim of a weight: `count` pieces of `width` elements each; only whole pieces are split over ranks."""
+
+    name: str
+    """`vocab`, `head`, `kv_head` and `hidden` may be split over tp ranks; `parallel/axes.py` lists all."""
+    count: int
+    width: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.count * self.width
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A named tensor; a matrix has its output axis first, as torch's linear layers do."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    init: Init
+    role: Literal["matrix", "table", "vector"]
+    """`matrix`: multiplies, and decays. `table`: is looked up, and decays. `vector`: gains and biases; no decay."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+def under(prefix: str, weights: Iterable[Weight]) -> Iterator[Weight]:
+    """Yields `weights` with `prefix.` before each name."""
+    return (replace(weight, name=f"{prefix}.{weight.name}") for weight in weights)
+
+
+def linear(name: str, out: Axis, into: Axis, *, init: Init = "normal", bias: bool = False) -> Iterator[Weight]:
+    """Yields the matrix of a linear layer, and its bias if it has one."""
+    yield Weight(f"{name}.weight", (out, into), init, "matrix")
+    if bias:
+        yield Weight(f"{name}.bias", (out,), 0.0, "vector")
+
+
+Elements = tuple[Axis, ...]
+"""Elements by the axes along which ranks may share them; `dim` is the residual stream's."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one token in a part, besides its matrices."""
+
+    inputs: Elements = ()
+    """What its matrices read, kept for backward."""
+    kept: Elements = ()
+    """Further activations, kept for backward unless they are recomputed."""
+    outputs: Elements = ()
+    """Outputs of matrices that selective recomputation keeps, besides `attended`."""
+    attended: Elements = ()
+    """Queries, keys, values and the output of attention; kept unless the whole block is recomputed."""
+    statistics: Elements = ()
+    """fp32 values that attention keeps."""
+    scores: Elements = ()
+    """Multiply-adds of queries with the keys that a token sees; those with values are as many."""
+    moved: Elements = ()
+    """Elements read and written in forward by what is no matrix product."""

@@ -1,0 +1,49 @@
+"""Which axis of a weight the tp ranks split. Imports no torch."""
+
+from math import prod
+
+from triplane.model.weights import Axis, Elements, Weight
+
+_ROW_MULTIPLE = 8
+_SPLIT = {"vocab", "head", "kv_head", "hidden"}
+_WHOLE = {"dim", "head_dim", "position", "bucket", "gain"}
+
+
+def split_dim(weight: Weight, tp: int) -> int | None:
+    """Returns the dim of `weight` of which each tp rank holds a share; None if each rank holds the whole.
+
+    A matrix whose output axis is split is a column, one whose input axis is split a row (Shoeybi et al. 2019). The
+    exception: fewer key and value heads than ranks are held whole, since a rank needs a whole one.
+    """
+    names = [axis.name for axis in weight.axes]
+    assert all(name in _SPLIT | _WHOLE for name in names), f"undecided: {weight}"
+    dims = [dim for dim, name in enumerate(names) if name in _SPLIT]
+    assert len(dims) < 2, f"two split axes: {weight}"
+    if tp == 1 or not dims or (names[dims[0]] == "kv_head" and weight.axes[dims[0]].count % tp):
+        return None
+    return dims[0]
+
+
+def local_shape(weight: Weight, tp: int) -> tuple[int, ...]:
+    """Returns the shape of the share that a tp rank holds, padding included."""
+    dim = split_dim(weight, tp)
+    return tuple(_share(axis, tp) if number == dim else axis.size for number, axis in enumerate(weight.axes))
+
+
+def local_elements(weight: Weight, tp: int) -> int:
+    """Returns the elements that a tp rank holds, padding included."""
+    return prod(local_shape(weight, tp))
+
+
+def local_activations(axes: Elements, tp: int) -> int:
+    """Returns the elements of a token that a tp rank computes; of heads at least one."""
+    return sum(max(1, axis.count // tp) * axis.width if axis.name in _SPLIT else axis.size for axis in axes)
+
+
+def vocabulary_rows(vocab_size: int, tp: int) -> int:
+    """Returns a rank's rows of the vocabulary tables; with tp, a multiple of eight, which GPUs multiply fast."""
+    return vocab_size if tp == 1 else -(-vocab_size // (tp * _ROW_MULTIPLE)) * _ROW_MULTIPLE
+
+
+def _share(axis: Axis, tp: int) -> int:
+    return vocabulary_rows(axis.size, tp) if axis.name == "vocab" else axis.size // tp
