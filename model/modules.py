@@ -1,5 +1,7 @@
 """Modules that hold the weights of a part and compute what its config says."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from triplane.model.part import Part
-from triplane.model.parts.norm import Mean, Norm
-from triplane.model.parts.positions import Positions
 from triplane.model.weights import Axis, Weight
+
+if TYPE_CHECKING:
+    from triplane.model.parts.norm import Mean, Norm
+    from triplane.model.parts.positions import Positions
 
 
 def unchanged(x: Tensor) -> Tensor:
