@@ -119,16 +119,15 @@ def _run(case: dict[str, Any]) -> None:
 
 def _model(case: dict[str, Any]) -> Any:
     from triplane.model.config import ModelConfig
+    from triplane.model.parts.gated import Gated
+    from triplane.model.parts.softmax import Softmax
 
     return ModelConfig(
         vocab_size=500,
         dim=64,
         n_layers=4,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=16,
-        hidden_dim=128,
-        qkv_bias=case.get("biased", False),
+        attention=Softmax(n_heads=4, n_kv_heads=2, head_dim=16, qkv_bias=case.get("biased", False)),
+        feed_forward=Gated(hidden_dim=128),
         tie_embeddings=case.get("tied", False),
     )
 

@@ -46,9 +46,8 @@ def test_a_large_head_takes_layers_off_the_last_stage() -> None:
 
 
 def test_the_largest_configs_are_divided_at_once() -> None:
-    llama = ModelConfig(
-        vocab_size=128_256, dim=16_384, n_layers=126, n_heads=128, n_kv_heads=8, head_dim=128, hidden_dim=53_248
-    )
+    shape: dict[str, Any] = {"dim": 16_384, "n_heads": 128, "n_kv_heads": 8, "head_dim": 128, "hidden_dim": 53_248}
+    llama = ModelConfig(vocab_size=128_256, n_layers=126, **shape)
     sizes = [len(stage) for stage in stage_layers(llama, 16, 8192)]
     assert sum(sizes) == 126
     assert max(sizes) == 8
