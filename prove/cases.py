@@ -10,6 +10,7 @@ from typing import Any
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.rules import layout_problems
+from triplane.prove.networks import OPTIONS, Row, cover, network, valid_network
 
 _BF16 = {"precision": "bf16"}
 _CHOICES: list[list[dict[str, Any]]] = [
@@ -24,6 +25,9 @@ _CHOICES: list[list[dict[str, Any]]] = [
     [_BF16],
 ]
 """Alternatives to the default of each axis: one rank, zero 1, an untied head, fp32."""
+
+_SLOW = [number for number, choices in enumerate(_CHOICES) if choices in ([{"compile": True}], [_BF16])]
+"""Axes that are proven with few networks: each compiles anew, or needs a bound of its own."""
 
 _LARGE: list[dict[str, Any]] = [
     {"tp": 2, "sequence_parallel": True, "pp": 2, "virtual_stages": 2, "dp": 2, "recompute": "selective"},
@@ -77,7 +81,7 @@ _RESHARDED: list[dict[str, Any]] = [
 ]
 """Each saves a checkpoint that all others load."""
 
-_CASE_DEFAULTS = {"tied": False, "precision": "fp32", "large": False}
+_CASE_DEFAULTS: dict[str, Any] = {"tied": False, "precision": "fp32", "large": False, "options": ()}
 """Defaults of a case's settings besides the layout."""
 
 
@@ -90,6 +94,8 @@ class Case:
     precision: str
     large: bool = False
     """Whether the vocabulary is large."""
+    options: tuple[str, ...] = ()
+    """Options of the network, of those in networks.py."""
 
     @property
     def ranks(self) -> int:
@@ -100,6 +106,7 @@ class Case:
         return ", ".join(
             [
                 self.layout.describe(),
+                *self.options,
                 *(["tied"] if self.tied else []),
                 *(["large vocabulary"] if self.large else []),
                 *([self.precision] if self.precision != "fp32" else []),
@@ -107,8 +114,9 @@ class Case:
         )
 
     def model(self, model: ModelConfig) -> ModelConfig:
-        """Returns `model` with the head and the vocabulary of this case."""
+        """Returns `model` with the options, the head and the vocabulary of this case."""
         size = {"vocab_size": LARGE_VOCABULARY} if self.large else {}
+        model = network(model, self.options) if self.options else model
         return model.model_copy(update={"tie_embeddings": self.tied} | size)
 
 
@@ -151,6 +159,21 @@ def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Cas
     return cover
 
 
+def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Case]:
+    """Returns networks and layouts that hold every pair of options, and every pair of an option and an axis."""
+    spread = {axis: [json.dumps(choice) for choice in choices] for axis, choices in enumerate(_CHOICES)}
+    names = {f"axis {axis}": choices for axis, choices in spread.items() if axis not in _SLOW}
+
+    def case(row: Row) -> Case | None:
+        setting: dict[str, Any] = {"options": tuple(row[part] for part in OPTIONS if part in row)}
+        for axis in names:
+            setting |= json.loads(row.get(axis, "{}"))
+        return _case(model, setting, ranks=ranks, runs_here=runs_here)
+
+    rows = cover({part: list(options) for part, options in OPTIONS.items()} | names, lambda row: case(row) is not None)
+    return [found for row in rows if (found := case(row)) is not None]
+
+
 def resharding_proof(model: ModelConfig, *, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:
     """Returns layouts that store the state differently; with `tied`, those that treat the tied head differently."""
     settings = _TIED if tied else _RESHARDED
@@ -172,9 +195,11 @@ def own_case(
 def _case(model: ModelConfig, setting: dict[str, Any], *, ranks: int, runs_here: RunsHere) -> Case | None:
     """Returns a case; None if the choices do not fit the machine or each other."""
     options = dict(setting)
-    tied, precision, large = (options.pop(key, default) for key, default in _CASE_DEFAULTS.items())
+    tied, precision, large, network_options = (options.pop(key, default) for key, default in _CASE_DEFAULTS.items())
     layout = ParallelConfig(**({"dp": 1, "timeout_s": 300.0} | options))
-    case = Case(layout, tied=tied, precision=precision, large=large)
-    if case.ranks > ranks or list(layout_problems(model, layout, precision)):
+    case = Case(layout, tied=tied, precision=precision, large=large, options=network_options)
+    if case.ranks > ranks or not valid_network(model, network_options):
+        return None
+    if list(layout_problems(case.model(model), layout, precision)):
         return None
     return case if runs_here(case) else None

@@ -1,0 +1,140 @@
+"""Networks that `triplane prove` trains: every kind and option of a part, in few rows that hold every pair of them.
+
+A row is a network and a layout. Each pair of options, and each pair of an option and a choice of layout, is in a row
+(a covering array; Cohen et al. 1997), so a mistake in how two of them compose shows.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+from pydantic import ValidationError
+
+from triplane.model.config import ModelConfig
+
+_RMS, _LAYER = {"kind": "rms"}, {"kind": "layer"}
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "norm": {
+        "unit offset": {"norm": {"unit_offset": True}},
+        "LayerNorm": {"norm": _LAYER},
+        "LayerNorm without weights": {"norm": _LAYER | {"gain": False, "bias": False}},
+        "ScaleNorm": {"norm": {"kind": "scale"}},
+        "FixNorm": {"norm": {"kind": "fix", "length": 5.0}},
+    },
+    "residual": {
+        "post norms": {"norm_placement": "post"},
+        "output norms": {"norm_placement": "output"},
+        "sandwich norms": {"norm_placement": "sandwich"},
+        "parallel": {"residual": "parallel"},
+        "parallel, one norm": {"residual": "parallel_shared_norm", "residual_scale": 0.5},
+    },
+    "positions": {
+        "partial interleaved rotary": {"positions": {"fraction": 0.5, "interleaved": True}},
+        "YaRN": {"positions": {"scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}}},
+        "learned": {"positions": {"kind": "learned", "max_seq_len": 64, "offset": 2}},
+        "sinusoidal": {"positions": {"kind": "sinusoidal"}, "embedding_scale": 5.0},
+        "ALiBi": {"positions": {"kind": "alibi"}},
+        "T5 bias": {"positions": {"kind": "relative", "buckets": 8, "max_distance": 32}},
+        "no positions": {"positions": {"kind": "none"}},
+    },
+    "queries and keys": {
+        "QK-norm": {"attention": {"qk_norm": _RMS}},
+        "QK-norm of each head": {"attention": {"qk_norm": _LAYER, "qk_norm_over": "each"}},
+        "QK-norm over all heads": {"attention": {"qk_norm": _RMS, "qk_norm_over": "all"}},
+        "QK-norm after rotation": {"attention": {"qk_norm": _RMS, "qk_norm_after_rotation": True}},
+        "clipped, no biases": {"attention": {"clip_qkv": 0.5, "qkv_bias": False}},
+    },
+    "scores": {
+        "window": {"attention": {"window": 12}},
+        "soft cap": {"attention": {"softcap": 2.0, "scale": 0.5}},
+        "sinks": {"attention": {"sinks": True, "output_bias": True}},
+        "every other layer windowed": {"layers": [{"attention": {"window": 7}, "repeat": 2}, {}, {}, {}]},
+        "some layers without positions": {"layers": [{}, {}, {}, {}, {"positions": {"kind": "none"}}]},
+    },
+    "heads": {"one key head": {"attention": {"n_kv_heads": 1}}, "a key head each": {"attention": {"n_kv_heads": 8}}},
+    "feed-forward": {
+        "GEGLU": {"feed_forward": {"activation": "gelu_tanh", "bias": True}},
+        "clamped GLU": {"feed_forward": {"activation": "gelu_sigmoid", "clamp": 0.5, "up_offset": 1.0}},
+        "bilinear": {"feed_forward": {"activation": "none"}},
+        "GELU": {"feed_forward": {"kind": "plain", "activation": "gelu"}},
+        "squared ReLU": {"feed_forward": {"kind": "plain", "activation": "relu_squared", "bias": False}},
+        "sigmoid": {"feed_forward": {"kind": "plain", "activation": "sigmoid"}},
+    },
+    "ends": {
+        "capped logits": {"embedding_scale": 3.0, "head_softcap": 3.0},
+        "embedding norm, head bias": {"embedding_norm": _LAYER, "head_bias": True, "head_scale": 0.5},
+    },
+}
+"""Changes of the proof's model by part and option; besides, each part may be as it is there."""
+
+_TRIES = 10
+"""Completions tried for each row."""
+
+Row = dict[str, str]
+"""The chosen option of each part or axis that has one."""
+
+
+@cache
+def network(model: ModelConfig, options: tuple[str, ...]) -> ModelConfig:
+    """Returns `model` with options; raises ValidationError if they contradict each other."""
+    content = model.model_dump(exclude={"layers"})
+    changes = [change for named in OPTIONS.values() for name, change in named.items() if name in options]
+    # Those of layers last, since a layer holds all options of its parts.
+    for change in sorted(changes, key=lambda change: "layers" in change):
+        for key, value in change.items():
+            content[key] = _merged(content.get(key), value)
+    return ModelConfig.model_validate(content)
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    """Returns the table with changes, unless they make it another kind."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    if changes.get("kind", base.get("kind")) == base.get("kind"):
+        return base | changes
+    return {key: value for key, value in base.items() if key == "hidden_dim"} | changes
+
+
+def cover(axes: Mapping[str, Sequence[str]], valid: Callable[[Row], bool]) -> list[Row]:
+    """Returns rows with every pair of options of two axes that is valid; each axis may be left out.
+
+    Any options that are valid in pairs must be valid together, or `valid` is asked for the whole row.
+    """
+    draw = random.Random(0)
+    alone = [{axis: option} for axis in axes for option in axes[axis]]
+    together = [a | b for a, b in combinations(alone, 2) if a.keys() != b.keys()]
+    sound = set().union(*(_pairs(row) for row in [*alone, *together] if valid(row)))
+
+    def completed(row: Row) -> Row:
+        others = [axis for axis in axes if axis not in row]
+        for axis in draw.sample(others, len(others)):
+            tried = row | {axis: draw.choice(axes[axis])}
+            if _pairs(tried) <= sound and valid(tried):
+                row = tried
+        return row
+
+    missing = set(sound)
+    rows: list[Row] = []
+    while missing:
+        first = min(missing)
+        candidates = [completed(dict(first)) for _ in range(_TRIES)]
+        rows.append(max(candidates, key=lambda row: len(_pairs(row) & missing)))
+        missing -= _pairs(rows[-1])
+    return rows
+
+
+def _pairs(row: Row) -> set[tuple[tuple[str, str], ...]]:
+    """Returns each choice of a row alone, and each pair of them."""
+    chosen = sorted(row.items())
+    return {*combinations(chosen, 1), *combinations(chosen, 2)}
+
+
+@cache
+def valid_network(model: ModelConfig, options: tuple[str, ...]) -> bool:
+    """Returns True if the options go together."""
+    try:
+        return not list(network(model, options).problems())
+    except ValidationError:
+        return False
