@@ -10,7 +10,7 @@ from typing import Any
 from triplane.config.load import load_config
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
-from triplane.prove.cases import Case, full_proof, own_case, quick_proof
+from triplane.prove.cases import Case, full_proof, network_proof, own_case, quick_proof
 from triplane.prove.compare import TIMEOUT_S, Machine, tolerances, train_case, worst
 from triplane.prove.forked import RanksFailedError, run_ranks
 from triplane.prove.reference import Difference, Trace, proof_model, train_plainly
@@ -51,6 +51,8 @@ def prove(config: Path | None, *, ranks: int | None, quick: bool, json_path: Pat
             print(f"{config}: its own layout requires more than {machine.ranks} ranks, with two on each axis; skipped")
         cases = [] if own is None else [own]
     cases += (quick_proof if quick else full_proof)(model, machine.ranks, machine.runs)
+    if config is None:
+        cases += network_proof(model, machine.ranks, machine.runs, quick=quick)
     results = _results(model, cases, machine)
     if json_path is not None:
         write_whole(json_path, (json.dumps([_record(result) for result in results], indent=1) + "\n").encode())

@@ -25,7 +25,7 @@ from triplane.training.hardware import DTYPES
 
 TIMEOUT_S = 300.0
 _FP32 = Difference(loss=1e-5, norm=2e-6, weight=1e-5, moment=1e-5)
-"""The norm is about 1.5, and exact to 1e-6 however large a tensor is."""
+"""The norm, relative, is exact to 1e-6 however large a tensor is."""
 
 
 @dataclass(frozen=True)

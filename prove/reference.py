@@ -182,7 +182,7 @@ def train_on_mesh(engine: Engine, steps: range, seed: int = SEED) -> Trace:
 
 
 def largest_difference(trace: Trace, reference: Trace) -> Difference:
-    """Returns the largest absolute differences of a rank's trace from `reference`."""
+    """Returns the largest differences of a rank's trace from `reference`: relative norms, absolute others."""
     weight = moment = 0.0
     for box, differing in _differing(trace, reference):
         largest = float(differing.abs().max())
@@ -206,8 +206,7 @@ def typical_difference(trace: Trace, reference: Trace, device: torch.device) -> 
     totals = totals.to(device)
     dist.all_reduce(totals)
     weight, moment = (totals[:, 0] / totals[:, 1]).sqrt().tolist()
-    norms = [differing / norm for differing, norm in zip(_norms(trace, reference), reference.norms)]
-    losses = _losses(trace, reference)
+    losses, norms = _losses(trace, reference), _norms(trace, reference)
     return Difference(loss=median(map(abs, losses)), norm=median(map(abs, norms)), weight=weight, moment=moment)
 
 
@@ -224,7 +223,8 @@ def _losses(trace: Trace, reference: Trace) -> list[float]:
 
 
 def _norms(trace: Trace, reference: Trace) -> list[float]:
-    return [ours - theirs for ours, theirs in zip(trace.norms, reference.norms, strict=True)]
+    """Returns the relative differences."""
+    return [(ours - theirs) / theirs for ours, theirs in zip(trace.norms, reference.norms, strict=True)]
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:

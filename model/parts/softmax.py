@@ -109,9 +109,7 @@ class Softmax(Part):
             q, k = self._normalized(m, q_THK.flatten(1), k_TGK.flatten(1))
             q_THK, k_TGK = q.view_as(q_THK), k.view_as(k_TGK)
         sinks_H = m.use("sinks") if self.sinks else None
-        bias_HL = positions.bias(tables)
-        extras = () if bias_HL is None and sinks_H is None else (bias_HL, sinks_H)
-        out_THK = m.core(q_THK, k_TGK, v_TGK, batch, *extras)
+        out_THK = m.core(q_THK, k_TGK, v_TGK, batch, positions.bias(tables), sinks_H)
         return m.wo(out_THK.flatten(1))
 
     def build(self, dim: int) -> PartModule:

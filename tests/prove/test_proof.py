@@ -117,7 +117,7 @@ def _with_batched_sends(patch: pytest.MonkeyPatch) -> None:
 
 
 def _without_the_tied_gradient(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_sum_tied_gradient", lambda self: None)
+    patch.setattr(Engine, "_sum_copied_gradients", lambda self: None)
 
 
 def _with_the_tied_copy_counted_twice(patch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ZeroOptimizer, "backward", lambda self, loss, last: right(self, loss, True))
 
 
-def _with_decay_by_the_shape_that_is_left(patch: pytest.MonkeyPatch) -> None:
+def _with_decay_of_vectors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         "triplane.prove.reference.adamw", lambda config, placed: adamw(config, ((p, "matrix") for p, _ in placed))
     )
@@ -207,7 +207,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_the_mean_over_own_tokens, {"dp": 2, "zero": 0}),
     (_with_swapped_shares, {"dp": 2, "zero": 1}),
     (_with_every_micro_batch_as_the_last, {"dp": 2, "zero": 2}),
-    (_with_decay_by_the_shape_that_is_left, {"dp": 2, "zero": 3}),
+    (_with_decay_of_vectors, {"dp": 2, "zero": 3}),
     (_without_the_last_keys_of_the_ring, {"cp": 2, "cp_method": "ring"}),
     (_without_the_exchange_of_heads, {"cp": 2}),
     (_with_overwritten_products, {"tp": 2, "recompute": "selective"}),
@@ -215,7 +215,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_fp32_weights, {"precision": "bf16"}),
     (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
-    (_with_decay_by_the_shape_that_is_left, {"dp": 2, "zero": 3, "precision": "bf16"}),
+    (_with_decay_of_vectors, {"dp": 2, "zero": 3, "precision": "bf16"}),
 ]
 
 
