@@ -49,12 +49,12 @@ def materialise_shares(model: Transformer, mesh: Mesh) -> None:
         own = list(module.parameters(recurse=False))
         if not own or hasattr(own[0], "ds_id"):  # sharded with the module that holds this one
             continue
-        if module is model.head and model.config.tie_embeddings and model.embedding is not None:
-            model.head.weight = model.embedding.weight
-            continue
         module.to_empty(device=mesh.device)
+        if module is model.head and model.config.tie_embeddings and model.embedding is not None:
+            model.head.weight = model.embedding.weight  # sharded already; a bias is not
         for parameter in module.parameters():
-            nn.init.zeros_(parameter)
+            if not hasattr(parameter, "ds_id"):
+                nn.init.zeros_(parameter)
         # mem_efficient_linear would replace torch's own F.linear globally.
         deepspeed.zero.Init(module, data_parallel_group=mesh.replicas.group, dtype=dtype, mem_efficient_linear=False)
 

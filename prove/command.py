@@ -18,7 +18,7 @@ from triplane.storage.errors import LaunchError
 from triplane.storage.files import write_whole
 from triplane.training.exits import Exit
 
-_STEPS, _LARGE_STEPS = 10, 2
+_STEPS, _LARGE_STEPS, _OPTIONS_STEPS = 10, 2, 4
 _LINE = "{:<7} {:>5} {:>8} {:>8} {:>8} {:>9}  {}"
 
 
@@ -74,7 +74,8 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Re
     for case in cases:
         own = case.model(model)
         if own not in references:
-            references[own] = train_plainly(own, _LARGE_STEPS if case.large else _STEPS)
+            steps = _LARGE_STEPS if case.large else _OPTIONS_STEPS if case.options else _STEPS
+            references[own] = train_plainly(own, steps)
         results.append(_result(own, case, reference=references[own], tolerance=allowed[case], machine=machine))
         print(_line(results[-1]), flush=True)
     return results

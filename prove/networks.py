@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "QK-norm of each head": {"attention": {"qk_norm": _LAYER, "qk_norm_over": "each"}},
         "QK-norm over all heads": {"attention": {"qk_norm": _RMS, "qk_norm_over": "all"}},
         "QK-norm after rotation": {"attention": {"qk_norm": _RMS, "qk_norm_after_rotation": True}},
-        "clipped, no biases": {"attention": {"clip_qkv": 1.5, "qkv_bias": False}},
+        "clipped, no biases": {"attention": {"clip_qkv": 4.0, "qkv_bias": False}},
     },
     "scores": {
         "window": {"attention": {"window": 12}},
@@ -56,7 +56,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "heads": {"one key head": {"attention": {"n_kv_heads": 1}}, "a key head each": {"attention": {"n_kv_heads": 8}}},
     "feed-forward": {
         "GEGLU": {"feed_forward": {"activation": "gelu_tanh", "bias": True}},
-        "clamped GLU": {"feed_forward": {"activation": "gelu_sigmoid", "clamp": 1.5, "up_offset": 1.0}},
+        "clamped GLU": {"feed_forward": {"activation": "gelu_sigmoid", "clamp": 7.0, "up_offset": 1.0}},
         "bilinear": {"feed_forward": {"activation": "none"}},
         "GELU": {"feed_forward": {"kind": "plain", "activation": "gelu"}},
         "squared ReLU": {"feed_forward": {"kind": "plain", "activation": "relu_squared", "bias": False}},
