@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triplane.model.merge import merge
 from triplane.model.rule import Rule
 
 _LOG2E = math.log2(math.e)
@@ -49,34 +50,39 @@ def spans_within(bounds: Sequence[int]) -> list[Span]:
 def forward(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: Sequence[Span], rule: Rule, bias_HL: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns attention (T, H, K) and its lse (H, T), both in fp32 or wider; no query may be in two spans.
+    """Returns attention (T, H, K) and its lse (H, T), fp32 or wider; no query may be in two spans.
 
-    A query that sees no key gets 0, and -inf as its lse.
+    A query that sees no key, or is in no span, gets 0 and an lse of -inf.
     """
-    wide = torch.promote_types(q_THK.dtype, torch.float32)
-    least = torch.finfo(wide).min
-    groups = k_SGK.shape[1]
-    out_THK = q_THK.new_zeros(q_THK.shape, dtype=wide)
-    lse_TH = out_THK.new_full(q_THK.shape[:2], -math.inf)
+    groups, wide = k_SGK.shape[1], _wide(q_THK)
+    out_THK = _empty(q_THK, spans)
+    lse_TH = q_THK.new_full(q_THK.shape[:2], -math.inf, dtype=wide)
+    space = _Space(q_THK.device)
     for span in _parts(spans, q_THK.shape[1]):
-        q_NSRK = _by_run(q_THK, span.queries, span.runs, groups).to(wide) * _factor(rule)
-        k_NSK, v_NSK = (_by_run(x, span.keys, span.runs, groups).squeeze(2).to(wide) for x in (k_SGK, v_SGK))
-        out_NSRK, lse_NSR = torch.zeros_like(q_NSRK), q_NSRK.new_full(q_NSRK.shape[:3], -math.inf)
+        qs, outs, lses = (_by_run(x, span.queries, span, groups) for x in (q_THK, out_THK, lse_TH.unsqueeze(-1)))
+        k_NSK, v_NSK = (_by_run(x, span.keys, span, groups).flatten(0, 1).squeeze(2).to(wide) for x in (k_SGK, v_SGK))
         for block, tiles in _blocks(span, rule.window):
-            q = q_NSRK[:, block].flatten(1, 2)
-            out, most, total = torch.zeros_like(q), q.new_full((*q.shape[:2], 1), -math.inf), q.new_zeros(())
+            q = _rows(qs, block).to(wide) * _factor(rule)
+            out, lse = torch.zeros_like(q), q.new_full((*q.shape[:2], 1), -math.inf)
             for tile in tiles:
-                score = _scores(q, k_NSK[:, tile.keys], tile, rule, bias_HL)[0]
-                highest = torch.maximum(most, score.amax(-1, keepdim=True)).clamp_(min=least)
-                weight, fade = score.sub_(highest).exp2_(), (most - highest).exp2_()
-                total = total * fade + weight.sum(-1, keepdim=True)
-                out = torch.baddbmm(out * fade, weight, v_NSK[:, tile.keys])
-                most = highest
-            out_NSRK[:, block] = (out / total.clamp(min=torch.finfo(wide).tiny)).view_as(out_NSRK[:, block])
-            lse_NSR[:, block] = ((most + total.log2()) / _LOG2E).view_as(lse_NSR[:, block])
-        out_THK[span.queries] = _by_token(out_NSRK, span.runs)
-        lse_TH[span.queries] = _by_token(lse_NSR.unsqueeze(-1), span.runs).squeeze(-1)
+                part, part_lse = _attend(_scores(q, k_NSK, tile, rule, bias_HL, space)[0], v_NSK[:, tile.keys])
+                if tile is tiles[0]:
+                    out, lse = part, part_lse
+                else:
+                    merge(out, lse.squeeze(-1), part, part_lse.squeeze(-1))
+            outs[:, :, block] = out.view_as(outs[:, :, block])
+            lses[:, :, block] = lse.view_as(lses[:, :, block])
     return out_THK, lse_TH.T.contiguous()
+
+
+def _attend(score: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns attention and its lse over the keys of a tile; overwrites the scores."""
+    limits = torch.finfo(score.dtype)
+    highest = score.amax(-1, keepdim=True).clamp_(min=limits.min)
+    weight = score.sub_(highest).exp2_()
+    total = weight.sum(-1, keepdim=True)
+    out = torch.bmm(weight, v).div_(total.clamp(min=limits.tiny))
+    return out, highest.add_(total.log2_()).mul_(1 / _LOG2E)
 
 
 def backward(
@@ -90,40 +96,73 @@ def backward(
     rule: Rule,
     bias_HL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns the gradients of q, k, v and the bias in fp32 or wider.
+    """Returns the gradients of q, of k and v in fp32 or wider, and of the bias; no query may be in two spans.
 
     `out_THK` and a finite `lse_HT` may be those over further keys; these are then the parts due to `k_SGK` and `v_SGK`.
     """
-    wide = lse_HT.dtype
-    groups = k_SGK.shape[1]
-    dq_THK, dk_SGK, dv_SGK = (x.new_zeros(x.shape, dtype=wide) for x in (q_THK, k_SGK, v_SGK))
+    groups, wide = k_SGK.shape[1], lse_HT.dtype
+    dq_THK = _empty(q_THK, spans)
+    dk_SGK, dv_SGK = (x.new_zeros(x.shape, dtype=wide) for x in (k_SGK, v_SGK))
     dbias_HL = None if bias_HL is None else torch.zeros_like(bias_HL)
-    lean_TH = (grad_THK.to(wide) * out_THK.to(wide)).sum(-1)  # what all gradients of a query's scores have in common
+    space = _Space(q_THK.device)
     for span in _parts(spans, q_THK.shape[1]):
-        q_NSRK = _by_run(q_THK, span.queries, span.runs, groups).to(wide) * _factor(rule)
-        grad_NSRK = _by_run(grad_THK, span.queries, span.runs, groups).to(wide)
-        k_NSK, v_NSK = (_by_run(x, span.keys, span.runs, groups).squeeze(2).to(wide) for x in (k_SGK, v_SGK))
-        lse_NSR1 = _by_run(lse_HT.T.unsqueeze(-1), span.queries, span.runs, groups) * _LOG2E
-        lean_NSR1 = _by_run(lean_TH.unsqueeze(-1), span.queries, span.runs, groups)
-        dq_NSRK, dk_NSK, dv_NSK = (torch.zeros_like(x) for x in (q_NSRK, k_NSK, v_NSK))
+        of_queries = (q_THK, grad_THK, out_THK, lse_HT.T.unsqueeze(-1))
+        by_query = [_by_run(x, span.queries, span, groups) for x in of_queries]
+        k_NSK, v_NSK = (_by_run(x, span.keys, span, groups).flatten(0, 1).squeeze(2) for x in (k_SGK, v_SGK))
+        wide_k_NSK, wide_v_NSK = k_NSK.to(wide), v_NSK.to(wide)
+        dqs = _by_run(dq_THK, span.queries, span, groups)
+        dks, dvs = (_by_run(x, span.keys, span, groups).squeeze(3) for x in (dk_SGK, dv_SGK))
         for block, tiles in _blocks(span, rule.window):
-            q, grad, lse, lean = (x[:, block].flatten(1, 2) for x in (q_NSRK, grad_NSRK, lse_NSR1, lean_NSR1))
+            q, grad, out, lse = (_rows(x, block) for x in by_query)
+            scaled, wide_grad, lse = q.to(wide) * _factor(rule), grad.to(wide), lse * _LOG2E
+            lean = (wide_grad * out).sum(-1, keepdim=True)  # what the gradients of a query's scores have in common
+            dq = torch.zeros_like(scaled)
             for tile in tiles:
-                k, v = k_NSK[:, tile.keys], v_NSK[:, tile.keys]
-                score, capped = _scores(q, k, tile, rule, bias_HL)
+                score, capped = _scores(scaled, wide_k_NSK, tile, rule, bias_HL, space)
                 weight = score.sub_(lse).exp2_()
-                dv_NSK[:, tile.keys] += weight.mT @ grad
-                dscore = (grad @ v.mT).sub_(lean).mul_(weight)
+                dv, dk = dvs[:, :, tile.keys], dks[:, :, tile.keys]
+                dv += torch.bmm(space.rounded(weight, grad.dtype).mT, grad).view_as(dv)
+                dscore = torch.bmm(wide_grad, wide_v_NSK[:, tile.keys].mT, out=space.like("dscore", weight))
+                dscore.sub_(lean).mul_(weight)
                 if dbias_HL is not None:
                     _add_diagonals(dbias_HL, dscore, tile, span.runs)
                 if capped is not None:
                     dscore.mul_(1 - capped.square())
-                dq_NSRK[:, block] += (dscore @ k).view_as(q_NSRK[:, block])
-                dk_NSK[:, tile.keys] += dscore.mT @ q
-        dq_THK[span.queries] += _by_token(dq_NSRK.mul_(rule.scale), span.runs)
-        dk_SGK[span.keys] += _by_token(dk_NSK.mul_(rule.scale / _factor(rule)).unsqueeze(2), span.runs)
-        dv_SGK[span.keys] += _by_token(dv_NSK.unsqueeze(2), span.runs)
-    return dq_THK, dk_SGK, dv_SGK, dbias_HL
+                rounded = space.rounded(dscore, q.dtype)
+                dq += torch.bmm(rounded, k_NSK[:, tile.keys])
+                dk += torch.bmm(rounded.mT, q).view_as(dk)
+            dqs[:, :, block] = dq.mul_(rule.scale).view_as(dqs[:, :, block])
+    return dq_THK, dk_SGK.mul_(rule.scale), dv_SGK, dbias_HL
+
+
+def _empty(q_THK: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Returns memory for what has the shape of the queries; zeros where a query may be in no span."""
+    queries = sum(span.queries.stop - span.queries.start for span in spans)
+    return q_THK.new_empty(q_THK.shape) if queries == len(q_THK) else q_THK.new_zeros(q_THK.shape)
+
+
+class _Space:
+    """Memory that tiles use one after another, since fresh memory costs more than the work done in it."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        if name not in self._held or len(self._held[name]) < size:
+            self._held[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return self._held[name][:size].view(*shape)
+
+    def like(self, name: str, x: Tensor) -> Tensor:
+        return self.take(name, x.shape, x.dtype)
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if x.dtype == dtype else self.take("rounded", x.shape, dtype).copy_(x)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Tile(NamedTuple):
@@ -170,16 +209,15 @@ def _blocks(span: Span, window: int | None) -> Iterator[tuple[slice, list[_Tile]
         yield slice(start, stop), tiles
 
 
-def _by_run(x_THK: Tensor, tokens: slice, runs: int, groups: int) -> Tensor:
-    """Returns (N, S, R, K)."""
+def _by_run(x_THK: Tensor, tokens: slice, span: Span, groups: int) -> Tensor:
+    """Returns a view (runs, G, S, R, K) of tokens; its first two dims together are N."""
     x_THK = x_THK[tokens]
-    by_group = x_THK.view(runs, -1, groups, x_THK.shape[1] // groups, x_THK.shape[2])
-    return by_group.transpose(1, 2).flatten(0, 1)
+    return x_THK.view(span.runs, -1, groups, x_THK.shape[1] // groups, x_THK.shape[2]).transpose(1, 2)
 
 
-def _by_token(x_NSRK: Tensor, runs: int) -> Tensor:
-    """The inverse of `_by_run`."""
-    return x_NSRK.view(runs, -1, *x_NSRK.shape[1:]).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+def _rows(by_run: Tensor, block: slice) -> Tensor:
+    """Returns (N, rows x R, K) of a block of queries."""
+    return by_run[:, :, block].flatten(2, 3).flatten(0, 1)
 
 
 def _factor(rule: Rule) -> float:
@@ -187,9 +225,12 @@ def _factor(rule: Rule) -> float:
     return rule.scale * _LOG2E if rule.softcap is None else rule.scale / rule.softcap
 
 
-def _scores(q: Tensor, k: Tensor, tile: _Tile, rule: Rule, bias_HL: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    q: Tensor, k_NSK: Tensor, tile: _Tile, rule: Rule, bias_HL: Tensor | None, space: _Space
+) -> tuple[Tensor, Tensor | None]:
     """Returns the scores (N, rows x R, columns) of scaled queries, and with a soft cap their tangents."""
-    score, capped = torch.bmm(q, k.mT), None
+    score, capped = space.take("score", (*q.shape[:2], tile.columns), q.dtype), None
+    torch.bmm(q, k_NSK[:, tile.keys].mT, out=score)
     if rule.softcap is not None:
         capped = score.tanh_()
         score = capped * (rule.softcap * _LOG2E)

@@ -98,7 +98,8 @@ class _Direct(torch.autograd.Function):
         lse_HT = out_THK.new_full((q_THK.shape[1], len(q_THK)), float("-inf"))
         for hop, kv in _fetched(hops, own):
             for spans in hop.read.spans:
-                merge(out_THK, lse_HT, *blocked.forward(q_THK, kv[:, 0], kv[:, 1], spans, rule, bias_HL))
+                part, part_lse = blocked.forward(q_THK, kv[:, 0], kv[:, 1], spans, rule, bias_HL)
+                merge(out_THK, lse_HT.T, part, part_lse.T)
         if sinks_H is not None:
             out_THK, lse_HT = sinks.join(out_THK, lse_HT, sinks_H)
         out_THK = out_THK.to(q_THK.dtype)
@@ -113,13 +114,15 @@ class _Direct(torch.autograd.Function):
         dbias_HL = None if bias_HL is None else torch.zeros_like(bias_HL)
         returning: deque[tuple[_Hop, Callable[[], Tensor]]] = deque()
         for hop, kv in _fetched(ctx.hops, own):
-            spans = [span for group in hop.read.spans for span in group]
-            known = (grad_THK, q_THK, kv[:, 0], kv[:, 1], out_THK, lse_HT)
-            dq, dk, dv, dbias = blocked.backward(*known, spans, ctx.rule, bias_HL)
-            dq_THK += dq
-            if dbias_HL is not None and dbias is not None:
-                dbias_HL += dbias
-            returning.append((hop, hop.give_back(torch.stack((dk, dv), dim=1))))
+            down_there = torch.zeros_like(kv, dtype=lse_HT.dtype)
+            for spans in hop.read.spans:
+                known = (grad_THK, q_THK, kv[:, 0], kv[:, 1], out_THK, lse_HT)
+                dq, dk, dv, dbias = blocked.backward(*known, spans, ctx.rule, bias_HL)
+                dq_THK += dq
+                down_there += torch.stack((dk, dv), dim=1)
+                if dbias_HL is not None and dbias is not None:
+                    dbias_HL += dbias
+            returning.append((hop, hop.give_back(down_there)))
             if len(returning) > 1:
                 _add(down, *returning.popleft())
         _add(down, *returning.pop())

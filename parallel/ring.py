@@ -104,7 +104,7 @@ class _Ring(torch.autograd.Function):
             if rank in ctx.pairs:
                 queries, keys, segments = ctx.pairs[rank]
                 part, part_lse = flash.forward(q_THK[queries], k[keys], v[keys], segments, rule)
-                merge(out_THK[queries], lse_HT[:, queries], part, part_lse)
+                merge(out_THK[queries], lse_HT.T[queries], part, part_lse.T)
         if sinks_H is not None:
             out_THK, lse_HT = sinks.join(out_THK, lse_HT, sinks_H)
         out_THK = out_THK.to(q_THK.dtype)
