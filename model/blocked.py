@@ -4,14 +4,15 @@ A block of queries meets a block of keys at a time, in a tile of scores; tiles t
 Query heads that share a key head are rows of one product. Mask and bias depend on a query's distance from a key
 alone, so they are one vector, of which each row of a tile holds a part, one place further than the row above.
 
-Shapes are those of batch.py, with S keys and L distances; N is runs x key heads, R query heads per key head.
+Shapes are those of batch.py, with S keys and L distances; N is runs, R query heads per key head.
 Scores are logarithms to base 2, since exp2 costs a third of exp.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ from torch import Tensor
 from triplane.model.merge import merge
 from triplane.model.rule import Rule
 
+_Result = TypeVar("_Result")
+
 _LOG2E = math.log2(math.e)
-_QUERIES, _KEYS = 64, 512
+_QUERIES, _KEYS = 128, 1024
 """Sides of a tile."""
-_SCORES = 2**21
-"""Scores of all runs and heads in a tile, at most, as long as there are several runs."""
+_SCORES = 2**18
+"""Scores in a tile of several runs, at most: what a core's cache holds."""
 
 
 class Span(NamedTuple):
@@ -50,29 +53,32 @@ def spans_within(bounds: Sequence[int]) -> list[Span]:
 def forward(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: Sequence[Span], rule: Rule, bias_HL: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns attention (T, H, K) and its lse (H, T), fp32 or wider; no query may be in two spans.
+    """Returns attention (T, H, K) and its lse (H, T), fp32 or wider; no query and no key may be in two spans.
 
     A query that sees no key, or is in no span, gets 0 and an lse of -inf.
     """
-    groups, wide = k_SGK.shape[1], _wide(q_THK)
+    wide = torch.promote_types(q_THK.dtype, torch.float32)
     out_THK = _empty(q_THK, spans)
-    lse_TH = q_THK.new_full(q_THK.shape[:2], -math.inf, dtype=wide)
-    space = _Space(q_THK.device)
-    for span in _parts(spans, q_THK.shape[1]):
-        qs, outs, lses = (_by_run(x, span.queries, span, groups) for x in (q_THK, out_THK, lse_TH.unsqueeze(-1)))
-        k_NSK, v_NSK = (_by_run(x, span.keys, span, groups).flatten(0, 1).squeeze(2).to(wide) for x in (k_SGK, v_SGK))
-        for block, tiles in _blocks(span, rule.window):
-            q = _rows(qs, block).to(wide) * _factor(rule)
+    lse_TH1 = q_THK.new_full((*q_THK.shape[:2], 1), -math.inf, dtype=wide)
+
+    def attend(part: _Part) -> None:
+        qs, outs, lses = (part.queries(x) for x in (q_THK, out_THK, lse_TH1))
+        k_NSK, v_NSK = (part.keys(x).squeeze(2).to(wide) for x in (k_SGK, v_SGK))
+        bias_RL, space = part.bias(bias_HL), _Space(q_THK.device)
+        for block, tiles in _blocks(part.span, rule.window):
+            q = qs[:, block].flatten(1, 2).to(wide) * _factor(rule)
             out, lse = torch.zeros_like(q), q.new_full((*q.shape[:2], 1), -math.inf)
             for tile in tiles:
-                part, part_lse = _attend(_scores(q, k_NSK, tile, rule, bias_HL, space)[0], v_NSK[:, tile.keys])
+                here, here_lse = _attend(_scores(q, k_NSK, tile, rule, bias_RL, space)[0], v_NSK[:, tile.keys])
                 if tile is tiles[0]:
-                    out, lse = part, part_lse
+                    out, lse = here, here_lse
                 else:
-                    merge(out, lse.squeeze(-1), part, part_lse.squeeze(-1))
-            outs[:, :, block] = out.view_as(outs[:, :, block])
-            lses[:, :, block] = lse.view_as(lses[:, :, block])
-    return out_THK, lse_TH.T.contiguous()
+                    merge(out, lse.squeeze(-1), here, here_lse.squeeze(-1))
+            outs[:, block] = out.view_as(outs[:, block])
+            lses[:, block] = lse.view_as(lses[:, block])
+
+    _each(attend, _parts(spans, k_SGK.shape[1], q_THK), q_THK.device)
+    return out_THK, lse_TH1.squeeze(-1).T.contiguous()
 
 
 def _attend(score: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,42 +102,47 @@ def backward(
     rule: Rule,
     bias_HL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns the gradients of q, of k and v in fp32 or wider, and of the bias; no query may be in two spans.
+    """Returns the gradients of q, of k and v in fp32 or wider, and of the bias; spans are as in `forward`.
 
     `out_THK` and a finite `lse_HT` may be those over further keys; these are then the parts due to `k_SGK` and `v_SGK`.
     """
-    groups, wide = k_SGK.shape[1], lse_HT.dtype
-    dq_THK = _empty(q_THK, spans)
-    dk_SGK, dv_SGK = (x.new_zeros(x.shape, dtype=wide) for x in (k_SGK, v_SGK))
-    dbias_HL = None if bias_HL is None else torch.zeros_like(bias_HL)
-    space = _Space(q_THK.device)
-    for span in _parts(spans, q_THK.shape[1]):
-        of_queries = (q_THK, grad_THK, out_THK, lse_HT.T.unsqueeze(-1))
-        by_query = [_by_run(x, span.queries, span, groups) for x in of_queries]
-        k_NSK, v_NSK = (_by_run(x, span.keys, span, groups).flatten(0, 1).squeeze(2) for x in (k_SGK, v_SGK))
+    wide = lse_HT.dtype
+    dq_THK, dk_SGK, dv_SGK = _empty(q_THK, spans), *(x.new_zeros(x.shape, dtype=wide) for x in (k_SGK, v_SGK))
+
+    def differentiate(part: _Part) -> Tensor | None:
+        by_query = [part.queries(x) for x in (q_THK, grad_THK, out_THK, lse_HT.T.unsqueeze(-1))]
+        k_NSK, v_NSK = (part.keys(x).squeeze(2) for x in (k_SGK, v_SGK))
         wide_k_NSK, wide_v_NSK = k_NSK.to(wide), v_NSK.to(wide)
-        dqs = _by_run(dq_THK, span.queries, span, groups)
-        dks, dvs = (_by_run(x, span.keys, span, groups).squeeze(3) for x in (dk_SGK, dv_SGK))
-        for block, tiles in _blocks(span, rule.window):
-            q, grad, out, lse = (_rows(x, block) for x in by_query)
+        dqs, dks, dvs = part.queries(dq_THK), part.keys(dk_SGK).squeeze(2), part.keys(dv_SGK).squeeze(2)
+        bias_RL, space = part.bias(bias_HL), _Space(q_THK.device)
+        dbias_RL = None if bias_RL is None else torch.zeros_like(bias_RL)
+        for block, tiles in _blocks(part.span, rule.window):
+            q, grad, out, lse = (x[:, block].flatten(1, 2) for x in by_query)
             scaled, wide_grad, lse = q.to(wide) * _factor(rule), grad.to(wide), lse * _LOG2E
             lean = (wide_grad * out).sum(-1, keepdim=True)  # what the gradients of a query's scores have in common
             dq = torch.zeros_like(scaled)
             for tile in tiles:
-                score, capped = _scores(scaled, wide_k_NSK, tile, rule, bias_HL, space)
+                score, capped = _scores(scaled, wide_k_NSK, tile, rule, bias_RL, space)
                 weight = score.sub_(lse).exp2_()
-                dv, dk = dvs[:, :, tile.keys], dks[:, :, tile.keys]
-                dv += torch.bmm(space.rounded(weight, grad.dtype).mT, grad).view_as(dv)
+                dvs[:, tile.keys] += torch.bmm(space.rounded(weight, grad.dtype).mT, grad)
                 dscore = torch.bmm(wide_grad, wide_v_NSK[:, tile.keys].mT, out=space.like("dscore", weight))
                 dscore.sub_(lean).mul_(weight)
-                if dbias_HL is not None:
-                    _add_diagonals(dbias_HL, dscore, tile, span.runs)
+                if dbias_RL is not None:
+                    _add_diagonals(dbias_RL, dscore, tile)
                 if capped is not None:
                     dscore.mul_(1 - capped.square())
                 rounded = space.rounded(dscore, q.dtype)
                 dq += torch.bmm(rounded, k_NSK[:, tile.keys])
-                dk += torch.bmm(rounded.mT, q).view_as(dk)
-            dqs[:, :, block] = dq.mul_(rule.scale).view_as(dqs[:, :, block])
+                dks[:, tile.keys] += torch.bmm(rounded.mT, q)
+            dqs[:, block] = dq.mul_(rule.scale).view_as(dqs[:, block])
+        return dbias_RL
+
+    parts = _parts(spans, k_SGK.shape[1], q_THK)
+    dbiases = _each(differentiate, parts, q_THK.device)
+    dbias_HL = None if bias_HL is None else torch.zeros_like(bias_HL)
+    for part, dbias_RL in zip(parts, dbiases, strict=True):
+        if dbias_HL is not None and dbias_RL is not None:
+            dbias_HL[part.heads] += dbias_RL
     return dq_THK, dk_SGK.mul_(rule.scale), dv_SGK, dbias_HL
 
 
@@ -139,6 +150,61 @@ def _empty(q_THK: Tensor, spans: Sequence[Span]) -> Tensor:
     """Returns memory for what has the shape of the queries; zeros where a query may be in no span."""
     queries = sum(span.queries.stop - span.queries.start for span in spans)
     return q_THK.new_empty(q_THK.shape) if queries == len(q_THK) else q_THK.new_zeros(q_THK.shape)
+
+
+class _Part(NamedTuple):
+    """What one thread computes: some runs of a span, for the query heads of one key head."""
+
+    span: Span
+    group: int
+    heads: slice
+
+    def queries(self, x_THK: Tensor) -> Tensor:
+        """Returns a view (N, S, R, K)."""
+        x_TRK = x_THK[self.span.queries, self.heads]
+        return x_TRK.view(self.span.runs, -1, *x_TRK.shape[1:])
+
+    def keys(self, x_SGK: Tensor) -> Tensor:
+        """Returns a view (N, S, 1, K)."""
+        x_S1K = x_SGK[self.span.keys, self.group : self.group + 1]
+        return x_S1K.view(self.span.runs, -1, *x_S1K.shape[1:])
+
+    def bias(self, bias_HL: Tensor | None) -> Tensor | None:
+        return None if bias_HL is None else bias_HL[self.heads]
+
+
+def _parts(spans: Sequence[Span], groups: int, q_THK: Tensor) -> list[_Part]:
+    shared = q_THK.shape[1] // groups
+    parts = []
+    for span in spans:
+        queries, keys = ((x.stop - x.start) // span.runs for x in (span.queries, span.keys))
+        most = max(_SCORES // (shared * min(queries, _QUERIES) * min(keys, _KEYS)), 1)
+        for first in range(0, span.runs, most):
+            runs = min(most, span.runs - first)
+            query, key = span.queries.start + first * queries, span.keys.start + first * keys
+            some = Span(slice(query, query + runs * queries), slice(key, key + runs * keys), span.distance, runs)
+            parts += [_Part(some, group, slice(group * shared, (group + 1) * shared)) for group in range(groups)]
+    return parts
+
+
+def _each(work: Callable[[_Part], _Result], parts: Sequence[_Part], device: torch.device) -> list[_Result]:
+    """Does the work of each part; on a CPU on as many threads as an operator may use.
+
+    Within an operator threads would meet after each of the many small ones, and wait there for the slowest.
+    """
+    threads = min(torch.get_num_threads(), len(parts)) if device.type == "cpu" else 1
+    if threads <= 1:
+        return [work(part) for part in parts]
+
+    def alone(part: _Part) -> _Result:
+        with torch.no_grad():
+            return work(part)
+
+    usual = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        results = list(pool.map(alone, parts))
+    torch.set_num_threads(usual)  # for threads that start later; the pool's own setting was for its threads
+    return results
 
 
 class _Space:
@@ -161,10 +227,6 @@ class _Space:
         return x if x.dtype == dtype else self.take("rounded", x.shape, dtype).copy_(x)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 class _Tile(NamedTuple):
     keys: slice
     """In a run."""
@@ -183,18 +245,6 @@ class _Tile(NamedTuple):
         return self.distance + self.rows - 1
 
 
-def _parts(spans: Sequence[Span], heads: int) -> Iterator[Span]:
-    """Splits spans of many runs, so that tiles fit into a cache."""
-    for span in spans:
-        queries, keys = (x.stop - x.start for x in (span.queries, span.keys))
-        rows, columns = queries // span.runs, keys // span.runs
-        most = max(_SCORES // (heads * min(rows, _QUERIES) * min(columns, _KEYS)), 1)
-        for first in range(0, span.runs, most):
-            runs = min(most, span.runs - first)
-            start, key = span.queries.start + first * rows, span.keys.start + first * columns
-            yield Span(slice(start, start + runs * rows), slice(key, key + runs * columns), span.distance, runs)
-
-
 def _blocks(span: Span, window: int | None) -> Iterator[tuple[slice, list[_Tile]]]:
     """Yields blocks of a run's queries, with tiles over the keys that some of them see."""
     queries, keys = ((x.stop - x.start) // span.runs for x in (span.queries, span.keys))
@@ -209,24 +259,13 @@ def _blocks(span: Span, window: int | None) -> Iterator[tuple[slice, list[_Tile]
         yield slice(start, stop), tiles
 
 
-def _by_run(x_THK: Tensor, tokens: slice, span: Span, groups: int) -> Tensor:
-    """Returns a view (runs, G, S, R, K) of tokens; its first two dims together are N."""
-    x_THK = x_THK[tokens]
-    return x_THK.view(span.runs, -1, groups, x_THK.shape[1] // groups, x_THK.shape[2]).transpose(1, 2)
-
-
-def _rows(by_run: Tensor, block: slice) -> Tensor:
-    """Returns (N, rows x R, K) of a block of queries."""
-    return by_run[:, :, block].flatten(2, 3).flatten(0, 1)
-
-
 def _factor(rule: Rule) -> float:
     """What queries are multiplied by before the product: a soft cap takes the tangent of it, exp2 its power."""
     return rule.scale * _LOG2E if rule.softcap is None else rule.scale / rule.softcap
 
 
 def _scores(
-    q: Tensor, k_NSK: Tensor, tile: _Tile, rule: Rule, bias_HL: Tensor | None, space: _Space
+    q: Tensor, k_NSK: Tensor, tile: _Tile, rule: Rule, bias_RL: Tensor | None, space: _Space
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the scores (N, rows x R, columns) of scaled queries, and with a soft cap their tangents."""
     score, capped = space.take("score", (*q.shape[:2], tile.columns), q.dtype), None
@@ -234,15 +273,13 @@ def _scores(
     if rule.softcap is not None:
         capped = score.tanh_()
         score = capped * (rule.softcap * _LOG2E)
-    heads_last = score.view(len(score), tile.rows, -1, tile.columns)
-    if bias_HL is not None:
-        added = _by_distance(tile, rule.window, bias_HL)
-        by_group = added.view(-1, heads_last.shape[2], *added.shape[1:]).transpose(1, 2)
-        heads_last.view(-1, *by_group.shape).add_(by_group)
+    by_head = score.view(len(score), tile.rows, -1, tile.columns)
+    if bias_RL is not None:
+        by_head += _by_distance(tile, rule.window, bias_RL).transpose(0, 1)
     else:
         for edge in _edges(tile, rule.window):
             columns = slice(edge.keys.start - tile.keys.start, edge.keys.stop - tile.keys.start)
-            heads_last[..., columns].add_(_by_distance(edge, rule.window, score.new_zeros(1, 1)).unsqueeze(2))
+            by_head[..., columns] += _by_distance(edge, rule.window, score.new_zeros(1, 1)).transpose(0, 1)
     return score, capped
 
 
@@ -256,25 +293,23 @@ def _edges(tile: _Tile, window: int | None) -> Iterator[_Tile]:
         yield _Tile(slice(tile.keys.start, tile.keys.start + far), tile.rows, tile.distance)
 
 
-def _by_distance(tile: _Tile, window: int | None, bias_HL: Tensor) -> Tensor:
-    """Returns what is added to a tile's scores, (H, rows, columns): the bias, and -inf where the rule hides the key."""
-    distance_M = torch.arange(tile.farthest, tile.distance - tile.columns, -1, device=bias_HL.device)
+def _by_distance(tile: _Tile, window: int | None, bias_RL: Tensor) -> Tensor:
+    """Returns what is added to a tile's scores, (R, rows, columns): the bias, and -inf where the rule hides the key."""
+    distance_M = torch.arange(tile.farthest, tile.distance - tile.columns, -1, device=bias_RL.device)
     hidden_M = distance_M < 0 if window is None else (distance_M < 0) | (distance_M >= window)
-    added_HM = bias_HL[:, distance_M.clamp(0, bias_HL.shape[1] - 1)] * _LOG2E
-    return added_HM.masked_fill_(hidden_M, -math.inf).unfold(-1, tile.columns, 1).flip(-2)
+    added_RM = bias_RL[:, distance_M.clamp(0, bias_RL.shape[1] - 1)] * _LOG2E
+    return added_RM.masked_fill_(hidden_M, -math.inf).unfold(-1, tile.columns, 1).flip(-2)
 
 
-def _add_diagonals(dbias_HL: Tensor, dscore: Tensor, tile: _Tile, runs: int) -> None:
+def _add_diagonals(dbias_RL: Tensor, dscore: Tensor, tile: _Tile) -> None:
     """Adds the sum over each diagonal of a tile to the bias of that distance; hidden scores have no gradient."""
-    heads = len(dbias_HL)
-    by_run = dscore.view(runs, len(dscore) // runs, tile.rows, -1, tile.columns)
-    dscore_HQS = by_run.sum(0).transpose(1, 2).flatten(0, 1)
+    dscore_RQS = dscore.view(len(dscore), tile.rows, -1, tile.columns).sum(0).transpose(0, 1)
     distances = tile.rows + tile.columns - 1
     # Rows one place shorter than those of the buffer put a diagonal into a column.
-    skewed = dscore.new_zeros(heads, tile.rows, distances)
+    skewed = dscore.new_zeros(len(dscore_RQS), tile.rows, distances)
     strides = (tile.rows * distances, distances - 1, 1)
-    skewed.as_strided(dscore_HQS.shape, strides, tile.rows - 1).copy_(dscore_HQS)
-    sums_HM = skewed.sum(1).flip(-1)  # from the nearest distance on, which may be negative
+    skewed.as_strided(dscore_RQS.shape, strides, tile.rows - 1).copy_(dscore_RQS)
+    sums_RM = skewed.sum(1).flip(-1)  # from the nearest distance on, which may be negative
     nearest = tile.farthest + 1 - distances
     seen = max(nearest, 0)
-    dbias_HL[:, seen : tile.farthest + 1] += sums_HM[:, seen - nearest :]
+    dbias_RL[:, seen : tile.farthest + 1] += sums_RM[:, seen - nearest :]

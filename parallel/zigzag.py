@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     keys: tuple[slice, ...]
     """At most one run of each chunk of the owner's share; they are sent one after another."""
     spans: tuple[tuple[Span, ...], ...]
-    """Of each of these runs: the reader's queries, in its share, against keys, in what is sent."""
+    """The reader's queries, in its share, against keys, in what is sent; no token is twice in a group."""
 
     @property
     def tokens(self) -> int:
@@ -55,25 +55,26 @@ def seen(bounds: tuple[int, ...], reader: Share, owner: Share, window: int | Non
     """Returns the keys of `owner` that causal queries of `reader` see within documents and the window."""
     runs, groups, sent = [], [], 0
     for owned in (owner.early, owner.late):
-        meetings = [
-            meeting
-            for read in (reader.early, reader.late)
-            for meeting in _meetings(bounds, read, owned, owner.chunk, window or bounds[-1])
+        by_chunk = [
+            _meetings(bounds, read, owned, owner.chunk, window or bounds[-1]) for read in (reader.early, reader.late)
         ]
+        meetings = [meeting for chunk in by_chunk for meeting in chunk]
         if not meetings:
             continue
         first, last = min(keys.start for _, keys in meetings), max(keys.stop for _, keys in meetings)
         place = sent - first
-        groups.append(
+        groups += [
             tuple(
                 Span(
                     slice(reader.before(queries.start), reader.before(queries.stop)),
                     slice(keys.start + place, keys.stop + place),
                     queries.start - keys.start,
                 )
-                for queries, keys in meetings
+                for queries, keys in chunk
             )
-        )
+            for chunk in by_chunk
+            if chunk
+        ]
         runs.append(slice(owner.before(first), owner.before(last)))
         sent += last - first
     return Seen(tuple(runs), tuple(groups))

@@ -78,8 +78,8 @@ def test_fp32(rule: Rule) -> None:
 
 
 def test_many_runs_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "_SCORES", HEADS * 90 * 64 * 2)
-    assert len(list(blocked._parts(blocked.spans_within(range(0, 501, 100)), HEADS))) == 3
+    monkeypatch.setattr(blocked, "_SCORES", 3 * 90 * 100 * 2)
+    assert len(list(blocked._parts(blocked.spans_within(range(0, 501, 100)), 2, torch.zeros(500, HEADS, 8)))) == 6
     assert difference(range(0, 501, 100), Rule(0.3, window=7), "bias sinks") < 2e-13
 
 
