@@ -55,7 +55,7 @@ class SegmentAttention(nn.Module):
 def choose(
     device: str, dtype: torch.dtype, rule: Rule, *, uniform: bool, bias: Tensor | None, sinks: Tensor | None
 ) -> Kernel:
-    """Returns the fastest kernel that can do the rule.
+    """Returns the fastest kernel that can do the rule; benchmarks/attention.py compares them on a CPU.
 
     sdpa     without sinks or a window; on a GPU the only one in fp32
     varlen   on a GPU in half precision, with a window or segments of several lengths

@@ -23,9 +23,9 @@ from triplane.model.rule import Rule
 _Result = TypeVar("_Result")
 
 _LOG2E = math.log2(math.e)
-_QUERIES, _KEYS = 128, 1024
+_QUERIES, _KEYS = 128, 512
 """Sides of a tile."""
-_SCORES = 2**18
+_SCORES = 2**19
 """Scores in a tile of several runs, at most: what a core's cache holds."""
 
 
