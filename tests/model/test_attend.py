@@ -83,6 +83,19 @@ def test_many_runs_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(range(0, 501, 100), Rule(0.3, window=7), "bias sinks") < 2e-13
 
 
+def test_parts_on_two_threads_are_those_on_one() -> None:
+    rule, bounds = Rule(0.3, window=7), BOUNDS["packed"]
+    inputs, batch = Inputs(300, 111), batch_of(bounds)
+    one = output_and_gradients(SegmentAttention(rule), inputs, "bias sinks", batch)
+    torch.set_num_threads(2)
+    try:
+        two = output_and_gradients(SegmentAttention(rule), inputs, "bias sinks", batch)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert max(float((x - y).abs().max()) for x, y in zip(one, two, strict=True)) < 1e-13
+
+
 @pytest.mark.parametrize("distance", [-30, 0, 5, 200, 500])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_a_span_has_the_distance_it_is_told(rule: Rule, distance: int) -> None:
