@@ -11,9 +11,9 @@ from torch import Tensor
 
 from triplane.checkpoint.parent import Parent
 from triplane.data.tokenizer import Tokenizer
+from triplane.hf.config import family_of, hf_config, possible_windows
 from triplane.hf.exportable import export_problems
-from triplane.hf.names import hf_config
-from triplane.hf.tokenizer import write_hf_tokenizer
+from triplane.hf.tokenizer import hf_files, tokenizer_class, write_hf_tokenizer
 from triplane.hf.verify import ExportReport, probe, probe_logits, verify
 from triplane.hf.weights import write_weights
 from triplane.model.config import ModelConfig
@@ -45,8 +45,9 @@ def export(
     refuse_existing(out)
     if problems := export_problems(config, tokenizer):
         raise CheckpointError("\n".join(problems))
-    content = hf_config(config, context, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=dtype)
-    tokens_BS = probe(config, context)
+    family = family_of(config, context, tokenizer=tokenizer_class(hf_files(tokenizer)))
+    content = hf_config(config, context, family, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=_name(dtype))
+    tokens_BS = probe(config, context, possible_windows(content))
     expected_TV = probe_logits(config, weights, tokens_BS, rounded_to=dtype)
     if not expected_TV.isfinite().all():
         raise CheckpointError(f"As {_name(dtype)}, the logits are not finite; export an earlier step.")
@@ -55,7 +56,7 @@ def export(
         _write_json(folder / "config.json", content)
         ids = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", ids)
-        write_weights(weights, config, folder, dtype=dtype)
+        write_weights(weights, family.tensors(config), folder, dtype=dtype)
         write_hf_tokenizer(tokenizer, folder, context)
         report = verify(folder, tokens_BS, expected_TV, tokenizer=tokenizer)
         facts = {"parameters": f"{count_parameters(config):,}", "context": f"{context:,} tokens", "dtype": _name(dtype)}

@@ -5,23 +5,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from triplane.hf.names import OUTPUT_BIAS, to_hf_name
+from triplane.hf.family import Family
+from triplane.hf.tensors import Names
 from triplane.hf.weights import INDEX, SINGLE
 from triplane.model.config import ModelConfig
-from triplane.model.transformer import Transformer
 from triplane.storage.errors import CheckpointError
 from triplane.storage.foreign import FileName, Name, first_problem, read_json, regular_file
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_NO_WEIGHT = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
+_FREQUENCIES = "rotary_emb.inv_freq"
 """Old conversions hold rotary frequencies, which follow from config.json; transformers passes over them too."""
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class _Index(BaseModel, strict=True):
@@ -31,7 +28,7 @@ class _Index(BaseModel, strict=True):
 _Names = TypeAdapter(list[Name])
 
 
-class _Stored(NamedTuple):
+class _Found(NamedTuple):
     """A tensor, as the header of its file describes it."""
 
     file: Path
@@ -42,75 +39,68 @@ class _Stored(NamedTuple):
 class FolderWeights(Mapping[str, Tensor]):
     """The weights of a folder by our names, read when they are asked for; holds none of them.
 
-    Raises CheckpointError, with Hugging Face's names, unless the headers hold exactly the weights of `config`. A head
-    beside tied embeddings, an output bias and rotary frequencies are passed over: see `check_values`.
+    Raises CheckpointError, with Hugging Face's names, unless the headers hold exactly the tensors of `config`. A head
+    beside tied embeddings, output biases that the model lacks, and what follows from config.json are passed over: see
+    `check_values`.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig):
+    def __init__(self, folder: Path, family: Family, config: ModelConfig):
         self.folder = folder
-        self._stored = {name: stored for name, stored in _stored(folder).items() if not _NO_WEIGHT.fullmatch(name)}
-        if (layers := _layers(self._stored)) != config.n_layers:
+        names = family.names_of(config)
+        self._found, self._own_names = _by_family_names(_headers(folder), names)
+        if (layers := _layers(self._found, names.layers)) != config.n_layers:
             raise CheckpointError(
-                f"{folder}: config.json has num_hidden_layers {config.n_layers}, but {layers} have weights, as "
-                f"model.layers.NUMBER.NAME"
+                f"{folder}: config.json has {config.n_layers} layers, but {layers} have weights, as "
+                f"{names.layers}.NUMBER.NAME"
             )
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
-        self._hf_names = {name: to_hf_name(name) for name in shapes}
-        expected = {self._hf_names[name]: shape for name, shape in shapes.items()}
-        self._check_names(expected, self._optional(config))
-        for name, shape in (expected | self._optional(config)).items():
+        self._tensors = family.tensors(config)
+        self._places = {w.name: (t, n) for t in self._tensors.values() for n, w in enumerate(t.weights)}
+        self._optional = {name: shape for name, shape in _optional(names, config).items() if name in self._found}
+        self._check_names()
+        for name, shape in ({name: t.shape for name, t in self._tensors.items()} | self._optional).items():
             self._check(name, shape)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._read(self._hf_names[name])
+        stored, number = self._places[name]
+        return stored.part(self._read(stored.name), number)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._hf_names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._hf_names)
+        return len(self._places)
 
     def check_values(self) -> None:
-        """Reads every weight; raises CheckpointError if one is not finite, or if one that is passed over matters."""
-        for name in self._hf_names.values():
+        """Reads every tensor; raises CheckpointError if one is not finite, or if one that is passed over matters."""
+        for name in self._tensors:
             if not (finite := self._read(name).float().isfinite()).all():
                 bad = int((~finite).sum())
                 raise CheckpointError(f"{self._where(name)}: {bad} of {finite.numel()} elements are not finite in fp32")
-        for name in self._stored.keys() - set(self._hf_names.values()):
-            if name == _HEAD:
-                self._check_tied()
-            elif self._read(name).count_nonzero():
-                raise CheckpointError(f"{self._where(name)}: not zero, and this model has no output bias")
+        for name in self._optional:
+            if name.endswith(".bias"):
+                if self._read(name).count_nonzero():
+                    raise CheckpointError(f"{self._where(name)}: not zero, and this model has no output bias")
+            else:
+                self._check_tied(name)
 
-    def _check_tied(self) -> None:
-        head, embedding = self._read(_HEAD).float(), self._read(_EMBEDDING).float()
-        if (difference := (head - embedding).abs().max().item()) != 0:
+    def _check_tied(self, name: str) -> None:
+        embedding = self._places["embedding.weight"][0].name
+        if (difference := (self._read(name).float() - self._read(embedding).float()).abs().max().item()) != 0:
             raise CheckpointError(
-                f"{self._where(_HEAD)}: differs from {_EMBEDDING} by {difference:.2e}, but config.json ties them: set "
+                f"{self._where(name)}: differs from {embedding} by {difference:.2e}, but config.json ties them: set "
                 f"tie_word_embeddings to false, or remove it"
             )
 
-    def _optional(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Returns the tensors that may be stored besides the weights of our model."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        if config.tie_embeddings:
-            shapes[_HEAD] = (config.vocab_size, config.dim)
-        if config.attention.qkv_bias:
-            biases = [to_hf_name(f"blocks.{number}.{OUTPUT_BIAS}") for number in range(config.n_layers)]
-            shapes |= dict.fromkeys(biases, (config.dim,))
-        return {name: shape for name, shape in shapes.items() if name in self._stored}
-
-    def _check_names(self, expected: Mapping[str, object], optional: Mapping[str, object]) -> None:
-        if missing := sorted(expected.keys() - self._stored.keys()):
+    def _check_names(self) -> None:
+        if missing := sorted(self._tensors.keys() - self._found.keys()):
             raise CheckpointError(f"{self.folder}: {_count(missing)} missing; the first is {missing[0]}")
-        if unknown := sorted(self._stored.keys() - expected.keys() - optional.keys()):
+        if unknown := sorted(self._found.keys() - self._tensors.keys() - self._optional.keys()):
             raise CheckpointError(
                 f"{self.folder}: {_count(unknown)} in excess of what config.json describes; the first is {unknown[0]}"
             )
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        stored = self._stored[name]
+        stored = self._found[name]
         if stored.shape != shape:
             raise CheckpointError(
                 f"{self._where(name)}: its shape is {list(stored.shape)}, but config.json makes it {list(shape)}"
@@ -121,22 +111,22 @@ class FolderWeights(Mapping[str, Tensor]):
             )
 
     def _where(self, name: str) -> str:
-        return f"{self._stored[name].file}: {name}"
+        return f"{self._found[name].file}: {name}"
 
     def _read(self, name: str) -> Tensor:
         try:
-            with safe_open(self._stored[name].file, framework="pt") as file:
-                weight: Tensor = file.get_tensor(name)
+            with safe_open(self._found[name].file, framework="pt") as file:
+                weight: Tensor = file.get_tensor(self._own_names[name])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._where(name)}: unreadable: {error}") from error
         return weight
 
 
-def _stored(folder: Path) -> dict[str, _Stored]:
+def _headers(folder: Path) -> dict[str, _Found]:
     """Reads the headers of the files, by Hugging Face's names; a single file beats an index, as in transformers."""
     if (folder / SINGLE).exists() or not (folder / INDEX).exists():
         return _header(folder / SINGLE)
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, _Found] = {}
     listed = _listed(folder)
     for file in sorted(set(listed.values())):
         for name, found in _header(folder / file).items():
@@ -158,13 +148,13 @@ def _listed(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: {first_problem(error)}") from None
 
 
-def _header(path: Path) -> dict[str, _Stored]:
+def _header(path: Path) -> dict[str, _Found]:
     try:
         regular_file(path)
         with safe_open(path, framework="pt") as file:
             names = _Names.validate_python(list(file.keys()))
             slices = {name: file.get_slice(name) for name in names}
-            return {name: _Stored(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            return {name: _Found(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except ValidationError as error:
         raise CheckpointError(f"{path}: the weight {first_problem(error)}") from None
     except CheckpointError as error:
@@ -180,8 +170,39 @@ def _hint(path: Path) -> str:
     return f"; {other[0]} is not read: save the model as safetensors, by transformers' save_pretrained"
 
 
-def _layers(names: Mapping[str, object]) -> int:
-    return len({match[1] for name in names if (match := _LAYER.match(name))})
+def _by_family_names(headers: Mapping[str, _Found], names: Names) -> tuple[dict[str, _Found], dict[str, str]]:
+    """Returns the tensors of the text model, and what each is called in its file, by the names of the family today."""
+    own = {}
+    for name in headers:
+        today = next((new + name.removeprefix(old) for old, new in names.renamed if name.startswith(old)), name)
+        if today.startswith(names.others or (" ",)) or today.endswith(_FREQUENCIES):
+            continue
+        own[today] = name
+    heads = {f"{name}.{leaf}" for name, held in names.ends.items() if held == "head" for leaf in ("weight", "bias")}
+    if not any(name.startswith(names.base) for name in own):
+        own = {name if name in heads else f"{names.base}{name}": theirs for name, theirs in own.items()}
+    buffers = re.compile(rf"{re.escape(names.layers)}\.\d+\.({'|'.join(map(re.escape, names.buffers))})")
+    own = {name: theirs for name, theirs in own.items() if not (names.buffers and buffers.fullmatch(name))}
+    return {name: headers[theirs] for name, theirs in own.items()}, own
+
+
+def _optional(names: Names, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the tensors that may be stored besides the weights of our model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.tie_embeddings:
+        head = next(name for name, held in names.ends.items() if held == "head")
+        shapes[f"{head}.weight"] = (config.vocab_size, config.dim)
+    output = next((name for name, held in names.layer.items() if held == "attention.wo"), None)
+    for number in range(config.n_layers):
+        attention = config.layer(number).attention
+        if output is not None and attention is not None and attention.qkv_bias and not attention.output_bias:
+            shapes[f"{names.layers}.{number}.{output}.bias"] = (config.dim,)
+    return shapes
+
+
+def _layers(names: Mapping[str, object], layers: str) -> int:
+    number = re.compile(rf"{re.escape(layers)}\.(\d+)\.")
+    return len({match[1] for name in names if (match := number.match(name))})
 
 
 def _count(names: list[str]) -> str:

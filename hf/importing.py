@@ -11,7 +11,7 @@ from triplane.checkpoint.tensors import write_tensors
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.tokenizer import Tokenizer
-from triplane.hf.config import parse_hf_config, possible_windows, to_model_config
+from triplane.hf.config import describe, possible_windows
 from triplane.hf.folder import FolderWeights
 from triplane.hf.verify import ExportReport, probe, probe_logits, verify
 from triplane.model.config import ModelConfig
@@ -46,9 +46,8 @@ def import_hf(folder: Path, out: Path) -> Import:
         content = read_json(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; give a Hugging Face folder") from error
-    hf = parse_hf_config(content, str(path))
-    config = to_model_config(hf, str(path))
-    weights = FolderWeights(folder, config)
+    family, config, context = describe(content, str(path))
+    weights = FolderWeights(folder, family, config)
     weights.check_values()
     tokenizer, no_tokenizer = _tokenizer(folder, config)
     with publishing(out) as temporary:
@@ -64,14 +63,14 @@ def import_hf(folder: Path, out: Path) -> Import:
         run = {
             "model": config.model_dump(mode="json"),
             "imported_from": str(folder),
-            "parent": parent_in(folder, hf.max_position_embeddings).model_dump(),
+            "parent": parent_in(folder, context).model_dump(),
         }
         if tokenizer is not None:
             sizes |= write_tokenizer(tokenizer, temporary)
             run["tokenizer"] = kept_tokenizer(tokenizer)
         progress = {"step": 0, "consumed_sequences": 0, "tokens_seen": 0, "validation_loss": None}
         write_manifest(temporary, Manifest({**progress, "run": run}, boxes, sizes))
-        tokens_BS = probe(config, hf.max_position_embeddings, possible_windows(content))
+        tokens_BS = probe(config, context, possible_windows(content))
         logits_TV = probe_logits(config, CheckpointWeights(Checkpoint(temporary)), tokens_BS)
         report = verify(folder, tokens_BS, logits_TV, tokenizer=None)
     return Import(config, report, no_tokenizer)

@@ -42,6 +42,12 @@ def hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return _converted(tokenizer.files[SENTENCEPIECE_NAME])
 
 
+def tokenizer_class(files: dict[str, bytes]) -> str | None:
+    """Returns the class that a tokenizer's own files ask for."""
+    named = json.loads(files[CONFIG_NAME]).get("tokenizer_class")
+    return named.removesuffix("Fast") if isinstance(named, str) else None
+
+
 def _converted(model_file: bytes) -> dict[str, bytes]:
     """The files for a sentencepiece model, which gives the same tokens (for a literal "▁", its bytes) after a bos.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triplane.data.tokenizer import Tokenizer
-from triplane.hf.config import from_hf_config
+from triplane.hf.config import describe
 from triplane.hf.folder import FolderWeights
 from triplane.model.batch import Batch
 from triplane.model.build import streamed_logits
@@ -84,8 +84,9 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, *, tokenizer: T
         library.encode_special_tokens = True
         ids = library.encode(_PROBE_TEXT, add_special_tokens=False).ids
         _check_tokens("tokenizers", ids, library.decode(ids), tokenizer=tokenizer)
-    config = from_hf_config(read_json(folder / "config.json"))
-    difference = _difference("triplane", probe_logits(config, FolderWeights(folder, config), tokens_BS), expected_TV)
+    family, config, _ = describe(read_json(folder / "config.json"))
+    weights = FolderWeights(folder, family, config)
+    difference = _difference("triplane", probe_logits(config, weights, tokens_BS), expected_TV)
     largest = expected_TV.abs().max().item()
     if not importlib.util.find_spec("transformers"):
         return ExportReport(largest, difference, "transformers is not installed")

@@ -2,44 +2,47 @@
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from triplane.hf.names import OUTPUT_BIAS, to_hf_name
-from triplane.model.config import ModelConfig
-from triplane.model.transformer import Transformer
+from triplane.hf.tensors import Stored
+from triplane.storage.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHARD_BYTES = 5_000_000_000
 """Tensor bytes in one file; more are spread over several, with an index."""
 
 
-def write_weights(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path, *, dtype: torch.dtype) -> None:
-    """Writes the model's `weights`, by our names, cast to `dtype`; holds one shard at a time.
-
-    With `qkv_bias`, the output biases that a Llama has besides are written as zeros.
-    """
-    with torch.device("meta"):
-        sizes = {name: p.nbytes for name, p in Transformer(config).to(dtype).named_parameters()}
-    zeros = [f"blocks.{number}.{OUTPUT_BIAS}" for number in range(config.n_layers if config.attention.qkv_bias else 0)]
-    sizes |= dict.fromkeys(zeros, config.dim * dtype.itemsize)
-    shards = _shards(sizes)
+def write_weights(
+    weights: Mapping[str, Tensor], tensors: Mapping[str, Stored], folder: Path, *, dtype: torch.dtype
+) -> None:
+    """Writes `tensors` from our `weights`, cast to `dtype`; holds one shard at a time."""
+    shards = _shards({name: prod(stored.shape) * dtype.itemsize for name, stored in tensors.items()})
     files: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
-        # Copied, since safetensors refuses tensors that share memory.
-        ours = [name for name in names if name not in zeros]
-        tensors = {to_hf_name(name): weights[name].to(dtype, copy=True).contiguous() for name in ours}
-        tensors |= {to_hf_name(name): torch.zeros(config.dim, dtype=dtype) for name in names if name in zeros}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        content = {name: _written(tensors[name], weights, dtype) for name in names}
+        save_file(content, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # else the owner's alone
-        files |= dict.fromkeys(tensors, file)
+        files |= dict.fromkeys(names, file)
+        total += sum(tensor.nbytes for tensor in content.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _written(stored: Stored, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Returns a tensor of its own memory, since safetensors refuses those that share it."""
+    parts = [weights[weight.name] for weight in stored.weights]
+    for part, weight in zip(parts, stored.weights):
+        if tuple(part.shape) != weight.shape:
+            raise ModelError(f"{weight.name} is {tuple(part.shape)}, but the config makes it {weight.shape}.")
+    return stored.joined(parts).to(dtype, copy=True).contiguous()
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -375,11 +375,12 @@ def prove(
 def evaluate(
     run: Run,
     sequences: Annotated[int | None, typer.Option(help="Validation sequences to read; all by default.", min=1)] = None,
+    corpus: Annotated[list[str] | None, typer.Option(help="Corpora to read in place of the run's.")] = None,
 ) -> None:
     """Measure the validation loss, and that of a unigram model as a baseline."""
     from triplane.launcher.model_commands import evaluate
 
-    evaluate(run, sequences)
+    evaluate(run, sequences, corpus or [])
 
 
 @app.command()

@@ -14,6 +14,7 @@ from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.config.preflight import beside_config, config_of, find_checkpoint, model_of
 from triplane.data.baseline import unigram_loss
+from triplane.data.config import DataConfig
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.opening import find_tokenizer, open_sources
 from triplane.data.tokenizer import Tokenizer
@@ -31,6 +32,9 @@ from triplane.training.config import RunConfig
 from triplane.training.evaluation import evaluate_model, held_out, validation_losses
 from triplane.training.feed import Feed
 from triplane.training.hardware import DTYPES, room_for_weights
+
+_LONGEST_EVALUATED = 2048
+"""Tokens of the sequences in which an imported model is evaluated, if its context is longer."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,31 @@ class TrainedModel:
             raise CheckpointError(f"{where}: of {self.model.vocab_size} tokens, but the tokenizer has {size}")
         return tokenizer
 
+    def check_tokenizer(self, tokenizer: Tokenizer, corpus: str) -> None:
+        """Refuses a corpus of tokens that the model does not know."""
+        kept = beside_config(self.checkpoint.state["run"], self.checkpoint.folder).tokenizer
+        if kept is not None and kept.digest != tokenizer.digest:
+            raise CheckpointError(
+                f"{corpus}: tokenized with {tokenizer.digest[:12]}, but {self.checkpoint.folder} reads "
+                f"{kept.digest[:12]}; prepare the corpus with its tokenizer"
+            )
+        if tokenizer.vocab_size > self.model.vocab_size:
+            raise CheckpointError(
+                f"{corpus}: of {tokenizer.vocab_size} tokens, but the model has {self.model.vocab_size}; prepare the "
+                f"corpus with its tokenizer"
+            )
+
+    def data(self, corpora: list[str]) -> DataConfig:
+        """Returns the run's data, or `corpora` in sequences as long as its own."""
+        if not corpora:
+            if self.config is None:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: an imported model has no corpora of its own; give some by --corpus"
+                )
+            return self.config.data
+        seq_len = min(self.context, _LONGEST_EVALUATED) if self.config is None else self.config.data.seq_len
+        return DataConfig.model_validate({"sources": [{"corpus": corpus} for corpus in corpora], "seq_len": seq_len})
+
     @property
     def parent(self) -> Parent | None:
         """The model whose weights it started from."""
@@ -98,18 +127,16 @@ class TrainedModel:
         return load_model(self.model, CheckpointWeights(self.checkpoint), DTYPES[precision]).to(device), device
 
 
-def evaluate(run: str, sequences: int | None) -> None:
-    """Prints the validation loss, and a unigram model's."""
+def evaluate(run: str, sequences: int | None, corpora: list[str]) -> None:
+    """Prints the validation loss, and a unigram model's, on `corpora` or else on those of the run."""
     trained = TrainedModel.open(run)
-    if trained.config is None:
-        raise CheckpointError(
-            f"{run}: an imported model has no validation data; train a run with checkpoint.initial={run} first"
-        )
-    data = trained.config.data
-    sources = open_sources(data, trained.config.folder.corpora)
+    data = trained.data(corpora)
+    config = trained.config
+    sources = open_sources(data, Path(run) if config is None else config.folder.corpora)
+    trained.check_tokenizer(sources.tokenizer, data.sources[0].corpus)
     validation = held_out(data, sources.validation)
     model, device = trained.load()
-    micro_batch_size = trained.config.training.micro_batch_size
+    micro_batch_size = 1 if config is None else config.training.micro_batch_size
     feed = Feed(micro_batch_size=micro_batch_size, num_workers=0, local_ranks=1, dp=Axis(), device=device)
     every = sum(len(source.dataset) for source in validation)
     loss, by_source = validation_losses(evaluate_model(model), feed, validation, sequences=sequences or every)

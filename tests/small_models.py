@@ -1,11 +1,14 @@
 """Small models with weights that make every part matter, ours and transformers' from the same numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triplane.hf.names import hf_config, to_hf_name
+from triplane.hf.config import family_of, hf_config
+from triplane.hf.families.table import FAMILIES
+from triplane.hf.family import Family
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.build import load_model
 from triplane.model.config import ModelConfig
@@ -32,22 +35,28 @@ def small_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64) -> Any:
     """Returns transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    biased = config.attention.qkv_bias
-    unbiased = config.model_copy(update={"attention": config.attention.model_copy(update={"qkv_bias": False})})
-    content = hf_config(unbiased, seq_len, bos_id=None, eos_id=None, dtype=torch.float32)
-    if biased:
-        content |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
-    of: Any
-    kind: Any
-    of, kind = (Qwen2Config, Qwen2ForCausalLM) if biased else (LlamaConfig, LlamaForCausalLM)
-    model = kind(of(**content)).eval()
-    state = {to_hf_name(name): weight for name, weight in weights.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    content = hf_config(config, seq_len, family_of(config), bos_id=None, eos_id=None, dtype="float32")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content)).eval()
+    missing, unexpected = model.load_state_dict(hf_state(config, weights), strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_embeddings else [])
     return model
+
+
+def hf_state(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors by the names of the first family that fits."""
+    tensors = family_of(config).tensors(config)
+    return {name: stored.joined([weights[w.name] for w in stored.weights]) for name, stored in tensors.items()}
+
+
+def with_gate_and_up_swapped() -> Family:
+    """Returns Llama's row with two names swapped both ways: only another reader notices."""
+    llama = FAMILIES["llama"]
+    names = llama.names_of(small_config())
+    swap = {"mlp.gate_proj": "feed_forward.w_up", "mlp.up_proj": "feed_forward.w_gate"}
+    return replace(llama, names=replace(names, layer={**names.layer, **swap}))
 
 
 def packed(documents: list[Tensor]) -> Batch:

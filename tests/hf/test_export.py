@@ -12,7 +12,7 @@ import sentencepiece
 import tokenizers
 import torch
 from json_tokenizers import QWEN2, byte_level
-from small_models import packed, random_documents, random_weights, small_config
+from small_models import packed, random_documents, random_weights, small_config, with_gate_and_up_swapped
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,10 +20,10 @@ from triplane.checkpoint.parent import Parent
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.tokenizer import Tokenizer
 from triplane.hf import export as export_module
-from triplane.hf import folder as hf_folder
 from triplane.hf import verify
 from triplane.hf import weights as hf_weights
 from triplane.hf.export import export
+from triplane.hf.families.table import FAMILIES
 from triplane.model.build import load_model
 from triplane.model.generate import generate, next_logits
 from triplane.model.parts.rotary import LinearScaling, Llama3Scaling
@@ -185,14 +185,7 @@ def test_what_only_transformers_reads_otherwise_is_not_published(
     publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Gate and up swapped both ways: our reader swaps them back."""
-    swap = {"mlp.gate_proj": "mlp.up_proj", "mlp.up_proj": "mlp.gate_proj"}
-
-    def swapped(name: str) -> str:
-        return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
-
-    to_hf = hf_weights.to_hf_name
-    for module in (hf_weights, hf_folder):
-        monkeypatch.setattr(module, "to_hf_name", lambda name: swapped(to_hf(name)))
+    monkeypatch.setitem(FAMILIES, "llama", with_gate_and_up_swapped())
     with pytest.raises(CheckpointError, match=r"Read by transformers 5.* nothing was published"):
         publish()
     assert list(tmp_path.iterdir()) == []

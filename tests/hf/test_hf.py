@@ -10,11 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from small_models import small_config
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from triplane.hf.config import from_hf_config, parse_hf_config
-from triplane.hf.families import FAMILIES
-from triplane.hf.names import hf_config, to_hf_name
+from triplane.hf.config import describe, family_of, hf_config
+from triplane.hf.families.table import FAMILIES
 from triplane.model.parts.rotary import LinearScaling, Llama3Scaling, Scaling
-from triplane.model.transformer import Transformer
 from triplane.storage.errors import ModelError
 
 LINEAR = LinearScaling(kind="linear", factor=3)
@@ -24,9 +22,8 @@ SCALINGS = pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3], ids=["plai
 
 def test_names_are_llamas() -> None:
     with torch.device("meta"):
-        ours = [name for name, _ in Transformer(small_config()).named_parameters()]
         theirs = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2)).state_dict().keys()
-    assert {to_hf_name(name) for name in ours} == set(theirs)
+    assert family_of(small_config()).tensors(small_config()).keys() == set(theirs)
 
 
 @SCALINGS
@@ -35,68 +32,78 @@ def test_config_comes_back(scaling: Scaling | None, tie: bool) -> None:
     config = small_config(
         rope_scaling=scaling, rope_base=5e5, tie_embeddings=tie, norm_eps=1e-6, init_std=0.01, head_dim=16
     )
-    written = json.loads(json.dumps(hf_config(config, 128, bos_id=1, eos_id=2, dtype=torch.bfloat16)))
-    assert from_hf_config(written) == config
+    written = json.loads(json.dumps(hf_config(config, 128, family_of(config), bos_id=1, eos_id=2, dtype="bfloat16")))
+    assert describe(written).model == config
     older = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
-    assert from_hf_config(older) == config
+    assert describe(older).model == config
     newer = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    assert from_hf_config(newer) == config
+    assert describe(newer).model == config
 
 
 @SCALINGS
 @pytest.mark.parametrize("dropped", [(), ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")])
 def test_transformers_reads_each_form_alike(scaling: Scaling | None, dropped: str, tmp_path: Path) -> None:
     config = small_config(rope_scaling=scaling, rope_base=5e5)
-    written = hf_config(config, 128, bos_id=1, eos_id=None, dtype=torch.bfloat16)
+    written = hf_config(config, 128, family_of(config), bos_id=1, eos_id=None, dtype="bfloat16")
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in dropped}))
     read = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(read, LlamaConfig)
     assert (read.bos_token_id, read.eos_token_id) == (1, None)
     assert (read.dtype, read.max_position_embeddings) == (torch.bfloat16, 128)
     assert read.rope_parameters == written["rope_parameters"]
-    assert from_hf_config(read.to_dict()) == config
+    assert describe(read.to_dict()).model == config
 
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 80, "vocab_size": 96}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_keys_that_are_left_out_have_the_value_that_transformers_takes(family: str, tmp_path: Path) -> None:
-    """Written with the sizes alone, and in full by transformers."""
-    window = {"sliding_window": None} if family == "mistral" else {}
-    sizes = SIZES | {"model_type": family, "num_attention_heads": 64, "hidden_size": 128} | window
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    full = AutoConfig.from_pretrained(tmp_path).to_dict()
-    assert full["num_key_value_heads"] > 0
-    assert from_hf_config(sizes) == from_hf_config(full)
-    assert parse_hf_config(sizes, "").max_position_embeddings == full["max_position_embeddings"]
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no table": ([], "holds no table"),
     "nothing": (None, "holds no table"),
     "no type": ({"model_type": ...}, "no model_type; this model reads llama"),
-    "gemma": ({"model_type": "gemma"}, "'gemma', which has GELU"),
+    "experts": ({"model_type": "mixtral"}, "'mixtral', which has a mixture of experts; this model reads llama"),
     "unheard of": ({"model_type": "kraken"}, "model_type is 'kraken'; this"),
     "type a list": ({"model_type": []}, r"model_type is '\[\]'"),
     "vision": ({"model_type": "pixels", "text_config": {}}, "'pixels', which has a vision"),
     "no width": ({"hidden_size": ...}, "no hidden_size"),
-    "window": ({"model_type": "mistral", "sliding_window": 64}, "sliding_window is 64 of 128 positions"),
-    "window by default": ({"model_type": "mistral", "max_position_embeddings": 8192}, "window is 4096 of 8192"),
-    "heeds Qwen2's switch": (
-        {"model_type": "mistral", "sliding_window": 64, "use_sliding_window": False},
-        "sliding_window is 64",
+    "a window that is not there": (
+        {"model_type": "ministral", "sliding_window": None, "layer_types": ["full_attention", "sliding_attention"]},
+        "layers have sliding windows, but sliding_window is null",
     ),
-    "window of upper layers": (
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-        "sliding_window is 64",
+    "too few layers listed": ({"model_type": "olmo3", "layer_types": ["full_attention"]}, "lists 1 layers, .* is 2"),
+    "layers of another kind": (
+        {"model_type": "olmo3", "layer_types": ["linear_attention", "full_attention"]},
+        "layer_types.0 is 'linear_attention'",
     ),
-    "window of a listed layer": (
-        {"model_type": "qwen2", "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
-        "sliding_window is 64",
+    "both ways": ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    "another scale in each layer": (
+        {"model_type": "gpt2", "n_embd": 48, "n_head": 6, "n_layer": 2, "scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx is True",
     ),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    "biases": ({"mlp_bias": True}, "mlp_bias is True"),
+    "ALiBi that is scaled": ({"model_type": "falcon", "alibi": True}, "alibi is True"),
+    "no such block": (
+        {"model_type": "falcon", "num_ln_in_parallel_attn": 2},
+        "num_ln_in_parallel_attn 2: transformers",
+    ),
+    "norms by head": ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm is True"),
+    "no ALiBi": (
+        {"model_type": "mpt", "d_model": 48, "n_heads": 6, "n_layers": 2, "attn_config": {"alibi": False}},
+        "attn_config.alibi is False; transformers computes True",
+    ),
+    "narrow embeddings": (
+        {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 24},
+        r"word_embed_proj_dim \(24\)",
+    ),
+    "square output": (
+        {"model_type": "helium", "head_dim": 16},
+        r"\(6\) x head_dim \(16\) is 96, not hidden_size \(48\)",
+    ),
+    "more than a head turns": (
+        {"model_type": "gptj", "n_embd": 48, "n_head": 6, "n_layer": 2, "rotary_dim": 16},
+        r"rotary_dim \(16\) is over the width of a head \(8\)",
+    ),
+    "activation": ({"hidden_act": "gelu_10"}, "hidden_act is 'gelu_10'"),
+    "a number for truth": ({"mlp_bias": 2}, "mlp_bias is 2"),
     "text for a number": ({"vocab_size": "96"}, "vocab_size is '96'"),
     "part of a number": ({"hidden_size": 48.5}, "hidden_size is 48.5"),
     "truth for a number": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
@@ -108,10 +115,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "infinite base": ({"rope_parameters": None, "rope_theta": float("inf")}, "rope_theta is inf"),
     "too large for bytes": ({"hidden_size": 2**62}, "hidden_size is 4611686018427387904"),
     "heads that are not shared alike": ({"num_key_value_heads": 4}, r"\(6\) is not a multiple .* \(4\)"),
-    "odd heads": ({"head_dim": 7}, "heads are 7 wide"),
+    "odd heads": ({"head_dim": 7}, r"head_dim \(7\) x fraction \(1\) is 7, not an even"),
     "rope of text": ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
-    "YaRN": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
-    "YaRN beside default": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    "dynamic": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type is 'dynamic'; this family has",
+    ),
+    "longrope beside default": ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type is 'longrope'"),
+    "only a part turns": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    "no width that divides": (
+        {"hidden_size": 50},
+        r"hidden_size \(50\) is not a multiple of num_attention_heads \(6\)",
+    ),
     "rope by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "of its own for 'full_attention'"),
     "clipped": ({"model_type": "iquestcoder", "clip_qkv": 8.0}, "clip_qkv is 8.0"),
     "no factor": ({"rope_parameters": {"rope_type": "linear"}}, "'linear', but there is no factor"),
@@ -128,10 +143,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_the_model_cannot_compute_is_refused(changes: dict[str, Any], expected: str) -> None:
     content = changes
     if isinstance(changes, dict):
-        content = hf_config(small_config(), 128, bos_id=1, eos_id=2, dtype=torch.float32) | changes
+        content = hf_config(small_config(), 128, FAMILIES["llama"], bos_id=1, eos_id=2, dtype="float32") | changes
         content = {key: value for key, value in content.items() if value is not ...}
     with pytest.raises(ModelError, match=f"^x/config.json: .*{expected}") as caught:
-        from_hf_config(content, "x/config.json")
+        describe(content, "x/config.json")
     assert "\n" not in str(caught.value)
 
 
@@ -150,21 +165,20 @@ ACCEPTED = {
 @pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_what_makes_no_difference_is_accepted(changes: dict[str, Any]) -> None:
     config = small_config(norm_eps=1e-6)
-    content = hf_config(config, 128, bos_id=1, eos_id=2, dtype=torch.float32) | changes
-    assert from_hf_config({key: value for key, value in content.items() if value is not ...}) == config
+    content = hf_config(config, 128, family_of(config), bos_id=1, eos_id=2, dtype="float32") | changes
+    assert describe({key: value for key, value in content.items() if value is not ...}).model == config
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "max_window_layers": 2}], ids=str)
 def test_a_qwen2_whose_layers_have_no_window_is_accepted(changes: dict[str, Any]) -> None:
-    content = hf_config(small_config(), 128, bos_id=1, eos_id=2, dtype=torch.float32) | {
+    content = hf_config(small_config(), 128, FAMILIES["llama"], bos_id=1, eos_id=2, dtype="float32") | {
         "model_type": "qwen2",
         "sliding_window": 64,
     }
-    assert from_hf_config(content | changes) == small_config(qkv_bias=True)
+    assert describe(content | changes).model == small_config(qkv_bias=True)
 
 
-def test_a_width_that_transformers_refuses_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"model.dim \(50\) must be a multiple of model.n_heads \(6\)"):
-        hf_config(small_config(dim=50), 128, bos_id=1, eos_id=2, dtype=torch.float32)
+def test_a_width_that_a_llama_may_not_have_makes_a_mistral() -> None:
+    assert family_of(small_config(dim=50)).model_type == "mistral"
     with pytest.raises(StrictDataclassError, match="multiple of the number of attention heads"):
         LlamaConfig(hidden_size=50, num_attention_heads=6, head_dim=8)

@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hf_families import CASES, their_model
 from runs import small_run
 from safetensors.torch import load_file, save_file
 from small_corpora import Prepared
-from small_models import llama, random_weights, small_config
+from small_models import llama, random_weights, small_config, with_gate_and_up_swapped
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 from transformers import MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
@@ -22,10 +24,9 @@ from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
 from triplane.config.preflight import check_run_dir, run_record
 from triplane.data.opening import open_sources
-from triplane.hf import config as hf_config_module
-from triplane.hf import folder as hf_folder
+from triplane.hf.config import family_of, hf_config
+from triplane.hf.families.table import FAMILIES
 from triplane.hf.importing import import_hf
-from triplane.hf.names import hf_config, to_hf_name
 from triplane.launcher.cli import app
 from triplane.launcher.run import train_on
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
@@ -60,7 +61,7 @@ def test_what_transformers_saved_is_imported(changes: dict, dtype: torch.dtype, 
 def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
     config = small_config()
     theirs = llama(config, random_weights(config))
-    content = hf_config(config, 64, bos_id=None, eos_id=None, dtype=torch.float32)
+    content = hf_config(config, 64, family_of(config), bos_id=None, eos_id=None, dtype="float32")
     mistral = MistralForCausalLM(MistralConfig(**content | {"model_type": "mistral", "sliding_window": None}))
     mistral.load_state_dict(theirs.state_dict())
     mistral.save_pretrained(tmp_path / "hf")
@@ -73,14 +74,7 @@ def test_weights_read_otherwise_than_transformers_does_are_not_imported(
 ) -> None:
     config = small_config()
     llama(config, random_weights(config)).save_pretrained(tmp_path / "hf")
-    swap = {"mlp.gate_proj": "mlp.up_proj", "mlp.up_proj": "mlp.gate_proj"}
-
-    def swapped(name: str) -> str:
-        return next(
-            (to_hf_name(name).replace(a, b) for a, b in swap.items() if a in to_hf_name(name)), to_hf_name(name)
-        )
-
-    monkeypatch.setattr(hf_folder, "to_hf_name", swapped)
+    monkeypatch.setitem(FAMILIES, "llama", with_gate_and_up_swapped())
     with pytest.raises(CheckpointError, match=r"Read by transformers 5.* nothing was published"):
         import_hf(tmp_path / "hf", tmp_path / "out/start")
     assert not (tmp_path / "out").exists()
@@ -156,11 +150,11 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda hf: _shard(hf, {}) or (hf / "model.safetensors.index.json").write_text("[]"),
         r"index.json: no table of keys",
     ),
-    "empty index": (lambda hf: _shard(hf, {}), "num_hidden_layers 2, but 0 have weights"),
+    "empty index": (lambda hf: _shard(hf, {}), "has 2 layers, but 0 have weights"),
     "index lies": (lambda hf: _shard(hf, {"a": "model-1.safetensors"}), "lacks a, which .* says is there"),
     "in two files": (_twice, "is in model-1.safetensors and in model-2.safetensors"),
-    "more layers": (lambda hf: _edit(hf, num_hidden_layers=3), "num_hidden_layers 3, but 2 have weights"),
-    "endless layers": (lambda hf: _edit(hf, num_hidden_layers=10**6), "num_hidden_layers 1000000, but"),
+    "more layers": (lambda hf: _edit(hf, num_hidden_layers=3), "has 3 layers, but 2 have weights"),
+    "endless layers": (lambda hf: _edit(hf, num_hidden_layers=10**6), "has 1000000 layers, but"),
     "missing": (lambda hf: _store(hf, **{NORM: None}), r"1 weight is missing; the first is model.layers.1.input_l"),
     "no rest": (lambda hf: _store(hf, model__layers__5=torch.ones(1)), "first is model.layers.5$"),
     "a name of two lines": (lambda hf: _store(hf, **{"a\nb": torch.ones(1)}), "is 'a.nb': contains unprintable"),
@@ -182,7 +176,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "output bias": (
         lambda hf: (
-            _edit(hf, attention_bias=True),
+            _edit(hf, model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
             _store(
                 hf,
                 **{f"model__layers__{i}__self_attn__{x}_proj__bias": torch.ones(n)
@@ -234,9 +228,9 @@ def test_a_window_that_only_transformers_heeds_is_noticed(
     """If our reading of a window were wrong, logits past it would tell."""
     _edit(hf, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=300)
     _edit(hf, max_position_embeddings=512)
-    with pytest.raises(ModelError, match="sliding_window is 300 of 512"):
-        import_hf(hf, tmp_path / "start")
-    monkeypatch.setattr(hf_config_module, "_window_problem", lambda family, hf: None)
+    assert import_hf(hf, tmp_path / "right").model.attention.window == 300
+    heedless = tuple(trait for trait in FAMILIES["mistral"].traits if "sliding_window" not in trait.keys)
+    monkeypatch.setitem(FAMILIES, "mistral", replace(FAMILIES["mistral"], traits=heedless))
     with pytest.raises(CheckpointError, match=r"Read by transformers .* logits differ"):
         import_hf(hf, tmp_path / "start")
 
@@ -258,7 +252,8 @@ def _train(mesh: Mesh, config: RunConfig) -> None:
 def test_a_run_begins_with_the_weights_in_every_layout_and_resumes_without_them(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    shape = {"vocab_size": prepared.tokenizer.vocab_size, "n_heads": 4, "dim": 32, "hidden_dim": 64}
+    shape = {"vocab_size": prepared.tokenizer.vocab_size, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "dim": 32}
+    shape |= {"hidden_dim": 64, "n_layers": 2}
     model = small_config(**shape)
     weights = random_weights(model)
     llama(model, weights).save_pretrained(tmp_path / "hf")
@@ -266,7 +261,7 @@ def test_a_run_begins_with_the_weights_in_every_layout_and_resumes_without_them(
     curves = []
     for name, layout in LAYOUTS.items():
         changes = {
-            "model": model.model_dump(),
+            "model": shape,
             "parallel": layout,
             "optimizer": {"eps": 1e-3},
         }
@@ -322,4 +317,28 @@ def test_the_commands(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert f"imported from {tmp_path / 'hf'}; loads into every layout" in shown.output
     evaluated = CliRunner().invoke(app, ["evaluate", str(tmp_path / "start")])
-    assert "an imported model has no validation data; train a run with" in str(evaluated.exception)
+    assert "an imported model has no corpora of its own; give some by --corpus" in str(evaluated.exception)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "olmo2"])
+def test_an_imported_model_is_used_before_any_training_and_comes_back(
+    family: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    keys = CASES[f"{family} 0"][1] | {"vocab_size": prepared.tokenizer.vocab_size}
+    theirs = their_model(family, keys)
+    theirs.save_pretrained(tmp_path / "a")
+    prepared.tokenizer.save(tmp_path / "a")
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+        return result.output
+
+    run("import", tmp_path / "a", tmp_path / "b")
+    assert run("generate", tmp_path / "b", "--prompt", "def", "--tokens", 3).startswith("def")
+    told = run("evaluate", tmp_path / "b", "--corpus", prepared.folder, "--sequences", 2)
+    assert "validation loss" in told and "unigram model" in told
+    run("export", tmp_path / "b", tmp_path / "c", "--dtype", "fp32")
+    assert json.loads((tmp_path / "c/config.json").read_text())["model_type"] == family
+    tensors, back = (load_file(tmp_path / folder / "model.safetensors") for folder in "ac")
+    assert tensors.keys() == back.keys()
+    assert all(back[name].equal(tensor) for name, tensor in tensors.items())

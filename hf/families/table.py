@@ -1,0 +1,17 @@
+"""All families, in the order in which an export tries them."""
+
+from triplane.hf.families import classic, cohere, gemma, llama, neox, olmo
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        *(llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, llama.SEED_OSS, llama.MINISTRAL, llama.SMOLLM3),
+        *(llama.GRANITE, llama.HELIUM, llama.ERNIE4_5, llama.HUNYUAN, llama.ARCEE, llama.CWM),
+        *(olmo.OLMO, olmo.OLMO2, olmo.OLMO3, olmo.EXAONE4, olmo.GLM4),
+        *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3_TEXT),
+        *(cohere.COHERE, cohere.COHERE2),
+        *(classic.GPT2, classic.GPT_BIGCODE, classic.OPT, classic.BLOOM, classic.MPT),
+        *(neox.GPT_NEOX, neox.GPTJ, neox.PHI, neox.PHI3, neox.STARCODER2, neox.STABLELM, neox.NEMOTRON, neox.FALCON),
+        *(gemma.GEMMA3, llama.INTERNLM3, llama.IQUESTCODER),
+    )
+}

@@ -1,0 +1,120 @@
+"""The tensors of a Hugging Face family and the weights of ours that each holds. Imports no torch.
+
+A tensor holds one weight or joins several, and may be stored transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from triplane.model.config import ModelConfig
+from triplane.model.describe import model_weights
+from triplane.model.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Holds:
+    """The modules of ours whose weights one module of theirs holds."""
+
+    modules: tuple[str, ...]
+    join: Literal["rows", "groups"] = "rows"
+    """`rows`: one after another. `groups`: of queries, keys and values, for each key head: its query heads, it, its
+    value head (GPT-NeoX, BLOOM, Falcon)."""
+    transposed: bool = False
+    """True: matrices have their input axis first, as GPT-2's."""
+
+
+QKV = ("attention.wq", "attention.wk", "attention.wv")
+Modules = Mapping[str, str | Holds]
+"""What each module of theirs, by its name, holds of ours."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of a family's modules."""
+
+    ends: Modules
+    """Modules outside the layers."""
+    layer: Modules
+    """Modules of a layer; those whose weights a model lacks, it does not have."""
+    layers: str = "model.layers"
+    """Stands before the number of a layer."""
+    base: str = "model."
+    """Stands before all names but the head's; weights saved from a model without a head lack it."""
+    buffers: tuple[str, ...] = ()
+    """Tensors of a layer that old files hold, and that follow from config.json."""
+    others: tuple[str, ...] = ()
+    """What stands before names of tensors that do not belong to the text model."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """How older versions of transformers began names, and how they begin now."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a Hugging Face folder."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    """What it holds of ours."""
+    join: Literal["rows", "groups"]
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *rest = (sum(weight.shape[0] for weight in self.weights), *self.weights[0].shape[1:])
+        return (*rest, rows) if self.transposed else (rows, *rest)
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Returns the tensor that holds these weights."""
+        import torch
+
+        if self.join == "groups":
+            apart = [part.reshape(*self._heads(w), *part.shape[1:]) for part, w in zip(parts, self.weights)]
+            parts = [torch.cat(apart, dim=1).flatten(0, 2)]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return whole.T if self.transposed else whole
+
+    def part(self, whole: Tensor, number: int) -> Tensor:
+        """Returns one of the weights that the tensor holds."""
+        import torch
+
+        whole = whole.T if self.transposed else whole
+        if self.join == "groups":
+            heads = [self._heads(weight) for weight in self.weights]
+            groups, _, width = heads[0]
+            apart = whole.reshape(groups, -1, width, *whole.shape[1:])
+            return torch.split(apart, [each for _, each, _ in heads], dim=1)[number].flatten(0, 2)
+        return torch.split(whole, [weight.shape[0] for weight in self.weights])[number]
+
+    def _heads(self, weight: Weight) -> tuple[int, int, int]:
+        """Returns groups, heads of each group, width of a head."""
+        axis, groups = weight.axes[0], self.weights[-1].axes[0].count
+        return groups, axis.count // groups, axis.width
+
+
+def stored_tensors(names: Names, config: ModelConfig) -> dict[str, Stored]:
+    """Returns every tensor of the model by the family's name; all weights of `config` must have a place."""
+    weights = model_weights(config)
+    found = list(_stored(names.ends, weights, ours="", theirs=""))
+    for number in range(config.n_layers):
+        found += _stored(names.layer, weights, ours=f"blocks.{number}.", theirs=f"{names.layers}.{number}.")
+    placed = {weight.name for stored in found for weight in stored.weights}
+    assert placed == weights.keys(), f"{sorted(weights.keys() - placed)} have no place"
+    return {stored.name: stored for stored in found}
+
+
+def _stored(modules: Modules, weights: Mapping[str, Weight], *, ours: str, theirs: str) -> Iterator[Stored]:
+    for name, held in modules.items():
+        holds = Holds((held,)) if isinstance(held, str) else held
+        for leaf in ("weight", "bias"):
+            held_weights = [weights.get(f"{ours}{module}.{leaf}") for module in holds.modules]
+            parts = tuple(weight for weight in held_weights if weight is not None)
+            if parts:
+                assert len(parts) == len(held_weights), f"{name}.{leaf}: some of {holds.modules} have none"
+                matrix = len(parts[0].axes) > 1
+                yield Stored(f"{theirs}{name}.{leaf}", parts, holds.join, transposed=holds.transposed and matrix)

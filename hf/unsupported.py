@@ -1,0 +1,50 @@
+"""Hugging Face model types that cannot be read, and what they have that this model lacks. Imports no torch."""
+
+from typing import Any
+
+_EXPERTS = "a mixture of experts"
+_STATES = "layers other than attention"
+_BIDIRECTIONAL = "bidirectional attention"
+_WRAPPER = "a vision or audio part around the text model"
+
+_LACKING = {
+    "bamba": _STATES,
+    "bert": _BIDIRECTIONAL,
+    "deepseek_v2": f"latent attention, {_EXPERTS}",
+    "deepseek_v3": f"latent attention, {_EXPERTS}",
+    "gpt_oss": _EXPERTS,
+    "jamba": _STATES,
+    "kimi_linear": _STATES,
+    "lfm2": _STATES,
+    "llama4": _WRAPPER,
+    "llava": _WRAPPER,
+    "mamba": _STATES,
+    "mistral3": _WRAPPER,
+    "mixtral": _EXPERTS,
+    "modernbert": _BIDIRECTIONAL,
+    "nemotron_h": _STATES,
+    "olmoe": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_5": _WRAPPER,
+    "qwen3_moe": _EXPERTS,
+    "qwen3_next": _STATES,
+    "roberta": _BIDIRECTIONAL,
+    "t5": "an encoder",
+}
+
+
+def family_problem(hf: dict[str, Any], families: list[str]) -> str | None:
+    """Returns why config.json describes none of `families`; None if it does."""
+    readable = f"this model reads {', '.join(families)}"
+    if "model_type" not in hf:
+        return f"no model_type; {readable}"
+    model_type = hf["model_type"]
+    if isinstance(model_type, str) and model_type in families:
+        return None
+    lacking = _LACKING.get(model_type) if isinstance(model_type, str) else None
+    if lacking is None and "text_config" in hf:
+        lacking = _WRAPPER
+    if lacking is None and hf.get("is_encoder_decoder"):
+        lacking = "an encoder"
+    has = f", which has {lacking}" if lacking else ""
+    return f"model_type is {str(model_type)[:60]!r}{has}; {readable}"

@@ -1,0 +1,285 @@
+"""Every Hugging Face family, there and back: logits, gradients, training and config, beside transformers' own class."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_families import CASES, EQUAL, GPT, SMALL, SQUARE, VARIANTS, their_logits, their_model
+from safetensors.torch import load_file, save_file
+from small_models import small_config
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from triplane.hf.config import describe, family_of
+from triplane.hf.families.table import FAMILIES
+from triplane.hf.family import Described, Family
+from triplane.hf.folder import FolderWeights
+from triplane.hf.importing import import_hf
+from triplane.hf.weights import write_weights
+from triplane.model.batch import Batch
+from triplane.model.build import load_model
+from triplane.model.config import ModelConfig
+from triplane.model.describe import model_weights
+from triplane.model.head import Loss
+from triplane.model.transformer import Transformer
+from triplane.storage.errors import CheckpointError, ModelError
+
+LENGTHS = (1, 17, 300)
+"""The windows of the models are 48 tokens."""
+RELATIVE = 1e-5
+
+
+def _read(folder: Path) -> tuple[Described, Transformer]:
+    described = describe(json.loads((folder / "config.json").read_text()))
+    weights = FolderWeights(folder, described.family, described.model)
+    weights.check_values()
+    return described, load_model(described.model, weights, torch.float32)
+
+
+def _batch(tokens_S: Tensor) -> Batch:
+    return Batch.build(tokens_S, tokens_S.roll(-1), (0, len(tokens_S)))
+
+
+def _tokens(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(96, (length,), generator=torch.Generator().manual_seed(1000 * seed + length))
+
+
+def _close(ours: Tensor, theirs: Tensor, least: float = 0.0) -> bool:
+    return bool((ours - theirs).abs().max() <= RELATIVE * max(theirs.abs().max().item(), least))
+
+
+def _in_file(model: Any) -> dict[str, Any]:
+    """Parameters of transformers' model by the names in its files."""
+    return {
+        "embed_out.weight" if name == "lm_head.weight" and model.config.model_type == "gpt_neox" else name: parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _write(family: Family, config: ModelConfig, model: Transformer, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(family.write(config, 512)))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    write_weights(weights, family.tensors(config), folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "keys"), CASES.values(), ids=CASES.keys())
+def test_a_family_computes_what_transformers_does_and_comes_back(
+    name: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = their_model(name, keys)
+    theirs.save_pretrained(tmp_path / "hf")
+    (family, config, _), ours = _read(tmp_path / "hf")
+    for length in LENGTHS:
+        tokens_S = _tokens(length)
+        logits_SV, theirs_SV = ours.logits(_batch(tokens_S)), their_logits(theirs, tokens_S)
+        assert _close(logits_SV, theirs_SV), length
+    F.cross_entropy(theirs_SV, tokens_S.roll(-1), reduction="sum").backward()
+    loss = ours(_batch(tokens_S))
+    assert isinstance(loss, Loss)
+    loss.objective.backward()
+    parameters, gradients = dict(ours.named_parameters()), {n: p.grad for n, p in _in_file(theirs).items()}
+    tensors = family.tensors(config)
+    assert tensors.keys() == gradients.keys()
+    least = max(gradient.abs().max().item() for gradient in gradients.values()) / 100  # biases of keys have none
+    for tensor, stored in tensors.items():
+        parts = [parameters[weight.name].grad for weight in stored.weights]
+        assert _close(stored.joined([part for part in parts if part is not None]), gradients[tensor], least), tensor
+
+    for number, other in enumerate({family, family_of(config, 512, tokenizer="Qwen2Tokenizer")}):
+        again = AutoModelForCausalLM.from_pretrained(_write(other, config, ours, tmp_path / f"out{number}"))
+        assert _close(their_logits(again.eval(), tokens_S), theirs_SV)
+        if other is family:
+            kept = _in_file(again)
+            assert all(kept[tensor].equal(parameter) for tensor, parameter in _in_file(theirs).items())
+
+
+def test_every_family_is_tried() -> None:
+    assert FAMILIES.keys() == VARIANTS.keys() | {"gemma3", "internlm3", "iquestcoder"}
+
+
+STEPS = 10
+TRAINED = {"llama": SMALL, "gemma2": VARIANTS["gemma2"][0], "gpt_neox": EQUAL, "gpt2": GPT, "olmo2": SQUARE}
+TRAINED |= {"bloom": VARIANTS["bloom"][0], "cohere": SMALL, "phi": SQUARE}
+
+
+@pytest.mark.parametrize(("name", "keys"), TRAINED.items(), ids=TRAINED.keys())
+def test_ten_steps_of_adamw_are_those_of_a_loop_with_transformers(
+    name: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = their_model(name, keys)
+    theirs.save_pretrained(tmp_path / "hf")
+    (family, config, _), ours = _read(tmp_path / "hf")
+    options: Any = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
+    optimizers = [torch.optim.AdamW(model.parameters(), **options) for model in (ours, theirs)]
+    for step in range(STEPS):
+        tokens_S = _tokens(64, seed=step)
+        loss = ours(_batch(tokens_S))
+        assert isinstance(loss, Loss)
+        their_loss = F.cross_entropy(their_logits(theirs, tokens_S), tokens_S.roll(-1))
+        assert loss.cross_entropy.item() / 64 == pytest.approx(their_loss.item(), rel=RELATIVE)
+        for optimizer, objective in zip(optimizers, (loss.objective / 64, their_loss)):
+            optimizer.zero_grad()
+            objective.backward()
+            optimizer.step()
+    weights = dict(ours.named_parameters())
+    for tensor, stored in family.tensors(config).items():
+        joined = stored.joined([weights[weight.name].detach() for weight in stored.weights])
+        assert _close(joined, _in_file(theirs)[tensor].detach()), tensor
+
+
+SIZES = {
+    "gpt2": {"n_embd": 128, "n_head": 64, "n_layer": 2},
+    "mpt": {"d_model": 128, "n_heads": 64, "n_layers": 2},
+    "bloom": {"hidden_size": 128, "n_head": 64, "n_layer": 2},
+    "opt": {"hidden_size": 128, "num_attention_heads": 64, "num_hidden_layers": 4, "ffn_dim": 80},
+}
+SIZES |= {"gpt_bigcode": SIZES["gpt2"], "gptj": SIZES["gpt2"] | {"n_head": 2}}
+USUAL = {"hidden_size": 1280, "num_attention_heads": 160, "num_hidden_layers": 4, "intermediate_size": 80}
+HELIUM = {"hidden_size": 2560, "num_attention_heads": 20}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_are_left_out_have_the_value_that_transformers_takes(family: str, tmp_path: Path) -> None:
+    """Written with the sizes alone, and in full by transformers."""
+    sizes = SIZES.get(family, USUAL | (HELIUM if family == "helium" else {})) | {"vocab_size": 96}
+    content: dict[str, Any] = {"model_type": family} | ({"text_config": sizes} if family == "gemma3" else sizes)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    full = AutoConfig.from_pretrained(tmp_path).to_dict()
+    if family == "bloom":
+        full["seq_length"] = 2048  # which it does not know
+    assert describe(content) == describe(full)
+
+
+def test_a_text_model_within_another_is_imported(tmp_path: Path) -> None:
+    """Gemma 3 with its vision tower, in the names of transformers 5 and 4."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = VARIANTS["gemma3_text"][0]
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "hf")
+    imported = import_hf(tmp_path / "hf", tmp_path / "new")
+    assert imported.model.n_layers == 4
+    names = load_file(tmp_path / "hf/model.safetensors")
+    assert any(".vision_tower." in f".{name}" for name in names)
+    assert (imported.report.transformers_difference or 1) < 1e-5
+
+
+BARE = {"gpt2": GPT, "bloom": VARIANTS["bloom"][0]}
+
+
+@pytest.mark.parametrize(("name", "keys"), BARE.items(), ids=BARE.keys())
+def test_weights_saved_without_a_head_and_old_buffers_are_read(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    theirs = their_model(name, keys)
+    theirs.base_model.save_pretrained(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    assert not any(tensor.startswith("transformer.") for tensor in tensors)
+    if name == "gpt2":
+        save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 512, 512)}, tmp_path / "hf/model.safetensors")
+    _, ours = _read(tmp_path / "hf")
+    tokens_S = _tokens(60)
+    assert _close(ours.logits(_batch(tokens_S)), their_logits(theirs, tokens_S))
+
+
+FITS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"dim": 50},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"attention": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "qk_norm": {"kind": "rms"}}},
+    "smollm3": {"layers": [{}, {"positions": {"kind": "none"}}]},
+    "granite": {"residual_scale": 0.5},
+    "helium": {"positions": {"kind": "rotary", "interleaved": True}},
+    "ernie4_5": {
+        "positions": {"kind": "rotary", "interleaved": True},
+        "attention": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "qkv_bias": True, "output_bias": True},
+        "feed_forward": {"kind": "gated", "hidden_dim": 80, "bias": True},
+    },
+    "gemma3_text": {
+        "layers": [{}, {"attention": {"window": 16}, "positions": {"kind": "rotary", "base": 5e3}}],
+        "norm": {"kind": "rms", "unit_offset": True},
+        "norm_placement": "sandwich",
+        "embedding_scale": 48**0.5,
+        "attention": {
+            "n_heads": 6,
+            "n_kv_heads": 2,
+            "head_dim": 8,
+            "scale": 0.3,
+            "qk_norm": {"kind": "rms", "unit_offset": True},
+        },
+    },
+}
+
+
+def _config(changes: dict[str, Any]) -> ModelConfig:
+    tables = {"n_heads", "n_kv_heads", "head_dim"} if "attention" in changes else set()
+    tables |= {"hidden_dim"} if "feed_forward" in changes else set()
+    plain = {"vocab_size": 96, "dim": 48, "n_layers": 2, "hidden_dim": 80, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
+    return ModelConfig(**{key: value for key, value in plain.items() if key not in tables} | changes)
+
+
+@pytest.mark.parametrize(("family", "changes"), FITS.items(), ids=FITS.keys())
+def test_the_first_family_that_fits_is_found(family: str, changes: dict[str, Any]) -> None:
+    config = _config(changes)
+    found = family_of(config, tokenizer="Qwen2Tokenizer")
+    assert found.model_type == family
+    assert {w for stored in found.tensors(config).values() for w in stored.weights} == set(
+        model_weights(config).values()
+    )
+    read = describe(json.loads(json.dumps(found.write(config, 128)))).model
+    assert found.differences(read, 128) == []
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "sinks": (
+        {"attention": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "sinks": True}},
+        r"the nearest, llama, differs: attention.sinks is True, there False$",
+    ),
+    "a window beside a bias": (
+        {"attention": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "window": 8, "output_bias": True}},
+        "nearest, .*, differs: .*attention",
+    ),
+    "positions": ({"positions": {"kind": "sinusoidal"}}, "nearest, .*, differs: .*positions.kind is sinusoidal"),
+    "some layers wider": (
+        {"layers": [{}, {"feed_forward": {"kind": "gated", "hidden_dim": 96}}]},
+        "feed_forward.hidden_dim is 80 or 96 by layer, there 80",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), UNFIT.values(), ids=UNFIT.keys())
+def test_a_network_of_no_family_is_told_how_the_nearest_differs(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ModelError, match=expected) as caught:
+        family_of(_config(changes), 128)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_family_with_a_tokenizer_of_its_own_is_passed_over() -> None:
+    """Transformers reads no other tokenizer beside a Qwen2, whatever the folder says."""
+    assert family_of(small_config(qkv_bias=True)).model_type == "seed_oss"
+    heads = {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "qkv_bias": True}
+    windowed = _config({"attention": heads, "layers": [{}, {"attention": {"window": 8}}]})
+    with pytest.raises(ModelError, match=r"; qwen2 has it, but transformers takes only a Qwen2Tokenizer with it$"):
+        family_of(windowed)
+
+
+def test_initial_weights_and_loss_do_not_matter_to_a_family() -> None:
+    assert family_of(small_config(init_std=0.01, z_loss_weight=1e-4)).model_type == "llama"
+
+
+def test_biases_that_transformers_ignores_must_be_zero(tmp_path: Path) -> None:
+    theirs = their_model("qwen2", SMALL)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bias = "model.layers.1.self_attn.o_proj.bias"
+    save_file({**tensors, bias: torch.zeros(48)}, tmp_path / "model.safetensors")
+    _read(tmp_path)
+    save_file({**tensors, bias: torch.ones(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.self_attn.o_proj.bias: not zero, and this model has no output"
+    ):
+        _read(tmp_path)
