@@ -45,6 +45,7 @@ def family_of(config: ModelConfig, context: int | None = None, *, tokenizer: str
     `tokenizer` is the class of the tokenizer that goes with it, as its files name it.
     """
     longest = config.longest or _ANY_CONTEXT if context is None else context
+    config = config.model_copy(update={"n_layers": len(config.pattern)})  # a family lists layers one by one
     differences: dict[str, list[str]] = {}
     refused, others = [], ""
     for family in FAMILIES.values():
