@@ -162,8 +162,9 @@ def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Cas
 def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick: bool) -> list[Case]:
     """Returns networks and layouts that hold every pair of options, and every pair of an option and an axis.
 
-    With `quick` only the latter, on at most four ranks where that suffices.
+    With `quick` only the latter, on at most four ranks.
     """
+    ranks = min(ranks, 4) if quick else ranks
     spread = {axis: [json.dumps(choice) for choice in choices] for axis, choices in enumerate(_CHOICES)}
     names = {f"axis {axis}": choices for axis, choices in spread.items() if axis not in _SLOW}
 

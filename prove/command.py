@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from triplane.config.load import load_config
-from triplane.model.config import ModelConfig
+from triplane.model.config import Layer, ModelConfig
+from triplane.model.parts.softmax import Softmax
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.prove.cases import Case, full_proof, network_proof, own_case, quick_proof
 from triplane.prove.compare import TIMEOUT_S, Machine, tolerances, train_case, worst
@@ -93,20 +94,35 @@ def _result(model: ModelConfig, case: Case, *, reference: Trace, tolerance: Diff
 
 
 def _shrunken(model: ModelConfig) -> ModelConfig:
-    """Returns a model with the features of `model` and the size of `proof_model`."""
+    """Returns a model with the features of `model` and about the size of the proof's."""
     small = proof_model()
-    attention, shape = model.attention, small.attention
-    groups = min(shape.n_heads, attention.n_heads // attention.n_kv_heads)
-    n_kv_heads = shape.n_heads // groups if shape.n_heads % groups == 0 else shape.n_kv_heads
-    sizes = {"n_heads": shape.n_heads, "head_dim": shape.head_dim, "n_kv_heads": n_kv_heads}
+    hidden = {"hidden_dim": small.feed_forward.hidden_dim}
+
+    def attention(part: Softmax) -> Softmax:
+        groups = min(small.attention.n_heads, part.n_heads // part.n_kv_heads)
+        heads = {"n_heads": small.attention.n_heads, "head_dim": small.attention.head_dim}
+        heads["n_kv_heads"] = heads["n_heads"] // groups if heads["n_heads"] % groups == 0 else 2
+        window = None if part.window is None else min(part.window, SEQ_LEN // 4)
+        return part.model_copy(update={**heads, "window": window})
+
+    def layer(own: Layer) -> Layer:
+        return own.model_copy(
+            update={
+                "attention": own.attention and attention(own.attention),
+                "feed_forward": own.feed_forward and own.feed_forward.model_copy(update=hidden),
+            }
+        )
+
+    period = len(model.pattern)
     return model.model_copy(
         update={
             "vocab_size": small.vocab_size,
             "dim": small.dim,
-            "n_layers": small.n_layers,
+            "n_layers": max(1, round(small.n_layers / period)) * period,
             "init_std": small.init_std,
-            "attention": attention.model_copy(update=sizes),
-            "feed_forward": model.feed_forward.model_copy(update={"hidden_dim": small.feed_forward.hidden_dim}),
+            "attention": attention(model.attention),
+            "feed_forward": model.feed_forward.model_copy(update=hidden),
+            "layers": tuple(layer(own) for own in model.layers),
         }
     )
 

@@ -9,11 +9,17 @@ from triplane.config.load import load_config
 from triplane.model.count import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Ranks, parameters, tokens in a step. The Llama totals are those of the published checkpoints.
+# Ranks, parameters, tokens in a step. The totals of released models are those of their checkpoints.
 SHIPPED = {
     "quickstart": (2, 6_524_160, 2_048),
     "125m": (1, 124_275_456, 524_288),
     "1b": (8, 1_103_194_112, 1_048_576),
+    "gpt2": (8, 124_439_808, 524_288),
+    "pythia-1b": (8, 1_011_781_632, 1_048_576),
+    "qwen3-0.6b": (8, 596_049_920, 1_048_576),
+    "gemma3-1b": (8, 999_885_952, 1_048_576),
+    "olmo2-1b": (8, 1_484_916_736, 2_097_152),
+    "original-2017-decoder": (1, 35_679_232, 65_536),
     "8b": (64, 8_030_261_248, 2_097_152),
     "70b": (256, 70_553_706_496, 4_194_304),
     "405b": (512, 405_853_388_800, 4_194_304),
