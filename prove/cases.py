@@ -10,7 +10,7 @@ from typing import Any
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.rules import layout_problems
-from triplane.prove.networks import OPTIONS, Row, cover, network, valid_network
+from triplane.prove.networks import OPTIONS, Pair, Row, cover, network, valid_network
 
 _BF16 = {"precision": "bf16"}
 _CHOICES: list[list[dict[str, Any]]] = [
@@ -162,24 +162,34 @@ def quick_proof(model: ModelConfig, ranks: int, runs_here: RunsHere) -> list[Cas
 def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick: bool) -> list[Case]:
     """Returns networks and layouts that hold every pair of options, and every pair of an option and an axis.
 
-    With `quick` only the latter, on at most four ranks.
+    With `quick` only the latter, on at most four ranks, and neither compile nor bf16, which take longest.
     """
-    ranks = min(ranks, 4) if quick else ranks
-    spread = {axis: [json.dumps(choice) for choice in choices] for axis, choices in enumerate(_CHOICES)}
-    names = {f"axis {axis}": choices for axis, choices in spread.items() if axis not in _SLOW}
+    parts = {part: list(options) for part, options in OPTIONS.items()}
+    spread = {f"axis {axis}": [json.dumps(choice) for choice in choices] for axis, choices in enumerate(_CHOICES)}
+    slow = {f"axis {axis}" for axis in _SLOW}
 
-    def case(row: Row) -> Case | None:
-        setting: dict[str, Any] = {"options": tuple(row[part] for part in OPTIONS if part in row)}
-        for axis in names:
+    def case(row: Row, ranks: int) -> Case | None:
+        setting: dict[str, Any] = {"options": tuple(row[part] for part in parts if part in row)}
+        for axis in spread:
             setting |= json.loads(row.get(axis, "{}"))
+        if slow & row.keys():  # beside a layout, since one rank compiles and rounds as the reference does
+            setting |= {"tp": 2, "sequence_parallel": True}
         return _case(model, setting, ranks=ranks, runs_here=runs_here)
 
-    rows = cover(
-        {part: list(options) for part, options in OPTIONS.items()} | names,
-        lambda row: case(row) is not None,
-        lambda pair: not quick or sum(axis in names for axis, _ in pair) == 1,
-    )
-    return [found for row in rows if (found := case(row)) is not None]
+    def covered(axes: set[str], ranks: int, wanted: Callable[[Pair], bool]) -> list[Case]:
+        chosen = parts | {axis: spread[axis] for axis in axes}
+        rows = cover(chosen, lambda row: case(row, ranks) is not None, wanted)
+        return [found for row in rows if (found := case(row, ranks)) is not None]
+
+    def one_axis(pair: Pair) -> bool:
+        return sum(axis in spread for axis, _ in pair) == 1
+
+    fast = spread.keys() - slow
+    if quick:
+        return covered(fast, min(ranks, 4), one_axis)
+    return covered(fast, ranks, lambda _: True) + [
+        found for axis in sorted(slow) for found in covered({axis}, min(ranks, 2), one_axis)
+    ]
 
 
 def resharding_proof(model: ModelConfig, *, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:

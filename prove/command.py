@@ -14,7 +14,7 @@ from triplane.parallel import megatron, zero  # noqa: F401  imported before the 
 from triplane.prove.cases import Case, full_proof, network_proof, own_case, quick_proof
 from triplane.prove.compare import TIMEOUT_S, Machine, tolerances, train_case, worst
 from triplane.prove.forked import RanksFailedError, run_ranks
-from triplane.prove.reference import Difference, Trace, proof_model, train_plainly
+from triplane.prove.reference import SEQ_LEN, Difference, Trace, proof_model, train_plainly
 from triplane.storage.errors import LaunchError
 from triplane.storage.files import write_whole
 from triplane.training.exits import Exit
@@ -66,7 +66,10 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Re
     print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
     references: dict[ModelConfig, Trace] = {}
     try:
-        allowed = tolerances(cases, model, steps=range(_STEPS), machine=machine)
+        networks = [case for case in cases if case.options]
+        allowed = tolerances(networks, model, steps=range(_OPTIONS_STEPS), machine=machine)
+        others = [case for case in cases if not case.options]
+        allowed |= tolerances(others, model, steps=range(_STEPS), machine=machine)
     except (RanksFailedError, queue.Empty) as error:
         raise LaunchError(f"the bf16 process to compare layouts with failed: {str(error)[-200:]}") from error
     if any(case.layout.compile for case in cases):

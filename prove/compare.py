@@ -64,11 +64,10 @@ def tolerances(cases: Sequence[Case], model: ModelConfig, *, steps: range, machi
     """Returns the allowed distance of each case from one fp32 process over `steps`."""
     allowed = {case: _FP32_OPTIONS if case.options else _FP32 for case in cases}
     rounded = [case for case in cases if case.precision == "bf16"]
-    for tied in {case.tied for case in rounded}:
-        head = model.model_copy(update={"tie_embeddings": tied})
-        alone, timeout_s = ParallelConfig(dp=1), TIMEOUT_S * len(SEEDS)
-        (found,) = run_ranks(alone, 1, differences_of_seeds, head, steps, device=machine.device, timeout_s=timeout_s)
-        allowed |= dict.fromkeys((case for case in rounded if case.tied == tied), bound(found, len(rounded)))
+    alone, timeout_s = ParallelConfig(dp=1), TIMEOUT_S * len(SEEDS)
+    for own in dict.fromkeys(case.model(model) for case in rounded):
+        (found,) = run_ranks(alone, 1, differences_of_seeds, own, steps, device=machine.device, timeout_s=timeout_s)
+        allowed |= dict.fromkeys((case for case in rounded if case.model(model) == own), bound(found, len(rounded)))
     return allowed
 
 

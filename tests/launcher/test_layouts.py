@@ -1,12 +1,13 @@
 """Which layouts are proven: all features alone, in pairs and together."""
 
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 
 from triplane.config.load import load_config
-from triplane.prove.cases import Case, full_proof, own_case, quick_proof
+from triplane.prove.cases import Case, full_proof, network_proof, own_case, quick_proof
+from triplane.prove.networks import OPTIONS, valid_network
 from triplane.prove.reference import proof_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -87,3 +88,27 @@ def test_a_runs_own_layout_comes_with_two_ranks_on_each_axis(name: str, expected
     own = own_case(model, run.parallel, run.training.precision, ranks=8, runs_here=everywhere)
     assert own is not None
     assert own.describe() == expected
+
+
+def test_every_pair_of_options_and_every_option_with_every_axis_is_proven() -> None:
+    cases = network_proof(MODEL, 8, everywhere, quick=False)
+    proven = {
+        pair for case in cases for pair in combinations(sorted([*case.options, *(features(case) - {"zero 1"})]), 2)
+    }
+    names = {name: part for part, options in OPTIONS.items() for name in options}
+    for one, other in combinations(sorted(names), 2):
+        if names[one] != names[other] and valid_network(MODEL, (one, other)):
+            assert (one, other) in proven
+    for option, feature in product(names, ["tensor", "tensor + sequence", "pipeline", "ring", "ulysses", "zero 3"]):
+        assert tuple(sorted((option, feature))) in proven
+    assert sum(axes(case) >= 3 for case in cases) >= 25
+
+
+def test_the_quick_proof_has_every_option_with_every_axis() -> None:
+    cases = network_proof(MODEL, 8, everywhere, quick=True)
+    assert all(case.ranks <= 4 for case in cases)
+    found = {(option, feature) for case in cases for option in case.options for feature in features(case)}
+    options = {option for option, _ in found}
+    assert options == {name for named in OPTIONS.values() for name in named}
+    missing = set(product(options, ["tensor", "tensor + sequence", "pipeline", "ring", "ulysses"])) - found
+    assert missing == set()

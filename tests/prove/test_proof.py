@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from triplane.model.batch import Batch
+from triplane.model.modules import WeightsModule, unchanged
 from triplane.parallel import engine, megatron, replicated, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
@@ -72,9 +73,11 @@ def proven() -> Callable[..., Result]:
     for case in (exact, tied, large):
         reference(case.model(proof_model()))
 
-    def prove_case(tied: bool = False, precision: str = "fp32", large: bool = False, **layout: Any) -> Result:
+    def prove_case(
+        tied: bool = False, precision: str = "fp32", large: bool = False, options: tuple[str, ...] = (), **layout: Any
+    ) -> Result:
         parallel = ParallelConfig(**({"dp": 1, "timeout_s": 20.0} | layout))
-        case = Case(parallel, tied=tied, precision=precision, large=large)
+        case = Case(parallel, tied=tied, precision=precision, large=large, options=options)
         model = case.model(proof_model())
         return prove_module._result(
             model, case, reference=reference(model), tolerance=bounds[precision], machine=MACHINE
@@ -116,7 +119,7 @@ def _with_batched_sends(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(megatron.Pipeline, "__init__", batched)
 
 
-def _without_the_tied_gradient(patch: pytest.MonkeyPatch) -> None:
+def _without_the_copied_gradients(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Engine, "_sum_copied_gradients", lambda self: None)
 
 
@@ -196,12 +199,78 @@ def _without_fp32_weights(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ZeroOptimizer, "step", step)
 
 
+def _with_means_over_own_heads(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tensor, "_mean_over_tp", lambda x, mesh: x.mean(-1, keepdim=True))
+
+
+def _without_the_gradient_of_shared_means(patch: pytest.MonkeyPatch) -> None:
+    def mean(x: torch.Tensor, mesh: Any) -> torch.Tensor:
+        total = tensor.megatron.sum_over_tp(x.sum(-1, keepdim=True), mesh)
+        return total / (x.shape[-1] * mesh.tp.size)
+
+    patch.setattr(tensor, "_mean_over_tp", mean)
+
+
+def _without_the_sum_of_gradients_inside_branches(patch: pytest.MonkeyPatch) -> None:
+    right = tensor.apply_tensor_parallel
+
+    def applied(model: Any, *args: Any) -> None:
+        right(model, *args)
+        for module in model.blocks.modules():
+            if isinstance(module, WeightsModule):
+                module.shared = unchanged
+
+    patch.setattr(tensor, "apply_tensor_parallel", applied)
+
+
+def _with_the_output_bias_on_each_rank(patch: pytest.MonkeyPatch) -> None:
+    right = megatron.RowParallelLinear.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = right(self, x)
+        return out if self.bias is None else out + (self.mesh.tp.size - 1) * self.bias
+
+    patch.setattr(megatron.RowParallelLinear, "forward", forward)
+
+
+def _with_slopes_of_the_first_heads(patch: pytest.MonkeyPatch) -> None:
+    right = tensor.apply_tensor_parallel
+
+    def applied(model: Any, mesh: Any, *args: Any) -> None:
+        right(model, mesh, *args)
+        for positions in model.kinds_of_positions:
+            positions.heads = slice(0, positions.n_heads // mesh.tp.size)
+
+    patch.setattr(tensor, "apply_tensor_parallel", applied)
+
+
+def _with_positions_of_all_tokens(patch: pytest.MonkeyPatch) -> None:
+    right = tensor.apply_tensor_parallel
+
+    def applied(model: Any, mesh: Any, *args: Any) -> None:
+        right(model, mesh, *args)
+        model.embedded = lambda x_T: x_T.chunk(mesh.tp.size)[0]
+
+    patch.setattr(tensor, "apply_tensor_parallel", applied)
+
+
+def _with_sinks_of_the_first_heads(patch: pytest.MonkeyPatch) -> None:
+    right: Any = ulysses.UlyssesAttention.forward
+
+    def forward(self: Any, *args: Any) -> torch.Tensor:
+        *tensors, sinks_H = args
+        return right(self, *tensors, sinks_H.view(self.size, -1)[0].repeat(self.size))
+
+    patch.setattr(ulysses.UlyssesAttention, "forward", forward)
+
+
+OVER_ALL = "QK-norm over all heads"
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_sum_over_tp_of_gradients, {"tp": 2}),
     (_without_sum_over_tp_of_gradients, {"tp": 2, "sequence_parallel": True}),
     (_with_scores_for_padding, {"tp": 2}),
     (_with_layers_of_the_wrong_stage, {"pp": 2}),
-    (_without_the_tied_gradient, {"pp": 2, "tied": True}),
+    (_without_the_copied_gradients, {"pp": 2, "tied": True}),
     (_with_the_tied_copy_counted_twice, {"pp": 2, "tied": True}),
     (_with_batched_sends, {"pp": 2, "virtual_stages": 2}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "zero": 0}),
@@ -212,6 +281,15 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_the_exchange_of_heads, {"cp": 2}),
     (_with_overwritten_products, {"tp": 2, "recompute": "selective"}),
     (_with_a_norm_in_fp32, {"zero": 0, "large": True}),
+    (_with_means_over_own_heads, {"tp": 2, "options": (OVER_ALL,)}),
+    (_without_the_gradient_of_shared_means, {"tp": 2, "options": (OVER_ALL,)}),
+    (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": ("QK-norm",)}),
+    (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "sequence_parallel": True, "options": ("ScaleNorm",)}),
+    (_with_the_output_bias_on_each_rank, {"tp": 2, "options": ("sinks",)}),
+    (_with_slopes_of_the_first_heads, {"tp": 2, "options": ("ALiBi",)}),
+    (_with_positions_of_all_tokens, {"tp": 2, "sequence_parallel": True, "options": ("sinusoidal",)}),
+    (_with_sinks_of_the_first_heads, {"cp": 2, "options": ("sinks",)}),
+    (_without_the_copied_gradients, {"pp": 2, "options": ("T5 bias",)}),
     (_without_fp32_weights, {"precision": "bf16"}),
     (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
@@ -220,7 +298,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("bug", "layout"), BUGS, ids=[f"{bug.__name__[1:]}-{list(layout)[-1]}" for bug, layout in BUGS]
+    ("bug", "layout"), BUGS, ids=[f"{bug.__name__[1:]}-{number}" for number, (bug, _) in enumerate(BUGS)]
 )
 def test_a_planted_bug_is_caught(
     bug: Callable[[pytest.MonkeyPatch], None],
