@@ -1,20 +1,17 @@
-"""GPT-2 and those after it: LayerNorm, a plain feed-forward part, learned positions or ALiBi."""
+"""GPT-2 and those after it: LayerNorm, a plain feed-forward part, learned positions."""
 
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
 
-from pydantic import BaseModel, PositiveFloat
-
 from triplane.hf.family import Family, sizes
 from triplane.hf.tensors import QKV, Holds, Names
 from triplane.hf.traits import Heads, Hf, Size, Trait, Values, activation, key, must_be, number, switch
 from triplane.model.config import ModelConfig
-from triplane.storage.errors import ModelError
 
-_FIXED = {"norm.kind": "layer", "feed_forward.kind": "plain"}
-_BIASES = {"attention.qkv_bias": True, "attention.output_bias": True, "feed_forward.bias": True}
-_EPS = number("layer_norm_epsilon", "norm.eps", default=1e-5)
+FIXED = {"norm.kind": "layer", "feed_forward.kind": "plain"}
+BIASES = {"attention.qkv_bias": True, "attention.output_bias": True, "feed_forward.bias": True}
+EPS = number("layer_norm_epsilon", "norm.eps", default=1e-5)
 _GPT_HEADS = Heads("n_head", also=("num_attention_heads",), kv_heads=None, dim="n_embd")
 _INNER = key(
     "n_inner",
@@ -85,11 +82,11 @@ GPT2 = Family(
     "GPT2LMHeadModel",
     _gpt(lambda modules: Holds(modules, transposed=True)),
     (
-        *(*gpt_sizes(longest=1024, tied=True), _GPT_HEADS, _INNER, _EPS, Learned()),
+        *(*gpt_sizes(longest=1024, tied=True), _GPT_HEADS, _INNER, EPS, Learned()),
         *(activation("activation_function", "gelu_new"), Scaled()),
         *(must_be("scale_attn_by_inverse_layer_idx", False), must_be("add_cross_attention", False)),
     ),
-    {**_FIXED, **_BIASES},
+    {**FIXED, **BIASES},
 )
 
 
@@ -114,11 +111,11 @@ GPT_BIGCODE = Family(
     "GPTBigCodeForCausalLM",
     _gpt(lambda modules: Holds(modules, join="groups" if modules == QKV else "rows")),
     (
-        *(*gpt_sizes(longest=1024, tied=True), _GPT_HEADS, _INNER, _EPS, Learned()),
+        *(*gpt_sizes(longest=1024, tied=True), _GPT_HEADS, _INNER, EPS, Learned()),
         *(activation("activation_function", "gelu_pytorch_tanh"), Scaled(), MultiQuery()),
         must_be("add_cross_attention", False),
     ),
-    {**_FIXED, **_BIASES},
+    {**FIXED, **BIASES},
 )
 
 
@@ -179,124 +176,9 @@ OPT = Family(
         key("word_embed_proj_dim", type=Size | None, default=None),
         key("remove_final_layer_norm", type=bool, default=False, also=("_remove_final_layer_norm",)),
     ),
-    {**_FIXED, "norm.eps": 1e-5},
+    {**FIXED, "norm.eps": 1e-5},
     problem=lambda hf: (
         ("_remove_final_layer_norm is true; this model has that norm" if hf["remove_final_layer_norm"] else None)
         or _narrow_embedding(hf)
     ),
 )
-
-
-def _four_times(model: Values) -> Values:
-    return {"feed_forward.hidden_dim": 4 * model["dim"]}
-
-
-BLOOM = Family(
-    "bloom",
-    "BloomForCausalLM",
-    Names(
-        {
-            "transformer.word_embeddings": "embedding",
-            "transformer.word_embeddings_layernorm": "embedding_norm",
-            "transformer.ln_f": "norm",
-            "lm_head": "head",
-        },
-        {
-            "input_layernorm": "attention_norm",
-            "self_attention.query_key_value": Holds(QKV, join="groups"),
-            "self_attention.dense": "attention.wo",
-            "post_attention_layernorm": "feed_forward_norm",
-            "mlp.dense_h_to_4h": "feed_forward.w_up",
-            "mlp.dense_4h_to_h": "feed_forward.w_down",
-        },
-        layers="transformer.h",
-        base="transformer.",
-    ),
-    (
-        *sizes(layers="n_layer", context="seq_length", longest=2048, tied=True, dim_also=("n_embed",),
-               layers_also=("num_hidden_layers",)),
-        Heads("n_head", also=("num_attention_heads",), kv_heads=None),
-        number("layer_norm_epsilon", "norm.eps", "embedding_norm.eps", default=1e-5),
-        must_be("apply_residual_connection_post_layernorm", False),
-    ),
-    {
-        **_FIXED, **_BIASES, "feed_forward.activation": "gelu_tanh",
-        "embedding_norm": {"kind": "layer"},
-        "positions": {"kind": "alibi"},
-    },
-    _four_times,
-)  # fmt: skip
-
-
-class _MptAttention(BaseModel, strict=True, frozen=True, allow_inf_nan=False):
-    clip_qkv: PositiveFloat | None = None
-    softmax_scale: PositiveFloat | None = None
-    alibi: bool = True
-    alibi_bias_max: float = 8
-    prefix_lm: bool = False
-    qk_ln: bool = False
-    attn_type: str = "multihead_attention"
-
-
-@dataclass(frozen=True)
-class MptAttention(Trait):
-    """The table `attn_config`. Whatever it says, transformers computes ALiBi with 8, of equal heads."""
-
-    @property
-    def keys(self) -> dict[str, tuple[Any, Any]]:
-        return {"attn_config": (_MptAttention | None, None)}
-
-    def read(self, hf: Hf, model: Values) -> None:
-        theirs = hf["attn_config"] or _MptAttention()
-        model["attention"] |= {"clip_qkv": theirs.clip_qkv, "scale": theirs.softmax_scale}
-        usual = _MptAttention(clip_qkv=theirs.clip_qkv, softmax_scale=theirs.softmax_scale)
-        for name in _MptAttention.model_fields:
-            if getattr(theirs, name) != getattr(usual, name):
-                raise ModelError(
-                    f"attn_config.{name} is {getattr(theirs, name)}; transformers computes {getattr(usual, name)}"
-                )
-
-    def write(self, model: Values, hf: Hf) -> None:
-        attention = model["attention"]
-        content = _MptAttention(clip_qkv=attention["clip_qkv"], softmax_scale=attention["scale"])
-        hf["attn_config"] = content.model_dump() | {"alibi_bias_max": 8}
-
-
-MPT = Family(
-    "mpt",
-    "MptForCausalLM",
-    Names(
-        {"transformer.wte": "embedding", "transformer.norm_f": "norm", "lm_head": "head"},
-        {
-            "norm_1": "attention_norm",
-            "attn.Wqkv": Holds(QKV),
-            "attn.out_proj": "attention.wo",
-            "norm_2": "feed_forward_norm",
-            "ffn.up_proj": "feed_forward.w_up",
-            "ffn.down_proj": "feed_forward.w_down",
-        },
-        layers="transformer.blocks",
-        base="transformer.",
-    ),
-    (
-        *sizes("d_model", "n_layers", "max_seq_len", longest=2048, tied=True, dim_also=("hidden_size",),
-               layers_also=("num_hidden_layers",)),
-        Heads("n_heads", also=("num_attention_heads",), kv_heads=None, dim="d_model"),
-        *(_EPS, MptAttention(), must_be("no_bias", True)),
-        key("expansion_ratio", type=int, default=4),
-        key("logit_scale", type=float | str | None, default=None),
-    ),
-    {
-        **_FIXED, "norm.bias": False, "feed_forward.bias": False, "feed_forward.activation": "gelu",
-        "positions": {"kind": "alibi"},
-    },
-    _four_times,
-    problem=lambda hf: next(
-        (
-            f"{name} is {hf[name]}; transformers computes {usual}"
-            for name, usual in (("expansion_ratio", 4), ("logit_scale", None))
-            if hf[name] != usual
-        ),
-        None,
-    ),
-)  # fmt: skip

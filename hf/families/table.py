@@ -1,6 +1,6 @@
 """All families, in the order in which an export tries them."""
 
-from triplane.hf.families import classic, cohere, gemma, llama, neox, olmo
+from triplane.hf.families import alibi, classic, cohere, gemma, llama, neox, olmo
 
 FAMILIES = {
     family.model_type: family
@@ -10,7 +10,7 @@ FAMILIES = {
         *(olmo.OLMO, olmo.OLMO2, olmo.OLMO3, olmo.EXAONE4, olmo.GLM4),
         *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3_TEXT),
         *(cohere.COHERE, cohere.COHERE2),
-        *(classic.GPT2, classic.GPT_BIGCODE, classic.OPT, classic.BLOOM, classic.MPT),
+        *(classic.GPT2, classic.GPT_BIGCODE, classic.OPT, alibi.BLOOM, alibi.MPT),
         *(neox.GPT_NEOX, neox.GPTJ, neox.PHI, neox.PHI3, neox.STARCODER2, neox.STABLELM, neox.NEMOTRON, neox.FALCON),
         *(gemma.GEMMA3, llama.INTERNLM3, llama.IQUESTCODER),
     )

@@ -156,7 +156,7 @@ def test_keys_that_are_left_out_have_the_value_that_transformers_takes(family: s
 
 
 def test_a_text_model_within_another_is_imported(tmp_path: Path) -> None:
-    """Gemma 3 with its vision tower, in the names of transformers 5 and 4."""
+    """Gemma 3 with its vision tower."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = VARIANTS["gemma3_text"][0]
