@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,20 +19,29 @@ _SHOWN = 80
 def explain(error: ValidationError, schema: type[BaseModel]) -> dict[tuple[str, ...], str]:
     """Maps the path of each invalid key of a config read by `schema` to one line on what is wrong."""
     by_key: dict[tuple[str, ...], list[ErrorDetails]] = defaultdict(list)
-    tables: dict[tuple[str, ...], type[BaseModel]] = {}
+    places: dict[tuple[str, ...], _Place] = {}
     for details in error.errors():
-        key, tables[key] = _locate(details["loc"], schema)
+        key, places[key] = _locate(details["loc"], schema)
         by_key[key].append(details)
-    return {key: _explain(key, tables[key], details, schema) for key, details in by_key.items()}
+    return {key: _explain(key, places[key], details, schema) for key, details in by_key.items()}
 
 
-def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[str, ...], type[BaseModel]]:
-    """Returns the key that an error is about, and its table.
+class _Place(NamedTuple):
+    """Where a key stands."""
+
+    table: type[BaseModel]
+    union: list[type[BaseModel]]
+    """The kinds that the table may be of."""
+
+
+def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[str, ...], _Place]:
+    """Returns the key that an error is about, and its place.
 
     If a field takes several types, `loc` is longer than the key and ends in the type tried.
     """
     key: list[str] = []
-    table, tables = schema, [schema]
+    tables = union = [schema]
+    place = _Place(schema, union)
     for name in loc:
         if isinstance(name, int):  # an index into a list of tables
             key.append(str(name))
@@ -41,32 +50,37 @@ def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[tuple[
             tables = chosen
             continue
         key.append(name)
-        table = tables[0]
-        tables = _subtables(table, name)
+        place = _Place(tables[0], union)
+        tables = union = _subtables(place.table, name)
         if not tables:
             break
-    return tuple(key), table
+    return tuple(key), place
 
 
-def _explain(key: tuple[str, ...], table: type[BaseModel], errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
-    name, kind, value = key[-1], errors[0]["type"], errors[0]["input"]
+def _explain(key: tuple[str, ...], place: _Place, errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
+    name, table, kind, value = key[-1], place.table, errors[0]["type"], errors[0]["input"]
+    below = _subtables(table, name)
+    kinds = [name for table in below for name in _kinds(table)]
     given = _short(format_value(value) if isinstance(value, str | int | float) else repr(value))
     if kind == "extra_forbidden":
-        return f"unknown key; {_suggest(name, table, schema)}"
+        return _unknown(key, place, schema)
     if kind == "value_error":
         return str(errors[0]["ctx"]["error"])
     if kind == "union_tag_invalid":
-        kinds = [name for below in _subtables(table, name) for name in _kinds(below)]
         near = get_close_matches(errors[0]["ctx"]["tag"], kinds, n=1)
         return f'kind is "{_short(errors[0]["ctx"]["tag"])}"; {_near_or_all(near, kinds)}'
+    if kind == "union_tag_not_found":
+        return f"kind is missing; known here: {', '.join(kinds)}"
     if kind == "missing":
-        if below := _subtables(table, name):
+        if below:
             needs = [key for key, field in below[0].model_fields.items() if field.is_required()]
             return f"missing table; it requires {', '.join(needs)}"
         meaning = " ".join((table.model_fields[name].description or "").split()).partition(". ")[0]
         return f"missing. {meaning}".rstrip(". ")
-    if kind == "model_type":
+    if kind in ("model_type", "model_attributes_type"):
         return f"{given} given; should be a table, [{spelled(key)}]"
+    if kind in ("list_type", "tuple_type") and below:
+        return f"{given} given; should be a list of tables, [[{spelled(key)}]]"
     # There is one error for each type that the field takes.
     messages = [details["msg"] for details in errors]
     wanted = [message.removeprefix(_WANTED) for message in messages if message.startswith(_WANTED)]
@@ -84,12 +98,19 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _suggest(name: str, table: type[BaseModel], schema: type[BaseModel]) -> str:
-    known = [*table.model_fields, *getattr(table, "short_keys", ())]
+def _unknown(key: tuple[str, ...], place: _Place, schema: type[BaseModel]) -> str:
+    name, table = key[-1], place.table
+    short_keys = getattr(table, "short_keys", {})
+    if name in short_keys:
+        return f"stands for {'.'.join(short_keys[name])}, which is given as well; leave one out"
+    if others := [kind for other in place.union if name in other.model_fields for kind in _kinds(other)]:
+        return f'not an option of {key[-2]} of kind "{_kinds(table)[0]}", but of {" and ".join(others)}'
+    known = [*table.model_fields, *short_keys]
     if near := get_close_matches(name, known, n=1):
-        return f"did you mean {near[0]}?"
-    elsewhere = [".".join(path) for path in _paths(schema) if path[-1] == name]
-    return _near_or_all(list(dict.fromkeys(elsewhere)), known)
+        return f"unknown key; did you mean {near[0]}?"
+    elsewhere = sorted({path for path in _paths(schema) if path[-1] == name}, key=len)
+    nearest = [".".join(path) for path in elsewhere if len(path) == len(elsewhere[0])]
+    return f"unknown key; {_near_or_all(nearest, known)}"
 
 
 def _near_or_all(near: list[str], known: list[str]) -> str:

@@ -54,7 +54,9 @@ def _as_given(key: tuple[str, ...], values: Mapping[str, object]) -> tuple[str, 
     given = values.get("model")
     if isinstance(given, Mapping) and key[0] == "model":
         for short, long in ModelConfig.short_keys.items():
-            if short in given and key[1:3] == long:
+            table = given.get(long[0])
+            spelled_out = isinstance(table, Mapping) and long[1] in table
+            if short in given and key[1:3] == long and not spelled_out:
                 return ("model", short, *key[3:])
     return key
 

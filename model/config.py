@@ -123,13 +123,17 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
     @model_validator(mode="before")
     @classmethod
     def _spelled_out(cls, values: Any) -> Any:
-        """Moves short keys into their tables, and completes the tables of `layers`."""
+        """Moves short keys into their tables, and completes the tables of `layers`.
+
+        A key that is given in both ways stays, and is reported as unknown.
+        """
         if not isinstance(values, dict):
             return values
         values = dict(values)
         for short, (table, key) in _SHORT_KEYS.items():
-            if short in values:
-                values[table] = _with(values.get(table, {}), key, values.pop(short), short)
+            whole = values.get(table, {})
+            if short in values and isinstance(whole, dict) and key not in whole:
+                values[table] = {**whole, key: values.pop(short)}
         if isinstance(values.get("layers"), list | tuple):
             values["layers"] = [_completed(layer, values) for layer in values["layers"]]
         return values
@@ -179,7 +183,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
         """Yields what keys of different tables contradict, a line each with its operands."""
         period = sum(layer.repeat for layer in self.layers)
         if period and self.n_layers % period:
-            yield f"layers repeat every {period}, which does not divide n_layers ({self.n_layers})"
+            multiple = self.n_layers + -self.n_layers % period
+            yield (
+                f"layers repeat every {period}, which does not divide n_layers ({self.n_layers}); the next multiple is "
+                f"{multiple}"
+            )
         if self.residual != "serial" and self.norm_placement != "pre":
             yield f'residual "{self.residual}" requires norm_placement "pre", not "{self.norm_placement}"'
         heads = set()
@@ -192,7 +200,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
                     f"n_heads ({attention.n_heads}) is not a multiple of n_kv_heads ({attention.n_kv_heads}); the next "
                     f"multiple is {attention.n_heads + -attention.n_heads % attention.n_kv_heads}"
                 )
-            yield from positions.problems(attention.head_dim)
+            yield from positions.problems(self.dim, attention.head_dim)
             if positions != self.positions and list(positions.weights(self.dim, attention.n_heads)):
                 yield f'layers: positions of kind "{positions.kind}" have weights; set model.positions'
         if len(heads) > 1 and any(positions.by_head for positions in self.all_positions):
@@ -207,14 +215,6 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
         for window in sorted(windows):
             if window > seq_len:
                 yield f"attention.window ({window}) is over seq_len ({seq_len}); leave it out, or set it lower"
-
-
-def _with(table: Any, key: str, value: Any, short: str) -> Any:
-    if not isinstance(table, dict):
-        return table
-    if key in table:
-        raise ValueError(f"{short} is given twice: here and as {key} of a table")
-    return {**table, key: value}
 
 
 def _completed(layer: Any, values: dict[str, Any]) -> Any:

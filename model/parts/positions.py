@@ -25,8 +25,8 @@ class Positions(Part):
     by_head: ClassVar[bool] = False
     """True: it differs between heads, so all layers have the same number of them."""
 
-    def problems(self, head_dim: int) -> Iterator[str]:
-        """Yields what is wrong with heads of this width."""
+    def problems(self, dim: int, head_dim: int) -> Iterator[str]:
+        """Yields what is wrong with a stream and heads of these widths."""
         yield from ()
 
     @property

@@ -112,7 +112,7 @@ class Rotary(Positions):
     scaling: Scaling | None = None
     """Stretches the wavelengths, so that a model reads longer contexts. None: positions as trained."""
 
-    def problems(self, head_dim: int) -> Iterator[str]:
+    def problems(self, dim: int, head_dim: int) -> Iterator[str]:
         turning = self._turning(head_dim)
         if turning % 2 or not turning:
             yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveFloat
@@ -24,6 +25,10 @@ class SinusoidalPositions(Positions):
     interleaved: bool = True
     """True: sine and cosine alternate, wavelength i is base^(2i/dim) (the paper). False: all sines, then all cosines,
     wavelength i is base^(i/(dim/2 - 1)) (tensor2tensor, Whisper)."""
+
+    def problems(self, dim: int, head_dim: int) -> Iterator[str]:
+        if dim % 2:
+            yield f"sinusoidal positions are pairs of sine and cosine, but dim ({dim}) is odd"
 
     def embed(self, m: PositionsModule, x_TD: Tensor, positions_T: Tensor) -> Tensor:
         import torch
