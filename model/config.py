@@ -190,21 +190,25 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
             )
         if self.residual != "serial" and self.norm_placement != "pre":
             yield f'residual "{self.residual}" requires norm_placement "pre", not "{self.norm_placement}"'
-        heads = set()
+        heads, widths = {self.attention.n_heads}, {self.attention.head_dim}
         for layer in dict.fromkeys(self.pattern):
             assert layer.attention is not None and layer.positions is not None
             attention, positions = layer.attention, layer.positions
             heads.add(attention.n_heads)
+            widths.add(attention.head_dim)
             if attention.n_heads % attention.n_kv_heads:
                 yield (
                     f"n_heads ({attention.n_heads}) is not a multiple of n_kv_heads ({attention.n_kv_heads}); the next "
                     f"multiple is {attention.n_heads + -attention.n_heads % attention.n_kv_heads}"
                 )
             yield from positions.problems(self.dim, attention.head_dim)
-            if positions != self.positions and list(positions.weights(self.dim, attention.n_heads)):
-                yield f'layers: positions of kind "{positions.kind}" have weights; set model.positions'
+            own_weights = list(positions.weights(self.dim, attention.n_heads))
+            if positions != self.positions and (positions.in_embedding or own_weights):
+                yield f'layers: positions of kind "{positions.kind}" serve the whole network; set model.positions'
         if len(heads) > 1 and any(positions.by_head for positions in self.all_positions):
             yield f"layers have {' and '.join(map(str, sorted(heads)))} heads, but positions that differ by head"
+        if len(widths) > 1:
+            yield f"layers have a head_dim of {' and '.join(map(str, sorted(widths)))}; all must have the same"
 
     def length_problems(self, seq_len: int) -> Iterator[str]:
         """Yields why sequences of this many tokens do not fit the network."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class LearnedPositions(Positions):
     """A table with a row for each position."""
 
+    in_embedding: ClassVar[bool] = True
     kind: Literal["learned"] = "learned"
     """Learned positions."""
     max_seq_len: PositiveInt

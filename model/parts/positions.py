@@ -22,6 +22,8 @@ class Positions(Part):
 
     every_stage: ClassVar[bool] = False
     """True: all layers read its weights, so each pipeline stage holds a copy."""
+    in_embedding: ClassVar[bool] = False
+    """True: it is added to the embeddings, so single layers cannot have it."""
     by_head: ClassVar[bool] = False
     """True: it differs between heads, so all layers have the same number of them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveFloat
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class SinusoidalPositions(Positions):
     """Sines and cosines of dim / 2 wavelengths, in fp32."""
 
+    in_embedding: ClassVar[bool] = True
     kind: Literal["sinusoidal"] = "sinusoidal"
     """Sinusoidal positions."""
     base: PositiveFloat = 10_000.0

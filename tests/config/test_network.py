@@ -37,7 +37,9 @@ UNREADABLE = {
     'model.layers=[{positions={kind="learnt"}}]': (
         'model.layers[0].positions: kind is "learnt"; did you mean learned?'
     ),
-    "model.positions.scaling={factor=2.0}": "model.positions.scaling: kind is missing; known here: linear, llama3, yarn",
+    "model.positions.scaling={factor=2.0}": (
+        "model.positions.scaling: kind is missing; known here: linear, llama3, yarn"
+    ),
     'model.positions={kind="learned", max_seq_len=16, base=3.0}': (
         'model.positions.base: not an option of positions of kind "learned", but of rotary and sinusoidal'
     ),
@@ -55,7 +57,9 @@ UNREADABLE = {
     "model.n_heads=4": "model.n_heads: stands for attention.n_heads, which is given as well; leave one out",
     "model.layers=3": "model.layers: 3 given; should be a list of tables, [[model.layers]]",
     "model.layers=[{}, 3]": "model.layers[1]: 3 given; should be a table, [model.layers[1]]",
-    "model.layers=[{attention=3}]": "model.layers[0].attention: 3 given; should be a table, [model.layers[0].attention]",
+    "model.layers=[{attention=3}]": (
+        "model.layers[0].attention: 3 given; should be a table, [model.layers[0].attention]"
+    ),
     "model.layers=[{norm={}}]": "model.layers[0].norm: unknown key; did you mean model.norm?",
     "model.norm=layer": 'model.norm: "layer" given; should be a table, [model.norm]',
     'model.norm={kind="layer", gain=false}': "model.norm: bias = true requires gain = true; set bias = false",
@@ -73,7 +77,14 @@ CONTRADICTORY = {
     ),
     'model.positions={kind="learned", max_seq_len=15}': "learned positions number 15 tokens, but seq_len is 16",
     'model.layers=[{positions={kind="learned", max_seq_len=16}}, {}]': (
-        'layers: positions of kind "learned" have weights; set model.positions'
+        'layers: positions of kind "learned" serve the whole network; set model.positions'
+    ),
+    'model.layers=[{positions={kind="sinusoidal"}}, {}]': (
+        'layers: positions of kind "sinusoidal" serve the whole network; set model.positions'
+    ),
+    "model.layers=[{attention={head_dim=16}}, {}]": "layers have a head_dim of 8 and 16; all must have the same",
+    'model.positions={kind="alibi"} model.layers=[{attention={n_heads=8}}]': (
+        "layers have 4 and 8 heads, but positions that differ by head"
     ),
     "model.positions.fraction=0.4": (
         "rotary positions turn pairs of dims, but head_dim (8) x fraction (0.4) is 3, not an even number"
@@ -114,9 +125,9 @@ def test_a_table_that_cannot_be_read(file: Path, override: str) -> None:
 
 @pytest.mark.parametrize("overrides", CONTRADICTORY)
 def test_keys_that_contradict_each_other(file: Path, overrides: str) -> None:
-    assert check(load_config(file, overrides.replace(" model.", "\nmodel.").replace(" par", "\npar").split("\n")), 4) == [
-        CONTRADICTORY[overrides]
-    ]
+    assert check(
+        load_config(file, overrides.replace(" model.", "\nmodel.").replace(" par", "\npar").split("\n")), 4
+    ) == [CONTRADICTORY[overrides]]
 
 
 def test_a_short_key_and_its_table_are_placed_in_the_file(file: Path) -> None:
@@ -147,5 +158,9 @@ def test_the_command_tells_all_at_once_and_exits_with_2(file: Path) -> None:
     contradictory = ["model.positions.fraction=0.4", "model.layers=[{attention={window=17}}, {}, {}]"]
     result = triplane("train", "a.toml", *contradictory, cwd=file.parent)
     assert result.returncode == 2
-    for line in (CONTRADICTORY["model.positions.fraction=0.4"], "layers repeat every 3", "attention.window (17) is over"):
+    for line in (
+        CONTRADICTORY["model.positions.fraction=0.4"],
+        "layers repeat every 3",
+        "attention.window (17) is over",
+    ):
         assert line in result.stderr

@@ -49,7 +49,9 @@ def files_that_say(name: str) -> set[str]:
 
 
 def test_every_kind_is_found() -> None:
-    expected = "rms layer scale fix rotary learned sinusoidal alibi relative none softmax gated plain linear llama3 yarn"
+    expected = (
+        "rms layer scale fix rotary learned sinusoidal alibi relative none softmax gated plain linear llama3 yarn"
+    )
     assert set(expected.split()) <= KINDS.keys()
     assert {"model/config.py", "parallel/tensor.py", "plan/memory.py", "training/loop.py"} <= SOURCES.keys()
 

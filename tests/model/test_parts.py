@@ -132,7 +132,10 @@ def test_rotary_turns_pairs_as_complex_numbers(fraction: float, interleaved: boo
     for pair in range(turning // 2):
         first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + turning // 2)
         angle = positions_T.double() * 500.0 ** (-2 * pair / turning)
-        turned = torch.complex(expected[..., first], expected[..., second]) * torch.polar(torch.ones(7).double(), angle)[:, None]
+        turned = (
+            torch.complex(expected[..., first], expected[..., second])
+            * torch.polar(torch.ones(7).double(), angle)[:, None]
+        )
         expected[..., first], expected[..., second] = turned.real, turned.imag
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=0)
 
@@ -156,7 +159,9 @@ def test_scaled_rotary_is_that_of_transformers(name: str, fraction: float) -> No
     theirs = {"rope_type": kind, "rope_theta": 150_000.0, "partial_rotary_factor": fraction, **options}
     if before := theirs.pop("original_seq_len", None):
         theirs["original_max_position_embeddings"] = before
-    llama = LlamaConfig(head_dim=64, max_position_embeddings=int(options["factor"] * (before or 64)), rope_parameters=theirs)
+    llama = LlamaConfig(
+        head_dim=64, max_position_embeddings=int(options["factor"] * (before or 64)), rope_parameters=theirs
+    )
     frequencies, magnitude = ROPE_INIT_FUNCTIONS[kind](llama, torch.device("cpu"))
     positions_T = torch.arange(9)
     torch.testing.assert_close(config.frequencies(64, positions_T), frequencies, atol=0, rtol=1e-6)
@@ -271,7 +276,6 @@ def test_feed_forward(name: Activation, bias: bool) -> None:
 
 H, G, K = 6, 2, 8
 LENGTHS = [7, 4]
-PRE: dict[str, Any] = {"positions": {"kind": "none"}}
 BLOCKS: dict[str, dict[str, Any]] = {
     "pre": {},
     "rotary": {"positions": {"kind": "rotary"}},
@@ -281,7 +285,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "parallel": {"residual": "parallel"},
     "parallel, one norm": {"residual": "parallel_shared_norm"},
     "scaled residual": {"residual_scale": 0.3},
-    "scaled residual, post": {"residual_scale": 0.3, "norm_placement": "sandwich"},
+    "scaled residual, sandwich": {"residual_scale": 0.3, "norm_placement": "sandwich"},
     "parallel, scaled": {"residual_scale": 0.3, "residual": "parallel"},
     "clip": {"attention": {"clip_qkv": 0.5}},
     "biases": {"attention": {"qkv_bias": True, "output_bias": True}},
@@ -289,7 +293,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "window": {"attention": {"window": 3}},
     "scale and cap": {"attention": {"scale": 0.7, "softcap": 2.0}},
     "sinks": {"attention": {"sinks": True}},
-} | {
+}
+QK_NORMS: dict[str, dict[str, Any]] = {
     f"qk-norm over {over}{', after rotation' if after else ''}": {
         "positions": {"kind": "rotary"},
         "attention": {"qk_norm": {"kind": kind}, "qk_norm_over": over, "qk_norm_after_rotation": after},
@@ -371,15 +376,17 @@ def by_hand(config: ModelConfig, w: Weights, x_TD: Tensor) -> Tensor:
     return x + feed(before("feed_forward", x))
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [*BLOCKS, *QK_NORMS])
 def test_blocks(name: str) -> None:
-    config = block_config(BLOCKS[name])
+    config = block_config((BLOCKS | QK_NORMS)[name])
     layer = config.layer(0)
     block = Block(config, layer)
     generator = torch.Generator().manual_seed(2)
     for parameter in block.parameters():
         matrix = parameter.dim() == 2 and parameter.shape[-1] > K
-        nn.init.normal_(parameter, 0 if matrix else 1, parameter.shape[-1] ** -0.5 if matrix else 0.3, generator=generator)
+        nn.init.normal_(
+            parameter, 0 if matrix else 1, parameter.shape[-1] ** -0.5 if matrix else 0.3, generator=generator
+        )
     weights = {name: parameter.detach().double() for name, parameter in block.named_parameters()}
     batch, x_TD = packed(random_documents(config, LENGTHS)), drawn(11, 48)
     kind = config.positions.build(48, H, K)
