@@ -7,16 +7,16 @@ from triplane.model.config import ModelConfig
 from triplane.storage.errors import TriplaneError
 
 
-def export_problems(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
-    """Returns a line each; none if `triplane export` will take the model and its tokenizer."""
-    problems = []
-    if (size := tokenizer.vocab_size) > config.vocab_size:
-        problems.append(f"the tokenizer has {size} tokens, the model {config.vocab_size}; give its own")
-    named = None
-    try:
-        named = tokenizer_class(hf_files(tokenizer))
-    except TriplaneError as error:
-        problems.append(str(error))
+def export_problems(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
+    """Returns a line each; none if `triplane export` will take the model and, if it is known, its tokenizer."""
+    problems, named = [], None
+    if tokenizer is not None:
+        if (size := tokenizer.vocab_size) > config.vocab_size:
+            problems.append(f"the tokenizer has {size} tokens, the model {config.vocab_size}; give its own")
+        try:
+            named = tokenizer_class(hf_files(tokenizer))
+        except TriplaneError as error:
+            problems.append(str(error))
     try:
         family_of(config, tokenizer=named)
     except TriplaneError as error:

@@ -51,7 +51,7 @@ def examine(
     """Examines a run on `ranks` ranks. Reads files, writes none, and does not tokenize."""
     problems = check(config, ranks)
     warnings = list(_odd_values(config))
-    amount = None
+    amount = tokenizer = None
     if any(source.is_tars for source in config.data.sources):
         problems += _tar_problems(config)
     else:
@@ -65,10 +65,9 @@ def examine(
             if not list(config.data.problems(config.training.global_batch_size)):
                 amount = Amount.of(config, sources)
                 warnings += [*amount.warnings(), *_held_out(config, sources)]
-            unexportable = export_problems(config.model, sources.tokenizer)
-            warnings += [f"it could not be exported: {problem}" for problem in unexportable]
+            tokenizer = sources.tokenizer
             # Comparing with the run folder makes sense only once model and data match.
-            problems += list(_vocabulary(config, sources.tokenizer.vocab_size, config.data.sources[0].corpus)) or (
+            problems += list(_vocabulary(config, tokenizer.vocab_size, config.data.sources[0].corpus)) or (
                 check_run_dir(
                     config,
                     run_record(config, sources),
@@ -76,6 +75,7 @@ def examine(
                     allow_fresh_start=allow_fresh_start,
                 )
             )
+    warnings += [f"it could not be exported: {problem}" for problem in export_problems(config.model, tokenizer)]
     problems += disk_problems(config)
     return Findings(problems, warnings, amount)
 
