@@ -177,7 +177,7 @@ class WithExtras(nn.Module):
         self.bias_HL = nn.Parameter(torch.linspace(-1, 1, HEADS * 64).view(HEADS, 64))
         self.sinks_H = nn.Parameter(torch.linspace(-1, 1, HEADS))
 
-    def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
+    def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, *_: None) -> Tensor:
         return self.core(q_THK, k_TGK, v_TGK, batch, self.bias_HL, self.sinks_H)
 
 
