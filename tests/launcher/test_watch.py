@@ -19,11 +19,11 @@ from triplane.training.run_log import record_event
 
 def shown_by(master: int, text: str, seconds: float = 60) -> str:
     """Returns the terminal's output up to the point where it contains `text`."""
-    shown, deadline_s = "", time.monotonic() + seconds
-    while text not in shown:
+    shown, deadline_s = b"", time.monotonic() + seconds
+    while text.encode() not in shown:
         assert time.monotonic() < deadline_s, shown
-        shown += os.read(master, 1 << 16).decode()
-    return shown
+        shown += os.read(master, 1 << 16)
+    return shown.decode(errors="replace")  # a read may end within a character
 
 
 def test_many_runs_are_rows_of_what_has_room(tmp_path: Path) -> None:
