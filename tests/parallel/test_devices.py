@@ -79,9 +79,9 @@ def test_widths_and_tokens_that_fp8_kernels_do_not_take_are_known_before(prepare
     changes: dict[str, Any] = {"model": model, "parallel": {"fp8": True}, "training": {"precision": "bf16"}}
     config = small_run(prepared, tmp_path, **changes)
     assert [line.split(";")[0] for line in check(config, 1) if "fp8" in line] == [
-        "fp8: hidden_dim (72) is not a multiple of 16, which its kernels require",
         "fp8: n_heads x head_dim (72) is not a multiple of 16, which its kernels require",
         "fp8: n_kv_heads x head_dim (24) is not a multiple of 16, which its kernels require",
+        "fp8: hidden_dim (72) is not a multiple of 16, which its kernels require",
     ]
     odd = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": 24})})
     odd = odd.model_copy(update={"training": odd.training.model_copy(update={"micro_batch_size": 1})})
