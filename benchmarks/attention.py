@@ -49,7 +49,7 @@ def output_and_gradients(attention: Attention, qkv: list[Tensor], grad: Tensor) 
 
 
 def errors(attention: Attention, exact: list[Tensor], qkv: list[Tensor], grad: Tensor) -> str:
-    """Of the output and the gradients of q, k and v: the error's norm, as a share of the norm."""
+    """Error norms of the output and the gradients of q, k and v, relative to their norms."""
     found = output_and_gradients(attention, qkv, grad)
     return ", ".join(f"{float((x - y).norm() / y.norm()):.1e}" for x, y in zip(found, exact, strict=True))
 

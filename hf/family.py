@@ -23,7 +23,7 @@ class _Schema(BaseModel, strict=True, frozen=True, allow_inf_nan=False):
 
 
 class Described(NamedTuple):
-    """What a config.json describes."""
+    """The model that a config.json describes."""
 
     family: "Family"
     model: ModelConfig
@@ -41,7 +41,7 @@ class Family:
     traits: tuple[Trait, ...]
     """Their keys of config.json, in the order in which they are read."""
     fixed: Values = field(default_factory=dict)
-    """What all models of the family have in common, by paths such as `norm.kind`."""
+    """Values that all models of the family share, by paths such as `norm.kind`."""
     derived: Callable[[Values], Values] = lambda model: {}
     """Further values, which follow from others."""
     written: bool = True

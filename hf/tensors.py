@@ -31,7 +31,7 @@ class Holds:
 
 QKV = ("attention.wq", "attention.wk", "attention.wv")
 Modules = Mapping[str, str | Holds]
-"""What each module of theirs, by its name, holds of ours."""
+"""Maps the name of each of their modules to our modules that it holds."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Names:
     buffers: tuple[str, ...] = ()
     """Tensors of a layer that old files hold, and that follow from config.json."""
     others: tuple[str, ...] = ()
-    """What stands before names of tensors that do not belong to the text model."""
+    """Prefixes of tensors that do not belong to the text model."""
     renamed: tuple[tuple[str, str], ...] = ()
     """How older versions of transformers began names, and how they begin now."""
 
@@ -60,7 +60,7 @@ class Stored:
 
     name: str
     weights: tuple[Weight, ...]
-    """What it holds of ours."""
+    """Our modules that it holds."""
     join: Literal["rows", "groups"]
     transposed: bool
 

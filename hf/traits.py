@@ -42,7 +42,7 @@ ACTIVATIONS = {
 
 
 class Trait:
-    """What some keys of config.json say about the model."""
+    """A property of the model that some keys of config.json state."""
 
     @property
     def keys(self) -> dict[str, tuple[Any, Any]]:

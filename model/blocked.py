@@ -153,7 +153,7 @@ def _empty(q_THK: Tensor, spans: Sequence[Span]) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """What one thread computes: some runs of a span, for the query heads of one key head."""
+    """The work of one thread: some runs of a span, for the query heads of one key head."""
 
     span: Span
     group: int
@@ -233,7 +233,7 @@ class _Tile(NamedTuple):
     rows: int
     """Queries."""
     distance: int
-    """Of the first query from the first key."""
+    """Distance of the first query from the first key."""
 
     @property
     def columns(self) -> int:
@@ -260,7 +260,7 @@ def _blocks(span: Span, window: int | None) -> Iterator[tuple[slice, list[_Tile]
 
 
 def _factor(rule: Rule) -> float:
-    """What queries are multiplied by before the product: a soft cap takes the tangent of it, exp2 its power."""
+    """Returns the factor of queries before the product: a soft cap takes the tangent of it, exp2 its power."""
     return rule.scale * _LOG2E if rule.softcap is None else rule.scale / rule.softcap
 
 

@@ -56,7 +56,7 @@ _SHORT_KEYS = {
 
 
 class Layer(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """What some layers change: tables with only the keys that differ from the model's."""
+    """Changes that some layers make: tables with only the keys that differ from the model's."""
 
     repeat: PositiveInt = 1
     """Consecutive layers with these changes."""

@@ -1,4 +1,4 @@
-"""What a query sees, and how a score becomes a weight: all that attention is told beside its tensors."""
+"""The rule by which a query sees keys and a score becomes a weight: all that attention is told beside its tensors."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""What a part says of itself: its weights, and the cost of a token in it. Imports no torch.
+"""The description that a part gives of itself: its weights, and the cost of a token in it. Imports no torch.
 
 Initial values, counts, FLOPs, optimizer groups, tensor parallelism, placements and the plan fold over these.
 """
@@ -66,7 +66,7 @@ class Cost:
     """The cost of one token in a part, besides its matrices."""
 
     inputs: Elements = ()
-    """What its matrices read, kept for backward."""
+    """Inputs of its matrices, kept for backward."""
     kept: Elements = ()
     """Further activations, kept for backward unless they are recomputed."""
     outputs: Elements = ()

@@ -38,7 +38,7 @@ def attend_directly(
 
 
 class _Hop:
-    """What this rank reads of the rank `distance` places before it, and what the one as far after it reads here."""
+    """Keys that this rank reads `distance` ranks before it, and that the rank as far after it reads here."""
 
     def __init__(self, cp: Axis, distance: int, read: Seen, sent: Seen):
         self.read, self.sent = read, sent

@@ -46,7 +46,7 @@ def _heads(kv_heads: int, *, divides: bool) -> Heads:
 
 
 _TANH = {"gelu": "gelu_tanh"}
-"""What Gemma's first releases call GELU is its approximation."""
+"""Gemma's first releases say GELU and mean its approximation."""
 _GEMMA_ACTIVATION = Key(
     "hidden_act",
     activation("hidden_act", "silu").type,

@@ -1,4 +1,4 @@
-"""What all feed-forward parts have in common."""
+"""The base of all feed-forward parts."""
 
 from __future__ import annotations
 

@@ -26,7 +26,4 @@ class FixNorm(Norm):
 
     def forward(self, m: NormModule, x: Tensor, mean: Mean | None) -> Tensor:
         wide = x.float()
-        squares = wide.square()
-        square = squares.sum(-1, keepdim=True) if mean is None else mean(squares) * m.axes[-1].size
-        length = square.clamp(min=self.eps**2).sqrt()  # in this order, since the root's slope at 0 is infinite
-        return (wide * self.length / length).to(x.dtype)
+        return (wide * self.length / self.lengths(m, wide, mean, least=self.eps)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""What all norms have in common."""
+"""The base of all norms."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ class Norm(Part):
     def forward(self, m: NormModule, x: Tensor, mean: Mean | None) -> Tensor:
         """Returns the normalized x, in x's dtype. With `mean` the last dim is split over ranks."""
         raise NotImplementedError
+
+    @staticmethod
+    def lengths(m: NormModule, x: Tensor, mean: Mean | None, *, least: float) -> Tensor:
+        """Returns the Euclidean length of the last dim, which stays with size 1; at least `least`."""
+        squares = x.square()
+        square = squares.sum(-1, keepdim=True) if mean is None else mean(squares) * m.axes[-1].size
+        return square.clamp(min=least**2).sqrt()  # in this order, since the root's slope at 0 is infinite
 
     def build(self, *axes: Axis) -> NormModule:
         from triplane.model.modules import NormModule

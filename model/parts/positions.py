@@ -1,4 +1,4 @@
-"""What all kinds of positions have in common: each method changes nothing unless a kind says so."""
+"""The base of all kinds of positions: each method changes nothing unless a kind says so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from triplane.model.modules import PositionsModule
 
 Tables = tuple["Tensor", ...]
-"""What all layers with the same positions share in one forward pass."""
+"""Tensors that all layers with the same positions share in one forward pass."""
 
 
 class Positions(Part):

@@ -17,7 +17,20 @@ if TYPE_CHECKING:
     from triplane.model.modules import PositionsModule
 
 
-class LinearScaling(Part):
+class _Scaling(Part):
+    """Stretches the wavelengths."""
+
+    @property
+    def magnitude(self) -> float:
+        """Multiplies queries and keys."""
+        return 1.0
+
+    def scaled(self, plain: Tensor, base: float) -> Tensor:
+        """Returns the frequencies, radians per token, for the longer context."""
+        raise NotImplementedError
+
+
+class LinearScaling(_Scaling):
     """Divides all frequencies (Chen et al. 2023)."""
 
     kind: Literal["linear"]
@@ -28,12 +41,8 @@ class LinearScaling(Part):
     def scaled(self, plain: Tensor, base: float) -> Tensor:
         return plain / self.factor
 
-    @property
-    def magnitude(self) -> float:
-        return 1.0
 
-
-class Llama3Scaling(Part):
+class Llama3Scaling(_Scaling):
     """Divides low frequencies and blends smoothly into high ones (Llama 3.1)."""
 
     kind: Literal["llama3"]
@@ -52,12 +61,8 @@ class Llama3Scaling(Part):
         keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return keep * plain + (1 - keep) * plain / self.factor
 
-    @property
-    def magnitude(self) -> float:
-        return 1.0
 
-
-class YarnScaling(Part):
+class YarnScaling(_Scaling):
     """Divides frequencies that turn seldom within the context, and sharpens attention (Peng et al. 2023)."""
 
     kind: Literal["yarn"]

@@ -1,4 +1,4 @@
-"""What a config says of its network against the network itself, for every option."""
+"""The description of a network in its config against the network itself, for every option."""
 
 import json
 import random

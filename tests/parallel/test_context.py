@@ -238,7 +238,7 @@ def test_a_window_of_another_size_over_ranks_is_caught(monkeypatch: pytest.Monke
 
 
 def elements_sent(mesh: Mesh, cases: list[Case]) -> list[int]:
-    """Of each case, the elements that this rank sends to others for an output, and its gradients."""
+    """Returns, for each case, the elements that this rank sends to others for an output, and its gradients."""
     sent: list[int] = []
     exchange: Any = dist.all_to_all_single
 
