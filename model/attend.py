@@ -77,14 +77,18 @@ def choose(
 
 def _sdpa(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch, rule: Rule) -> Tensor:
     if batch.uniform:
-        return _sdpa_equal(q_THK, k_TGK, v_TGK, batch.longest, rule)
+        return _sdpa_equal(q_THK, k_TGK, v_TGK, len(batch.bounds) - 1, rule)
     spans = [slice(a, b) for a, b in pairwise(batch.bounds)]  # one call per segment beats a mask
-    return torch.cat([_sdpa_equal(q_THK[s], k_TGK[s], v_TGK[s], s.stop - s.start, rule) for s in spans])
+    return torch.cat([_sdpa_equal(q_THK[s], k_TGK[s], v_TGK[s], 1, rule) for s in spans])
 
 
-def _sdpa_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, length: int, rule: Rule) -> Tensor:
-    """Computes attention over segments of equal length, as the batch dim of SDPA."""
-    q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+def _sdpa_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: int, rule: Rule) -> Tensor:
+    """Computes attention over `segments` of equal length, as the batch dim of SDPA.
+
+    The compiler knows their number, but not their length: it would take a batch dim that it derives from the length
+    for a dim of the same size in another layout, and compute wrong gradients for other lengths.
+    """
+    q, k, v = (x.view(segments, -1, *x.shape[1:]).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
     shared = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale, enable_gqa=shared)
     return out.transpose(1, 2).flatten(0, 1)

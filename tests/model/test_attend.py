@@ -182,7 +182,7 @@ class WithExtras(nn.Module):
 
 
 @pytest.mark.slow
-@torch._dynamo.config.patch(disable=False)  # the other tests compile nothing
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_block_learns_as_an_eager_one() -> None:
     config = small_config()
     eager, compiled = small_model(config), small_model(config)

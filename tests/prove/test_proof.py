@@ -37,7 +37,7 @@ def _few_steps() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@torch._dynamo.config.patch(disable=False)  # the other tests compile nothing
+@pytest.mark.usefixtures("compiler")
 def test_every_pair_of_features_trains_the_same_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,7 +45,7 @@ def test_every_pair_of_features_trains_the_same_model(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     code = prove(None, ranks=8, quick=True, json_path=tmp_path / "proof.json")
     printed = capsys.readouterr().out
-    assert code == 0, printed
+    assert code == 0, "\n".join(line for line in printed.splitlines() if not line.startswith("ok"))
     rows = json.loads((tmp_path / "proof.json").read_text())
     assert len(rows) >= 15
     assert all(row["passed"] for row in rows)
