@@ -35,8 +35,6 @@ def build_local_model(
         with torch.device("meta"):
             model = Transformer(config).to(dtype)
             cut_stage(model, layers[number], first=number == 0, last=number == count - 1)
-            if stages and config.positions.every_stage:  # one copy serves all stages of the rank
-                model.positions = stages[0].positions
             if mesh.tp.size > 1:
                 from triplane.parallel.tensor import apply_tensor_parallel
 
@@ -45,6 +43,8 @@ def build_local_model(
             from triplane.parallel.context import apply_context_parallel
 
             apply_context_parallel(model, mesh.cp, layout.cp_method)
+        if stages and config.positions.every_stage:  # one copy, split once, serves all stages of the rank
+            model.positions = stages[0].positions
         if layout.fp8:
             from triplane.model.fp8 import use_fp8
 

@@ -177,7 +177,7 @@ def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick:
         return _case(model, setting, ranks=ranks, runs_here=runs_here)
 
     def covered(axes: set[str], ranks: int, wanted: Callable[[Pair], bool]) -> list[Case]:
-        chosen = parts | {axis: spread[axis] for axis in axes}
+        chosen = parts | {axis: options for axis, options in spread.items() if axis in axes}
         rows = cover(chosen, lambda row: case(row, ranks) is not None, wanted)
         return [found for row in rows if (found := case(row, ranks)) is not None]
 

@@ -19,7 +19,8 @@ from triplane.storage.errors import LaunchError
 from triplane.storage.files import write_whole
 from triplane.training.exits import Exit
 
-_STEPS, _LARGE_STEPS, _OPTIONS_STEPS = 10, 2, 4
+_STEPS, _FEW_STEPS, _LARGE_STEPS = 10, 4, 2
+"""Steps of a row; few with --quick and for networks, which is enough to meet each kind of batch."""
 _LINE = "{:<7} {:>5} {:>8} {:>8} {:>8} {:>9}  {}"
 
 
@@ -54,7 +55,7 @@ def prove(config: Path | None, *, ranks: int | None, quick: bool, json_path: Pat
     cases += (quick_proof if quick else full_proof)(model, machine.ranks, machine.runs)
     if config is None:
         cases += network_proof(model, machine.ranks, machine.runs, quick=quick)
-    results = _results(model, cases, machine)
+    results = _results(model, cases, machine, steps=_FEW_STEPS if quick else _STEPS)
     if json_path is not None:
         write_whole(json_path, (json.dumps([_record(result) for result in results], indent=1) + "\n").encode())
     passed = sum(result.passed for result in results)
@@ -62,14 +63,14 @@ def prove(config: Path | None, *, ranks: int | None, quick: bool, json_path: Pat
     return Exit.OK if passed == len(results) else Exit.FAILED
 
 
-def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Result]:
+def _results(model: ModelConfig, cases: list[Case], machine: Machine, *, steps: int) -> list[Result]:
     print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
     references: dict[ModelConfig, Trace] = {}
     try:
         networks = [case for case in cases if case.options]
-        allowed = tolerances(networks, model, steps=range(_OPTIONS_STEPS), machine=machine)
+        allowed = tolerances(networks, model, steps=range(_FEW_STEPS), machine=machine)
         others = [case for case in cases if not case.options]
-        allowed |= tolerances(others, model, steps=range(_STEPS), machine=machine)
+        allowed |= tolerances(others, model, steps=range(steps), machine=machine)
     except (RanksFailedError, queue.Empty) as error:
         raise LaunchError(f"the bf16 process to compare layouts with failed: {str(error)[-200:]}") from error
     if any(case.layout.compile for case in cases):
@@ -78,8 +79,7 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine) -> list[Re
     for case in cases:
         own = case.model(model)
         if own not in references:
-            steps = _LARGE_STEPS if case.large else _OPTIONS_STEPS if case.options else _STEPS
-            references[own] = train_plainly(own, steps)
+            references[own] = train_plainly(own, _LARGE_STEPS if case.large else _FEW_STEPS if case.options else steps)
         results.append(_result(own, case, reference=references[own], tolerance=allowed[case], machine=machine))
         print(_line(results[-1]), flush=True)
     return results

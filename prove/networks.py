@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 Few values reach the clamps: at a clamp the gradient jumps, so rounding alone moves a value across now and then.
 """
 
-_TRIES = 10
+_TRIES = 20
 """Completions tried for each row."""
 
 Row = dict[str, str]

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,14 +25,6 @@ from triplane.prove.command import Result, prove
 from triplane.prove.compare import Machine, tolerances
 from triplane.prove.reference import proof_model, train_plainly
 from triplane.training.optimizer import adamw
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_steps() -> Iterator[None]:
-    """Batches repeat their structure after three steps, and every bug below shows within four."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prove_module, "_STEPS", 4)
-        yield
 
 
 @pytest.mark.slow
@@ -58,7 +50,7 @@ MACHINE = Machine("cpu", 8, compiler=False)
 @pytest.fixture(scope="module")
 def proven() -> Callable[..., Result]:
     """Proves one case; computes references and bounds once, before a bug is planted."""
-    reference = cache(lambda model: train_plainly(model, prove_module._STEPS))
+    reference = cache(lambda model: train_plainly(model, prove_module._FEW_STEPS))
     exact, rounding, tied, large = (
         Case(ParallelConfig(dp=1), tied=tied, precision=precision, large=large)
         for tied, precision, large in (
@@ -68,7 +60,7 @@ def proven() -> Callable[..., Result]:
             (False, "fp32", True),
         )
     )
-    allowed = tolerances([exact, rounding], proof_model(), steps=range(prove_module._STEPS), machine=MACHINE)
+    allowed = tolerances([exact, rounding], proof_model(), steps=range(prove_module._FEW_STEPS), machine=MACHINE)
     bounds = {case.precision: bound for case, bound in allowed.items()}
     for case in (exact, tied, large):
         reference(case.model(proof_model()))
@@ -310,6 +302,27 @@ def test_a_planted_bug_is_caught(
     result = proven(**layout)
     assert not result.passed
     assert result.difference is None or result.difference.largest > 5e-6
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_stages_of_a_rank_share_a_table_that_tp_has_split_once(proven: Callable[..., Result], zero: int) -> None:
+    result = proven(tp=2, pp=2, virtual_stages=2, zero=zero, options=("T5 bias",))
+    assert result.passed, result
+
+
+def test_a_proof_holds_the_same_rows_in_every_process() -> None:
+    program = (
+        "from triplane.prove.cases import network_proof, quick_proof; from triplane.prove.reference import proof_model;"
+        "[print(case) for proof in (quick_proof(proof_model(), 4, lambda case: True),"
+        " network_proof(proof_model(), 4, lambda case: True, quick=True)) for case in proof]"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1
 
 
 @pytest.mark.parametrize(
