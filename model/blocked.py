@@ -1,17 +1,15 @@
 """Attention in plain torch with its own backward: any rule on any device, and nothing of size tokens x tokens is kept.
 
-A block of queries meets a block of keys at a time, in a tile of scores; tiles that the rule hides are skipped.
-Query heads that share a key head are rows of one product. Mask and bias depend on a query's distance from a key
-alone, so they are one vector, of which each row of a tile holds a part, one place further than the row above.
+A block of queries meets a block of keys at a time, in a tile of scores (tiles.py). Query heads that share a key head
+are rows of one product.
 
 Shapes are those of batch.py, with S keys and L distances; N is runs, R query heads per key head.
 Scores are logarithms to base 2, since exp2 costs a third of exp.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,35 +17,13 @@ from torch import Tensor
 
 from triplane.model.merge import merge
 from triplane.model.rule import Rule
+from triplane.model.tiles import Span, Tile, add_diagonals, blocks, by_distance, edges, largest
 
 _Result = TypeVar("_Result")
 
 _LOG2E = math.log2(math.e)
-_QUERIES, _KEYS = 128, 512
-"""Sides of a tile."""
 _SCORES = 2**19
 """Scores in a tile of several runs, at most: what a core's cache holds."""
-
-
-class Span(NamedTuple):
-    """Runs of queries, each against its run of keys; in a tensor the runs follow one another."""
-
-    queries: slice
-    keys: slice
-    distance: int = 0
-    """The place of a run's first query, less that of its first key."""
-    runs: int = 1
-
-
-def spans_within(bounds: Sequence[int]) -> list[Span]:
-    """Returns each segment against itself; neighbours of one length are runs of one span."""
-    spans = []
-    for length, segments in groupby(pairwise(bounds), key=lambda segment: segment[1] - segment[0]):
-        starts = [start for start, _ in segments]
-        if length:
-            tokens = slice(starts[0], starts[-1] + length)
-            spans.append(Span(tokens, tokens, runs=len(starts)))
-    return spans
 
 
 def forward(
@@ -65,7 +41,7 @@ def forward(
         qs, outs, lses = (part.queries(x) for x in (q_THK, out_THK, lse_TH1))
         k_NSK, v_NSK = (part.keys(x).squeeze(2).to(wide) for x in (k_SGK, v_SGK))
         bias_RL, space = part.bias(bias_HL), _Space(q_THK.device)
-        for block, tiles in _blocks(part.span, rule.window):
+        for block, tiles in blocks(part.span, rule.window):
             q = qs[:, block].flatten(1, 2).to(wide) * _factor(rule)
             out, lse = torch.zeros_like(q), q.new_full((*q.shape[:2], 1), -math.inf)
             for tile in tiles:
@@ -116,7 +92,7 @@ def backward(
         dqs, dks, dvs = part.queries(dq_THK), part.keys(dk_SGK).squeeze(2), part.keys(dv_SGK).squeeze(2)
         bias_RL, space = part.bias(bias_HL), _Space(q_THK.device)
         dbias_RL = None if bias_RL is None else torch.zeros_like(bias_RL)
-        for block, tiles in _blocks(part.span, rule.window):
+        for block, tiles in blocks(part.span, rule.window):
             q, grad, out, lse = (x[:, block].flatten(1, 2) for x in by_query)
             scaled, wide_grad, lse = q.to(wide) * _factor(rule), grad.to(wide), lse * _LOG2E
             lean = (wide_grad * out).sum(-1, keepdim=True)  # what the gradients of a query's scores have in common
@@ -128,7 +104,7 @@ def backward(
                 dscore = torch.bmm(wide_grad, wide_v_NSK[:, tile.keys].mT, out=space.like("dscore", weight))
                 dscore.sub_(lean).mul_(weight)
                 if dbias_RL is not None:
-                    _add_diagonals(dbias_RL, dscore, tile)
+                    add_diagonals(dbias_RL, dscore, tile)
                 if capped is not None:
                     dscore.mul_(1 - capped.square())
                 rounded = space.rounded(dscore, q.dtype)
@@ -170,7 +146,8 @@ class _Part(NamedTuple):
         return x_S1K.view(self.span.runs, -1, *x_S1K.shape[1:])
 
     def bias(self, bias_HL: Tensor | None) -> Tensor | None:
-        return None if bias_HL is None else bias_HL[self.heads]
+        """Returns the bias (R, L), to base 2 as scores are."""
+        return None if bias_HL is None else bias_HL[self.heads] * _LOG2E
 
 
 def _parts(spans: Sequence[Span], groups: int, q_THK: Tensor) -> list[_Part]:
@@ -178,7 +155,7 @@ def _parts(spans: Sequence[Span], groups: int, q_THK: Tensor) -> list[_Part]:
     parts = []
     for span in spans:
         queries, keys = ((x.stop - x.start) // span.runs for x in (span.queries, span.keys))
-        most = max(_SCORES // (shared * min(queries, _QUERIES) * min(keys, _KEYS)), 1)
+        most = max(_SCORES // (shared * largest(queries, keys)), 1)
         for first in range(0, span.runs, most):
             runs = min(most, span.runs - first)
             query, key = span.queries.start + first * queries, span.keys.start + first * keys
@@ -227,45 +204,13 @@ class _Space:
         return x if x.dtype == dtype else self.take("rounded", x.shape, dtype).copy_(x)
 
 
-class _Tile(NamedTuple):
-    keys: slice
-    """In a run."""
-    rows: int
-    """Queries."""
-    distance: int
-    """Distance of the first query from the first key."""
-
-    @property
-    def columns(self) -> int:
-        return self.keys.stop - self.keys.start
-
-    @property
-    def farthest(self) -> int:
-        """The last query's distance from the first key; `rows + columns - 1` distances end with it."""
-        return self.distance + self.rows - 1
-
-
-def _blocks(span: Span, window: int | None) -> Iterator[tuple[slice, list[_Tile]]]:
-    """Yields blocks of a run's queries, with tiles over the keys that some of them see."""
-    queries, keys = ((x.stop - x.start) // span.runs for x in (span.queries, span.keys))
-    for start in range(0, queries, _QUERIES):
-        stop = min(start + _QUERIES, queries)
-        nearest = min(stop + span.distance, keys)
-        farthest = 0 if window is None else max(start + span.distance - window + 1, 0)
-        tiles = [
-            _Tile(slice(key, min(key + _KEYS, nearest)), stop - start, start + span.distance - key)
-            for key in range(farthest, nearest, _KEYS)
-        ]
-        yield slice(start, stop), tiles
-
-
 def _factor(rule: Rule) -> float:
     """Returns the factor of queries before the product: a soft cap takes the tangent of it, exp2 its power."""
     return rule.scale * _LOG2E if rule.softcap is None else rule.scale / rule.softcap
 
 
 def _scores(
-    q: Tensor, k_NSK: Tensor, tile: _Tile, rule: Rule, bias_RL: Tensor | None, space: _Space
+    q: Tensor, k_NSK: Tensor, tile: Tile, rule: Rule, bias_RL: Tensor | None, space: _Space
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the scores (N, rows x R, columns) of scaled queries, and with a soft cap their tangents."""
     score, capped = space.take("score", (*q.shape[:2], tile.columns), q.dtype), None
@@ -275,41 +220,9 @@ def _scores(
         score = capped * (rule.softcap * _LOG2E)
     by_head = score.view(len(score), tile.rows, -1, tile.columns)
     if bias_RL is not None:
-        by_head += _by_distance(tile, rule.window, bias_RL).transpose(0, 1)
+        by_head += by_distance(tile, rule.window, bias_RL).transpose(0, 1)
     else:
-        for edge in _edges(tile, rule.window):
+        for edge in edges(tile, rule.window):
             columns = slice(edge.keys.start - tile.keys.start, edge.keys.stop - tile.keys.start)
-            by_head[..., columns] += _by_distance(edge, rule.window, score.new_zeros(1, 1)).transpose(0, 1)
+            by_head[..., columns] += by_distance(edge, rule.window, score.new_zeros(1, 1)).transpose(0, 1)
     return score, capped
-
-
-def _edges(tile: _Tile, window: int | None) -> Iterator[_Tile]:
-    """Yields the parts of a tile, whole columns, in which some query does not see some key."""
-    near = max(tile.distance + 1, 0)
-    if near < tile.columns:
-        yield _Tile(slice(tile.keys.start + near, tile.keys.stop), tile.rows, tile.distance - near)
-    if window is not None and tile.farthest >= window:
-        far = min(tile.farthest + 1 - window, tile.columns)
-        yield _Tile(slice(tile.keys.start, tile.keys.start + far), tile.rows, tile.distance)
-
-
-def _by_distance(tile: _Tile, window: int | None, bias_RL: Tensor) -> Tensor:
-    """Returns what is added to a tile's scores, (R, rows, columns): the bias, and -inf where the rule hides the key."""
-    distance_M = torch.arange(tile.farthest, tile.distance - tile.columns, -1, device=bias_RL.device)
-    hidden_M = distance_M < 0 if window is None else (distance_M < 0) | (distance_M >= window)
-    added_RM = bias_RL[:, distance_M.clamp(0, bias_RL.shape[1] - 1)] * _LOG2E
-    return added_RM.masked_fill_(hidden_M, -math.inf).unfold(-1, tile.columns, 1).flip(-2)
-
-
-def _add_diagonals(dbias_RL: Tensor, dscore: Tensor, tile: _Tile) -> None:
-    """Adds the sum over each diagonal of a tile to the bias of that distance; hidden scores have no gradient."""
-    dscore_RQS = dscore.view(len(dscore), tile.rows, -1, tile.columns).sum(0).transpose(0, 1)
-    distances = tile.rows + tile.columns - 1
-    # Rows one place shorter than those of the buffer put a diagonal into a column.
-    skewed = dscore.new_zeros(len(dscore_RQS), tile.rows, distances)
-    strides = (tile.rows * distances, distances - 1, 1)
-    skewed.as_strided(dscore_RQS.shape, strides, tile.rows - 1).copy_(dscore_RQS)
-    sums_RM = skewed.sum(1).flip(-1)  # from the nearest distance on, which may be negative
-    nearest = tile.farthest + 1 - distances
-    seen = max(nearest, 0)
-    dbias_RL[:, seen : tile.farthest + 1] += sums_RM[:, seen - nearest :]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from triplane.model import blocked, flash, sinks
 from triplane.model.rule import Rule
+from triplane.model.tiles import Span, spans_within
 
 
 @torch.library.custom_op("triplane::attend_documents", mutates_args=())
@@ -87,10 +88,10 @@ def _(
     return [x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK, bias_HL, sinks_H) if x is not None]
 
 
-def _spans(bounds_int32: Tensor, longest: int, tokens: int) -> list[blocked.Span]:
+def _spans(bounds_int32: Tensor, longest: int, tokens: int) -> list[Span]:
     if longest * (len(bounds_int32) - 1) == tokens:  # nothing to ask a GPU for
-        return blocked.spans_within(range(0, tokens + 1, longest))
-    return blocked.spans_within(bounds_int32.tolist())
+        return spans_within(range(0, tokens + 1, longest))
+    return spans_within(bounds_int32.tolist())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from triplane.model import flash
 from triplane.model.batch import Batch
-from triplane.model.blocked import Span
+from triplane.model.tiles import Span
 
 
 @dataclass(frozen=True)

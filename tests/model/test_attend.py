@@ -10,7 +10,7 @@ from small_models import packed, random_documents, small_config, small_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from triplane.model import blocked, documents, sinks
+from triplane.model import blocked, documents, sinks, tiles
 from triplane.model.attend import Kernel, SegmentAttention, choose
 from triplane.model.batch import Batch
 from triplane.model.compiled import compile_blocks
@@ -28,7 +28,7 @@ BOUNDS = {
 
 @pytest.fixture(autouse=True)
 def _several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "_KEYS", 90)
+    monkeypatch.setattr(tiles, "_KEYS", 90)
 
 
 class Inputs:
@@ -79,7 +79,7 @@ def test_fp32(rule: Rule) -> None:
 
 def test_many_runs_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "_SCORES", 3 * 90 * 100 * 2)
-    assert len(list(blocked._parts(blocked.spans_within(range(0, 501, 100)), 2, torch.zeros(500, HEADS, 8)))) == 6
+    assert len(list(blocked._parts(tiles.spans_within(range(0, 501, 100)), 2, torch.zeros(500, HEADS, 8)))) == 6
     assert difference(range(0, 501, 100), Rule(0.3, window=7), "bias sinks") < 2e-13
 
 
@@ -102,7 +102,7 @@ def test_a_span_has_the_distance_it_is_told(rule: Rule, distance: int) -> None:
     """Queries 0 to 99 of a stream are compared with keys 0 to 79, as if they stood `distance` later."""
     inputs = Inputs(100, 700)
     q, k, v = (x.detach() for x in inputs.qkv)
-    span = blocked.Span(slice(0, 100), slice(0, 80), distance)
+    span = tiles.Span(slice(0, 100), slice(0, 80), distance)
     out, lse = blocked.forward(q, k[:80], v[:80], [span], rule, inputs.bias.detach())
     places = torch.arange(100)[:, None] + distance - torch.arange(80)
     hidden = (places < 0) | (places >= (rule.window or 10**9))
@@ -117,9 +117,9 @@ def test_a_span_has_the_distance_it_is_told(rule: Rule, distance: int) -> None:
 
 def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Puts one bug after another in place; yields its name."""
-    real, add_diagonals, gradient = Rule, blocked._add_diagonals, sinks.gradient
+    real, add_diagonals, gradient = Rule, blocked.add_diagonals, sinks.gradient
     with monkeypatch.context() as patch:
-        patch.setattr(blocked, "_edges", lambda tile, window: ())
+        patch.setattr(blocked, "edges", lambda tile, window: ())
         yield "no mask"
     with monkeypatch.context() as patch:
         patch.setattr(documents, "Rule", lambda scale, window, softcap: real(scale, window + 1, softcap))
@@ -128,7 +128,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         patch.setattr(sinks, "gradient", lambda *known: torch.zeros_like(gradient(*known)))
         yield "no gradient of the sinks"
     with monkeypatch.context() as patch:
-        patch.setattr(blocked, "_add_diagonals", lambda bias, *rest: add_diagonals(bias.roll(1, dims=1), *rest))
+        patch.setattr(blocked, "add_diagonals", lambda bias, *rest: add_diagonals(bias.roll(1, dims=1), *rest))
         yield "no gradient of the bias"
 
 
