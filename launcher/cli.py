@@ -4,69 +4,52 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
+from triplane.launcher.arguments import (
+    AllowDataChange,
+    AllowFreshStart,
+    Inputs,
+    JsonFile,
+    Overrides,
+    Run,
+    RunFolder,
+    RunTokenizer,
+    TextField,
+)
+from triplane.launcher.help import HELP_NAMES, Commands, PathOrCommand, show_version
 from triplane.storage.errors import BusyError, ConfigError, TriplaneError
 from triplane.training.exits import Exit, leave
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
+# Plain text is readable on any terminal; the boxes that typer draws by default cut words at 60 columns.
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": HELP_NAMES},
+)
+tokenizer_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train a tokenizer.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
-class _PathOrCommand(TyperGroup):
-    """Treats `inspect PATH` as `inspect path PATH`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
-            args = ["path", *args]
-        return super().parse_args(ctx, args)
-
-
 inspect_app = typer.Typer(
-    cls=_PathOrCommand,
+    cls=PathOrCommand,
     no_args_is_help=True,
     subcommand_metavar="PATH | data CONFIG --at STEP",
     help="Show a corpus, a run folder, a checkpoint, or a batch (write ./data for a folder named data).",
 )
 app.add_typer(inspect_app, name="inspect")
 
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        help="Folders, files, patterns or URLs of text, .jsonl, .parquet, .arrow or .tar, or `python-stdlib`.",
-        show_default=False,
-    ),
-]
-TextField = Annotated[str, typer.Option(help="JSON field or table column that holds the text.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Override values of the config file.", show_default=False),
-]
-AllowDataChange = Annotated[
-    bool,
-    typer.Option("--allow-data-change", help="Resume with a corpus that has changed; recorded in history.jsonl."),
-]
-AllowFreshStart = Annotated[
-    bool,
-    typer.Option("--allow-fresh-start", help="Start over if all checkpoints are damaged, instead of failing."),
-]
-JsonFile = Annotated[
-    Path | None, typer.Option(help="Also write the result to this file as JSON.", dir_okay=False, show_default=False)
-]
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
-Run = Annotated[str, typer.Argument(help="Run folder, checkpoint folder (newest) or checkpoint; path or URL.")]
-RunTokenizer = Annotated[
-    Path | None,
-    typer.Option(help="Tokenizer file or folder, if the checkpoint contains none.", show_default=False),
-]
-
 
 @app.callback()
-def triplane() -> None:
+def triplane(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the versions of triplane, torch and Python.", callback=show_version)
+    ] = False,
+) -> None:
     """Pretrain decoder-only language models, on a laptop or a cluster."""
 
 
@@ -88,7 +71,7 @@ def prepare(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Corpus folder to write.")],
     tokenizer: Annotated[Path, typer.Option(help="Sentencepiece model, tokenizer.json, or the folder of one.")],
-    validation_fraction: Annotated[float, typer.Option(help="Fraction of documents to hold out.")] = 0.02,
+    validation_fraction: Annotated[float, typer.Option(help="Fraction of documents to hold out.", metavar="F")] = 0.02,
     shard_tokens: Annotated[int, typer.Option(help="Tokens per shard.", min=1)] = 16_777_216,
     processes: Annotated[
         int, typer.Option(help="Tokenizing processes; 0: one per CPU. Does not affect the result.", min=0)
@@ -97,7 +80,7 @@ def prepare(
     dedupe: Annotated[
         Literal["none", "exact", "near"], typer.Option(help="Drop exact duplicates of documents, or near ones too.")
     ] = "none",
-    max_document_mib: Annotated[int, typer.Option(help="Drop and report longer documents.", min=1)] = 256,
+    max_document_mib: Annotated[int, typer.Option(help="Drop and report longer documents.", min=1, metavar="N")] = 256,
 ) -> None:
     """Tokenize text into a corpus: WebDataset shards with an index and a manifest.
 
@@ -171,7 +154,7 @@ def plan(
         float | None, typer.Option(help="Price of a GPU hour; a rough guess by default.", min=0, show_default=False)
     ] = None,
     time_limit_days: Annotated[
-        float | None, typer.Option(help="Fail if the run needs longer.", min=0, show_default=False)
+        float | None, typer.Option(help="Fail if the run needs longer.", min=0, metavar="N", show_default=False)
     ] = None,
     json: JsonFile = None,
 ) -> None:
@@ -201,7 +184,12 @@ def submit(
     nodes: Annotated[str, typer.Option(help="Number of nodes, or a range such as 2-4 to use what is free.")] = "1",
     ranks_per_node: Annotated[
         int | None,
-        typer.Option(help="Ranks per node; by default its GPUs, or what the layout needs.", min=1, show_default=False),
+        typer.Option(
+            help="Ranks per node; by default its GPUs, or what the layout needs.",
+            min=1,
+            metavar="N",
+            show_default=False,
+        ),
     ] = None,
     time: Annotated[
         str | None,
@@ -388,7 +376,7 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens to add.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always picks the most likely token.", min=0)] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0 always picks the most likely token.", min=0, metavar="T")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample from this many most likely tokens.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     tokenizer: RunTokenizer = None,

@@ -28,14 +28,14 @@ class Show:
             self.text(f"{name:<{width}}  {value}")
 
     def memory(self, answer: Estimate, gpu: Gpu) -> None:
-        """Prints a row for each kind of rank."""
+        """Prints a column for each kind of rank."""
         room = gpu.memory_gib - RESERVED_GIB
         self.text(f"\npeak GiB during a step, of {room:,.1f} available per GPU")
         parts = ("weights", "gradients", "optimizer", "activations", "temporary")
-        table = plain_table("", *parts, "total")
-        for name, memory in answer.memory.items():
-            gib = [getattr(memory, part) / _GIB for part in (*parts, "total")]
-            table.add_row(name, *(f"{value:,.1f}" for value in gib))
+        table = plain_table("", *answer.memory)
+        table.columns[0].no_wrap = True  # a narrow terminal wraps the names of ranks
+        for part in (*parts, "total"):
+            table.add_row(part, *(f"{getattr(memory, part) / _GIB:,.1f}" for memory in answer.memory.values()))
         self._console.print(table)
 
     def speed(self, answer: Estimate) -> None:
@@ -62,7 +62,7 @@ class Show:
         """Prints the fastest layouts with their overrides, and why others do not fit."""
         self.text(f"\n{len(results.found):,} layouts fit; the fastest:")
         table = plain_table("MFU", "tokens/s", "GiB")
-        table.add_column("overrides")
+        table.add_column("overrides", overflow="fold")
         for layout, keys in list(zip(results.found, changed))[:_BEST]:
             speed = layout.estimate.speed
             figures = (f"{100 * speed.mfu:.1f} %", f"{speed.tokens_per_s:,.0f}", f"{layout.estimate.peak_gib:,.1f}")

@@ -1,7 +1,11 @@
 """`triplane status`, `logs` and `cancel`, for runs on this machine or as jobs."""
 
+import math
+import shutil
+import sys
 import time
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 from triplane.launcher.monitor.run_status import RunStatus, find_runs, read_status
@@ -11,6 +15,7 @@ from triplane.storage.errors import LaunchError
 from triplane.training.run_folder import RunFolder
 from triplane.training.units import format_duration
 
+_GAP = "  "
 _POLL_S = 0.5
 _OBEY_S = 60.0
 """Minimum time for a run on this machine to finish a step and save."""
@@ -37,7 +42,7 @@ def read_runs(folder: Path) -> tuple[list[RunStatus], dict[Path, str]]:
 
 
 def status(folder: Path) -> None:
-    """Prints a line for each run at or below `folder`."""
+    """Prints a line for each run at or below `folder`, with the columns that fit on the terminal."""
     rows = [("run", "state", "step", "loss", "checkpoint", "restarts", "last update")]
     runs, unreadable = read_runs(folder)
     for run in runs:
@@ -47,8 +52,11 @@ def status(folder: Path) -> None:
         progress = f"{run.step}/{run.steps}"
         rows.append((str(run.run_dir), state_of(run), progress, loss, checkpoint, str(run.restarts), age))
     widths = [max(map(len, column)) for column in zip(*rows)]
+    ends = accumulate(width + len(_GAP) for width in widths)
+    room = shutil.get_terminal_size().columns + len(_GAP) if sys.stdout.isatty() else math.inf
+    shown = max(1, sum(end <= room for end in ends))
     for row in rows if runs else []:
-        print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
+        print(_GAP.join(word.ljust(width) for word, width in zip(row[:shown], widths)).rstrip())
     for line in unreadable.values():
         print(line)
 
