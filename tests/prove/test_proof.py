@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from triplane.model.batch import Batch
+from triplane.model.compiled import has_compiler
 from triplane.model.modules import WeightsModule, unchanged
 from triplane.parallel import engine, megatron, replicated, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig
@@ -302,6 +303,14 @@ def test_a_planted_bug_is_caught(
     result = proven(**layout)
     assert not result.passed
     assert result.difference is None or result.difference.largest > 5e-6
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.usefixtures("compiler")
+def test_compiled_gradients_are_right_for_documents_of_another_equal_length(proven: Callable[..., Result]) -> None:
+    """By torch's own backend, whose graph for two documents of 48 tokens was once used for four of 24."""
+    result = proven(cp=2, compile=True)
+    assert result.passed, result
 
 
 @pytest.mark.parametrize("zero", [0, 1])
