@@ -10,31 +10,32 @@ _MOST_TOKENS = 1 << 22
 """Largest single document to cut in two."""
 
 
-def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, fraction: float) -> None:
+def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, fraction: float) -> bool:
     """Moves the last document of one split, with its copies, to the other; cuts a single document in two.
 
     `fraction` is the held-out share of a single document. Does nothing if neither is possible, or if a shard is
-    finished, which could contain further copies.
+    finished, which could contain further copies. Returns True if it cut a document.
     """
     full, empty = (train, validation) if train.counts.documents else (validation, train)
     if full.has_shards:
-        return
+        return False
     taken, others_stay = full.take_last()
     if not taken:
-        return
+        return False
     if others_stay:
         for document in taken:
             _move(document, full, empty, tokenizer)
-        return
+        return False
     text = tokenizer.decode(taken[0].tolist()) if len(taken) == 1 and len(taken[0]) <= _MOST_TOKENS else ""
     cut = _cut(text, round(len(text) * (1 - fraction)))
     if cut is None:
-        return  # nothing is lost: the caller reports the empty split and writes no corpus
+        return False  # nothing is lost: the caller reports the empty split and writes no corpus
     full.counts.add(len(taken[0]), len(text.encode()), -1)
     for split, part in ((train, text[:cut]), (validation, text[cut:])):
         document = _encoded(part, tokenizer)
         split.put(document)
         split.counts.add(len(document), len(part.encode()))
+    return True
 
 
 def _move(document: Tokens, full: SplitWriter, empty: SplitWriter, tokenizer: Tokenizer) -> None:

@@ -196,8 +196,9 @@ class _Build:
     def finish(self, out: Path) -> Report:
         """Publishes the corpus at `out`."""
         train, validation, rejected = self.state.train, self.state.validation, self.state.rejected
+        cut = False
         if not (train.documents and validation.documents):
-            hold_out(self._train, self._validation, self._tokenizer, self.state.recipe.validation_fraction)
+            cut = hold_out(self._train, self._validation, self._tokenizer, self.state.recipe.validation_fraction)
         if not (train.documents and validation.documents):
             Journal.remove(self._folder)
             reasons = [f"{what.count} left out because {why}, first {what.first}" for why, what in rejected.items()]
@@ -205,7 +206,7 @@ class _Build:
                 reasons.append(f"{'raise' if train.documents else 'lower'} validation_fraction")
             raise DataError(
                 f"{out}: {train.documents} documents for training and {validation.documents} for validation, but each "
-                f"split needs one: {'; '.join([*reasons, 'give more text'])}"
+                f"split needs one: {'; '.join([*reasons, 'give more text, in more documents'])}"
             )
         self._train.close()
         self._validation.close()
@@ -215,7 +216,9 @@ class _Build:
             replacing(self._corpus / "rejected.jsonl", self._rejections.size) as copy,
         ):
             shutil.copyfileobj(rejections, copy)
-        report = Report(recipe=self.state.recipe, train=train, validation=validation, rejected=rejected)
+        report = Report(
+            recipe=self.state.recipe, train=train, validation=validation, rejected=rejected, validation_is_end=cut
+        )
         write_whole(self._corpus / _REPORT_NAME, report.model_dump_json(indent=1).encode())
         self._journal.close()
         self._corpus.rename(out)

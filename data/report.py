@@ -65,5 +65,7 @@ class Report(BaseModel, extra="forbid", frozen=True):
     validation: Counts
     rejected: dict[str, Rejected]
     """Inputs that are not in the corpus, including duplicates, by reason; `rejected.jsonl` lists them all."""
+    validation_is_end: bool = False
+    """True if `validation` is the end of the only document, and `train` its rest."""
     reused: bool = Field(default=False, exclude=True)
     """True if the folder already contained this corpus."""

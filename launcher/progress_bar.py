@@ -15,9 +15,10 @@ _BAR_CELLS = 16
 
 
 class PreparationBar:
-    """Shows the progress of a preparation; disappears when it ends."""
+    """Shows the progress of a preparation on a terminal; disappears when it ends."""
 
     def __init__(self, console: Console):
+        self._is_shown = console.is_interactive  # elsewhere rich would leave an empty line
         self._bar = Progress(
             TextColumn("tokenizing"),
             BarColumn(_BAR_CELLS),
@@ -30,13 +31,15 @@ class PreparationBar:
         self._resumed_tokens: int | None = None
 
     def __enter__(self) -> "PreparationBar":
-        self._bar.start()
+        if self._is_shown:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._is_shown:
+            self._bar.stop()
 
     def update(self, now: Progressed) -> None:
         """Shows `now`, with the rate since this process started."""
@@ -49,19 +52,20 @@ class PreparationBar:
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Prints the contents of a corpus, and what was rejected."""
+    """Prints the contents of a corpus, what was held out, and what was rejected."""
     splits = {"train": report.train, "validation": report.validation}
-    sizes = plain_table("split", "documents", "tokens", "text MB", "bytes/token")
-    for name, counts in splits.items():
-        sizes.add_row(
-            name,
-            f"{counts.documents:,}",
-            f"{counts.tokens:,}",
-            f"{counts.text_bytes / 1e6:,.1f}",
-            f"{counts.bytes_per_token:.2f}",
-        )
+    sizes = plain_table("", *splits)
+    for what, numbers in {
+        "documents": [f"{counts.documents:,}" for counts in splits.values()],
+        "tokens": [f"{counts.tokens:,}" for counts in splits.values()],
+        "text MB": [f"{counts.text_bytes / 1e6:,.1f}" for counts in splits.values()],
+        "bytes/token": [f"{counts.bytes_per_token:.2f}" for counts in splits.values()],
+    }.items():
+        sizes.add_row(what, *numbers)
     console.print(sizes)
     lengths = plain_table("tokens in a document", *splits, "share of all")
+    for column in lengths.columns[1:-1]:
+        column.no_wrap = True  # a narrow terminal wraps the first column
     documents = report.train.documents + report.validation.documents
     for power in range(max(len(counts.lengths) for counts in splits.values())):
         row = [counts.lengths[power] if power < len(counts.lengths) else 0 for counts in splits.values()]
@@ -70,6 +74,7 @@ def show_report(console: Console, report: Report) -> None:
             lengths.add_row(f"{1 << power:,} to {(2 << power) - 1:,}", *(f"{count:,}" for count in row), share)
     console.print()
     console.print(lengths)
+    console.print(f"\nheld out for validation: {_held_out(report)}")
     if report.rejected:
         rejected = Table("rejected because", "inputs", "the first", box=None, header_style="bold", pad_edge=False)
         rejected.columns[1].justify = "right"
@@ -77,6 +82,15 @@ def show_report(console: Console, report: Report) -> None:
             rejected.add_row(Text(reason), f"{what.count:,}", Text(what.first))
         console.print()
         console.print(rejected)
+
+
+def _held_out(report: Report) -> str:
+    held, documents = report.validation, report.train.documents + report.validation.documents
+    tokens = report.train.tokens + held.tokens
+    which = (
+        "the end of the only document" if report.validation_is_end else f"{held.documents:,} of {documents:,} documents"
+    )
+    return f"{which}, {held.tokens:,} of {tokens:,} tokens ({100 * held.tokens / tokens:.1f} %)"
 
 
 def _short(number: float) -> str:

@@ -215,6 +215,7 @@ def test_each_split_has_a_document_of_any_number(prepared: Prepared, tmp_path: P
         described = describe(out, 10)
         splits = {name: described[name]["first_documents"] for name in ("train", "validation")}
         assert splits["train"] and splits["validation"] and not set(splits["train"]) & set(splits["validation"])
+        assert report.validation_is_end == (count == 1)
         if count > 1:
             assert {text for texts in splits.values() for text in texts} == set(texts)
         else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,25 @@ def test_generate_continues_the_prompt_the_same_way_each_time(folder: Path) -> N
     assert one.returncode == 0, one.stderr
     assert one.stdout == two.stdout
     assert one.stdout.startswith("1: a")
+
+
+def test_prepare_tells_what_it_holds_out(prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_text("\n".join(prepared.texts))
+    options = ("--tokenizer", prepared.folder / "tokenizer.model")
+    for _ in range(2):  # the second time, it is there already
+        one = triplane("prepare", "input.txt", "--out", "one", *options, cwd=tmp_path)
+        last = one.stdout.splitlines()[-1]
+        assert one.returncode == 0 and last.startswith("held out for validation: the end of the only document, ")
+        assert one.stdout.startswith("one: ")  # a pipe gets no empty line for the bar
+    figures = re.search(r", ([0-9,]+) of ([0-9,]+) tokens \(([0-9.]+) %\)$", last)
+    assert figures is not None
+    held, total, percent = (float(figure.replace(",", "")) for figure in figures.groups())
+    assert percent == round(100 * held / total, 1) and 1 < percent < 3
+    many = triplane("prepare", prepared.source, "--out", "many", *options, cwd=tmp_path)
+    documents = prepared.report.train.documents + prepared.report.validation.documents
+    assert f" of {documents:,} documents, " in many.stdout.splitlines()[-1]
+    missing = triplane("prepare", "nowhere", "--out", "none", *options, cwd=tmp_path)
+    assert refused(missing).count("\n") == 1 and missing.stdout == ""
 
 
 def test_export_and_inspect(folder: Path, prepared: Prepared) -> None:
