@@ -102,6 +102,19 @@ def prepare(
 
 
 @app.command()
+def config(
+    reference: Annotated[bool, typer.Option("--reference", help="Print a markdown table of every key.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema, for editors.")] = False,
+) -> None:
+    """Describe every key of a run's config: type, bounds, default, meaning."""
+    if reference == schema:
+        raise ConfigError("config: give one of --reference and --schema")
+    from triplane.launcher.config_command import show_reference, show_schema
+
+    show_reference() if reference else show_schema()
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file such as configs/quickstart.toml.")],
     overrides: Overrides = None,

@@ -55,13 +55,13 @@ def show_report(console: Console, report: Report) -> None:
     """Prints the contents of a corpus, what was held out, and what was rejected."""
     splits = {"train": report.train, "validation": report.validation}
     sizes = plain_table("", *splits)
-    for what, numbers in {
+    for label, numbers in {
         "documents": [f"{counts.documents:,}" for counts in splits.values()],
         "tokens": [f"{counts.tokens:,}" for counts in splits.values()],
         "text MB": [f"{counts.text_bytes / 1e6:,.1f}" for counts in splits.values()],
         "bytes/token": [f"{counts.bytes_per_token:.2f}" for counts in splits.values()],
     }.items():
-        sizes.add_row(what, *numbers)
+        sizes.add_row(label, *numbers)
     console.print(sizes)
     lengths = plain_table("tokens in a document", *splits, "share of all")
     for column in lengths.columns[1:-1]:
