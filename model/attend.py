@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from triplane.model import flex
 from triplane.model.batch import Batch
 from triplane.model.documents import attend_documents
 from triplane.model.rule import Rule
@@ -16,7 +17,7 @@ from triplane.model.rule import Rule
 _GROUPED_QUERIES: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """torch 2.11 accepts fewer key and value heads than query heads without this option."""
 
-Kernel = Literal["sdpa", "varlen", "flash", "blocked"]
+Kernel = Literal["sdpa", "varlen", "flash", "flex", "blocked"]
 
 
 class SegmentAttention(nn.Module):
@@ -25,6 +26,7 @@ class SegmentAttention(nn.Module):
     def __init__(self, rule: Rule):
         super().__init__()
         self.rule = rule
+        self._scale, self._softcap = repr(rule.scale), None if rule.softcap is None else repr(rule.softcap)
 
     def forward(
         self,
@@ -42,28 +44,43 @@ class SegmentAttention(nn.Module):
         """
         assert bias_HL is None or bias_HL.shape[1] >= batch.longest, (bias_HL.shape, batch.longest)
         rule = self.rule.within(batch.longest)
-        kernel = choose(q_THK.device.type, q_THK.dtype, rule, uniform=batch.uniform, bias=bias_HL, sinks=sinks_H)
+        device, dtype, head_dim = q_THK.device.type, q_THK.dtype, q_THK.shape[-1]
+        kernel = choose(device, dtype, head_dim, rule, uniform=batch.uniform, bias=bias_HL, sinks=sinks_H)
         if kernel == "sdpa":
             return _sdpa(q_THK, k_TGK, v_TGK, batch, rule)
         if kernel == "varlen":
             return _varlen(q_THK, k_TGK, v_TGK, batch, rule)
+        if kernel == "flex":
+            numbers = (rule.window, self._scale, self._softcap)
+            return flex.attend(q_THK, k_TGK, v_TGK, bias_HL, sinks_H, batch.bounds_int32, *numbers)
         segments = (batch.bounds_int32, batch.longest)
         parts = (rule.scale, rule.window, rule.softcap)
         return attend_documents(q_THK, k_TGK, v_TGK, bias_HL, sinks_H, *segments, kernel, *parts)[0]
 
 
 def choose(
-    device: str, dtype: torch.dtype, rule: Rule, *, uniform: bool, bias: Tensor | None, sinks: Tensor | None
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    rule: Rule,
+    *,
+    uniform: bool,
+    bias: Tensor | None,
+    sinks: Tensor | None,
 ) -> Kernel:
     """Returns the fastest kernel that can do the rule; benchmarks/attention.py compares them on a CPU.
 
     sdpa     without sinks or a window; on a GPU the only one in fp32
     varlen   on a GPU in half precision, with a window or segments of several lengths
     flash    as those two, and sinks, since it returns the lse
+    flex     on a GPU in half precision, with a bias or a soft cap, for heads of 16 to 256 numbers; not where torch has
+             to be deterministic and the bias learns, since its gradient is summed in any order
     blocked  everything
     """
     if rule.softcap is not None or bias is not None:
-        return "blocked"
+        fits = device == "cuda" and dtype in (torch.float16, torch.bfloat16) and 16 <= head_dim <= 256
+        any_order = bias is not None and bias.requires_grad
+        return "flex" if fits and not (any_order and torch.are_deterministic_algorithms_enabled()) else "blocked"
     if device == "cpu":
         if rule.window is not None:
             return "blocked"

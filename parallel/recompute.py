@@ -21,6 +21,8 @@ _KEPT = {
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.triplane.attend_documents.default,
+    torch.ops.higher_order.flex_attention,
+    torch.ops.higher_order.inductor_compiled_code,  # the same outside a compiled block
     torch.ops._c10d_functional.all_to_all_single.default,
 }
 """Operators whose results `selective` keeps: products, attention, Ulysses' exchange; the rest is cheap to recompute."""

@@ -154,12 +154,31 @@ def test_planted_bugs_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cuda", torch.float32, PLAIN, False, "", "sdpa"),
         ("cuda", torch.float32, PLAIN, True, "sinks", "blocked"),
         ("cuda", torch.float32, RULES["window"], True, "", "blocked"),
-        ("cuda", torch.bfloat16, PLAIN, True, "bias", "blocked"),
+        ("cuda", torch.bfloat16, PLAIN, True, "bias", "flex"),
+        ("cuda", torch.float16, RULES["window and soft cap"], False, "sinks", "flex"),
+        ("cuda", torch.float32, PLAIN, True, "bias", "blocked"),
+        ("cuda", torch.float64, RULES["soft cap"], True, "", "blocked"),
     ],
 )
 def test_which_kernel(device: str, dtype: torch.dtype, rule: Rule, uniform: bool, extras: str, kernel: Kernel) -> None:
     bias, sink = (torch.zeros(1) if name in extras else None for name in ("bias", "sinks"))
-    assert choose(device, dtype, rule, uniform=uniform, bias=bias, sinks=sink) == kernel
+    assert choose(device, dtype, 64, rule, uniform=uniform, bias=bias, sinks=sink) == kernel
+
+
+@pytest.mark.parametrize(("head_dim", "kernel"), [(8, "blocked"), (16, "flex"), (96, "flex"), (512, "blocked")])
+def test_the_kernel_of_soft_caps_has_limits(head_dim: int, kernel: Kernel) -> None:
+    known = ("cuda", torch.bfloat16, head_dim, RULES["soft cap"])
+    assert choose(*known, uniform=True, bias=None, sinks=None) == kernel
+
+
+@pytest.mark.parametrize(("learns", "kernel"), [(True, "blocked"), (False, "flex")])
+def test_a_bias_learns_the_same_twice_where_torch_has_to(learns: bool, kernel: Kernel) -> None:
+    bias = torch.zeros(1, 1, requires_grad=learns)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose("cuda", torch.bfloat16, 64, PLAIN, uniform=True, bias=bias, sinks=None) == kernel
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_window_as_long_as_the_segments_is_none() -> None:
