@@ -1,7 +1,7 @@
 """Arguments and options that several commands take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,4 +33,42 @@ Run = Annotated[str, typer.Argument(help="Run folder, checkpoint folder (newest)
 RunTokenizer = Annotated[
     Path | None,
     typer.Option(help="Tokenizer file or folder, if the checkpoint contains none.", show_default=False),
+]
+Nodes = Annotated[str, typer.Option(help="Number of nodes, or a range such as 2-4 to use what is free.")]
+RanksPerNode = Annotated[
+    int | None,
+    typer.Option(
+        help="Ranks per node; by default its GPUs, or what the layout needs.",
+        min=1,
+        metavar="N",
+        show_default=False,
+    ),
+]
+JobTime = Annotated[
+    str | None,
+    typer.Option(
+        help="Time limit of each job: 8:00:00, or 1-12 for 36 hours; by default the partition's.",
+        show_default=False,
+    ),
+]
+Partition = Annotated[str | None, typer.Option(help="Slurm partition; by default the cluster's.", show_default=False)]
+Account = Annotated[str | None, typer.Option(help="Slurm account to charge.", show_default=False)]
+Container = Annotated[
+    str | None,
+    typer.Option(
+        help="Start the ranks in this image, which has triplane's dependencies; requires pyxis.",
+        show_default=False,
+    ),
+]
+Chain = Annotated[
+    int | None,
+    typer.Option(help="Queue this many jobs, each after the last, where jobs cannot requeue themselves.", min=1),
+]
+ModelSize = Annotated[
+    Literal["1m", "10m", "125m", "1b", "8b"] | None,
+    typer.Option(
+        help="1m, 10m, 125m, 1b or 8b parameters; by default what the text is enough for.",
+        metavar="SIZE",
+        show_default=False,
+    ),
 ]

@@ -9,11 +9,19 @@ from typing import Annotated, Literal
 import typer
 
 from triplane.launcher.arguments import (
+    Account,
     AllowDataChange,
     AllowFreshStart,
+    Chain,
+    Container,
     Inputs,
+    JobTime,
     JsonFile,
+    ModelSize,
+    Nodes,
     Overrides,
+    Partition,
+    RanksPerNode,
     Run,
     RunFolder,
     RunTokenizer,
@@ -99,6 +107,25 @@ def prepare(
         dedupe=dedupe,
         max_document_bytes=max_document_mib << 20,
     )
+
+
+@app.command()
+def init(
+    corpus: Annotated[str, typer.Argument(help="Corpus folder written by `triplane prepare`, or its URL.")],
+    size: ModelSize = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Number of GPUs; by default a run on CPUs.", min=1, show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of GPU, as `triplane plan` takes it.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Config to write.", dir_okay=False)] = Path("config.toml"),
+) -> None:
+    """Write a config that trains on a corpus, with a reason for each value."""
+    from triplane.plan.init import init
+
+    amount = init(corpus, out, size=size, gpus=gpus, kind=gpu)
+    typer.echo(f"{out}: {amount}; start it by `triplane train {out}`")
 
 
 @app.command()
@@ -194,38 +221,13 @@ def plan(
 def submit(
     config: Annotated[Path, typer.Argument(help="TOML file such as configs/8b.toml.")],
     overrides: Overrides = None,
-    nodes: Annotated[str, typer.Option(help="Number of nodes, or a range such as 2-4 to use what is free.")] = "1",
-    ranks_per_node: Annotated[
-        int | None,
-        typer.Option(
-            help="Ranks per node; by default its GPUs, or what the layout needs.",
-            min=1,
-            metavar="N",
-            show_default=False,
-        ),
-    ] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(
-            help="Time limit of each job: 8:00:00, or 1-12 for 36 hours; by default the partition's.",
-            show_default=False,
-        ),
-    ] = None,
-    partition: Annotated[
-        str | None, typer.Option(help="Slurm partition; by default the cluster's.", show_default=False)
-    ] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account to charge.", show_default=False)] = None,
-    container: Annotated[
-        str | None,
-        typer.Option(
-            help="Start the ranks in this image, which has triplane's dependencies; requires pyxis.",
-            show_default=False,
-        ),
-    ] = None,
-    chain: Annotated[
-        int | None,
-        typer.Option(help="Queue this many jobs, each after the last, where jobs cannot requeue themselves.", min=1),
-    ] = None,
+    nodes: Nodes = "1",
+    ranks_per_node: RanksPerNode = None,
+    time: JobTime = None,
+    partition: Partition = None,
+    account: Account = None,
+    container: Container = None,
+    chain: Chain = None,
     allow_data_change: AllowDataChange = False,
     allow_fresh_start: AllowFreshStart = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print the batch script.")] = False,

@@ -9,7 +9,7 @@ from triplane.model.count import count_parameters
 from triplane.training.config import RunConfig
 from triplane.training.units import format_count
 
-_MOST_EPOCHS = 4
+MOST_EPOCHS = 4
 """Up to this many epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023)."""
 
 
@@ -56,8 +56,8 @@ class Amount:
     def warnings(self) -> Iterator[str]:
         """Yields a line for each source that is read too often."""
         for name, epochs in self.epochs.items():
-            if epochs > _MOST_EPOCHS:
+            if epochs > MOST_EPOCHS:
                 yield (
-                    f"{name}: read {epochs:,.1f} times; over {_MOST_EPOCHS} epochs repeated text adds little: "
+                    f"{name}: read {epochs:,.1f} times; over {MOST_EPOCHS} epochs repeated text adds little: "
                     f"prepare more text, or reduce training.steps"
                 )

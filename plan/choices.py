@@ -1,0 +1,151 @@
+"""Chooses the config of a run from its corpus: the size of the network, how long to train it, and how."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from triplane.model.config import ModelConfig
+from triplane.model.count import count_parameters, flops_per_token
+from triplane.parallel.config import ParallelConfig
+from triplane.plan.amount import MOST_EPOCHS
+from triplane.plan.gpus import Gpu
+from triplane.plan.search import search
+from triplane.plan.sizes import LAPTOP, SIZES, Choice, network
+from triplane.storage.errors import ConfigError
+from triplane.training.config import RunConfig
+from triplane.training.units import format_count
+
+_TOKENS_PER_PARAMETER = 20
+_MOST_WARMUP_STEPS = 2000
+_MOST_EVAL_SEQUENCES = 512
+_CPU_MICRO_BATCH = 8
+
+Table = dict[str, Choice]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prepared corpus."""
+
+    corpus: str
+    vocab_size: int
+    train_tokens: int
+    validation_tokens: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind."""
+
+    gpus: int
+    kind: str
+    gpu: Gpu
+
+
+def choose(text: Text, run_dir: str, size: str | None, cluster: Cluster | None) -> dict[str, Table]:
+    """Returns the tables of a config, that of the top level under ""; raises ConfigError if no layout fits."""
+    name, why = (size, "asked for by --size") if size else _fitting(text, SIZES if cluster else LAPTOP)
+    table = network(name, text.vocab_size)
+    model = _model(table)
+    table["dim"] = Choice(model.dim, f"of size {name}, {format_count(count_parameters(model))} parameters: {why}")
+    data = {
+        "sources": Choice([{"corpus": text.corpus}], f"{format_count(text.train_tokens)} tokens to train on"),
+        "seq_len": Choice(SIZES[name].seq_len, f"context of size {name}"),
+    }
+    tables = {
+        "": {"run_dir": Choice(run_dir, "checkpoints, metrics and logs")},
+        "model": table,
+        "data": data,
+        **_recipe(model, text, data["seq_len"].value, cluster),
+    }
+    return tables | _layout(tables, name, cluster) if cluster else tables
+
+
+def values(tables: dict[str, Table]) -> dict[str, Any]:
+    """Returns the config without the reasons."""
+    nested = {name: {key: choice.value for key, choice in table.items()} for name, table in tables.items()}
+    return nested.pop("") | nested
+
+
+def _fitting(text: Text, names: Iterable[str]) -> tuple[str, str]:
+    """Returns the largest size that the corpus suffices for."""
+    need = {name: _TOKENS_PER_PARAMETER * count_parameters(_model(network(name, text.vocab_size))) for name in names}
+    enough = [name for name, tokens in need.items() if tokens <= MOST_EPOCHS * text.train_tokens]
+    if enough:
+        return enough[-1], f"the largest with {_TOKENS_PER_PARAMETER} tokens a parameter in {MOST_EPOCHS} epochs"
+    return next(iter(need)), "the smallest, as there is little text"
+
+
+def _model(table: Table) -> ModelConfig:
+    return ModelConfig.model_validate({key: choice.value for key, choice in table.items()})
+
+
+def _recipe(model: ModelConfig, text: Text, seq_len: int, cluster: Cluster | None) -> dict[str, Table]:
+    parameters, most = count_parameters(model), MOST_EPOCHS * text.train_tokens
+    tokens = min(_TOKENS_PER_PARAMETER * parameters, most)
+    flops = flops_per_token(model, seq_len) * tokens
+    ranks = cluster.gpus if cluster else 1
+    batch_tokens = 0.2920 * flops**0.3271
+    batch = ranks * 2 ** max(0, round(math.log2(batch_tokens / seq_len / ranks)))
+    steps = max(1, tokens // (batch * seq_len))
+    held = -(-text.validation_tokens // seq_len)
+    micro = min(batch, _CPU_MICRO_BATCH)
+    unit = batch if cluster else micro
+    # A fiftieth of all sequences, twenty times, at a third of the time of a sequence in training: an eighth.
+    evaluated = min(held, _MOST_EVAL_SEQUENCES, steps * batch // 50)
+    amount = f"{_TOKENS_PER_PARAMETER} for each parameter (Hoffmann et al. 2022)"
+    if tokens == most:
+        amount = f"{MOST_EPOCHS} epochs, after which text adds little (Muennighoff et al. 2023)"
+    often = Choice(-(-steps // 20), "20 times in the run")
+    return {
+        "optimizer": {
+            "lr": Choice(
+                float(f"{0.3118 * flops**-0.1250:.2g}"),
+                f"0.3118 C^-0.125 for C = {flops:.2g} FLOPs (DeepSeek LLM 2024)",
+            )
+        },
+        "schedule": {
+            "kind": Choice("cosine", "down to a tenth over the whole run (Hoffmann et al. 2022)"),
+            "warmup_steps": Choice(
+                min(_MOST_WARMUP_STEPS, -(-steps // 20)), "a twentieth of the steps, at most the 2000 of DeepSeek LLM"
+            ),
+        },
+        "training": {
+            "steps": Choice(steps, f"{format_count(tokens)} tokens: {amount}"),
+            "global_batch_size": Choice(
+                batch, f"a power of two for each rank, near {format_count(batch_tokens)} tokens: 0.292 C^0.3271"
+            ),
+            "micro_batch_size": Choice(micro, "enough to keep a CPU busy"),
+            "eval_every_steps": often,
+            "eval_sequences": Choice(max(1, evaluated // unit) * unit, f"of {held:,}; at most an eighth of the time"),
+            "sample_every_steps": Choice(-(-steps // 5), "5 times in the run"),
+            "log_every_steps": Choice(max(1, min(10, steps // 100)), "a hundred points or more"),
+        },
+        "checkpoint": {"every_steps": often},
+    }
+
+
+def _layout(tables: dict[str, Table], name: str, cluster: Cluster) -> dict[str, Table]:
+    """Returns the tables that the fastest layout changes."""
+    training = tables["training"] | {"precision": Choice("bf16", "GPUs multiply it fastest; master weights stay fp32")}
+    config = RunConfig.model_validate(values(tables | {"training": training}))
+    found = search(config, cluster.gpus, cluster.gpu).found
+    where = f"{cluster.gpus} x {cluster.kind}"
+    if not found:
+        raise ConfigError(f"no layout of size {name} fits {where}: give more --gpus or a smaller --size")
+    best = found[0]
+    speed = best.estimate.speed
+    why = f"fastest of {len(found):,} layouts on {where}: MFU {speed.mfu:.0%}, {best.estimate.peak_gib:.0f} GiB"
+    plain = ParallelConfig().model_dump()
+    changed = {key: value for key, value in best.config.parallel.model_dump().items() if value != plain[key]}
+    micro = Choice(best.config.training.micro_batch_size, f"of the {why}")
+    fields = ParallelConfig.model_fields
+    return {
+        "training": training | {"micro_batch_size": micro},
+        "parallel": {
+            key: Choice(value, why if key == "dp" else (fields[key].description or "").partition(".")[0])
+            for key, value in changed.items()
+        },
+        "data": tables["data"] | {"num_workers": Choice(2, "loaders beside each GPU")},
+    }

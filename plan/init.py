@@ -1,0 +1,58 @@
+"""`triplane init`: writes the config of a run on a prepared corpus, with a reason for each value."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from triplane.config.checks import check
+from triplane.config.toml import format_value
+from triplane.data.config import DataConfig, SourceConfig
+from triplane.data.opening import open_sources
+from triplane.plan.amount import Amount
+from triplane.plan.choices import Cluster, Table, Text, choose, values
+from triplane.plan.gpus import find_gpu
+from triplane.storage.errors import ConfigError
+from triplane.storage.files import write_whole
+from triplane.training.config import RunConfig
+
+
+def init(corpus: str, out: Path, *, size: str | None, gpus: int | None, kind: str | None) -> str:
+    """Writes `out`; returns how much text the run reads. Without `gpus` the run is for this machine's CPUs.
+
+    Raises ConfigError if `out` exists, or no layout of the size fits the GPUs.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; remove it or give another --out")
+    if (gpus is None) != (kind is None):
+        raise ConfigError("--gpus and --gpu: give both, or neither for a run on CPUs")
+    source = SourceConfig(corpus=corpus)
+    if source.is_tars:
+        raise ConfigError(f"{corpus}: tars are not a corpus yet; write one with `triplane prepare`")
+    sources = open_sources(DataConfig(sources=[source], seq_len=1), out.parent)
+    (train,), (validation,) = sources.train, sources.validation
+    text = Text(corpus, sources.tokenizer.vocab_size, train.tokens, validation.tokens)
+    cluster = Cluster(gpus, kind, find_gpu(kind)) if gpus is not None and kind is not None else None
+    tables = choose(text, f"runs/{out.stem}", size, cluster)
+    config = RunConfig.model_validate(values(tables))
+    problems = check(config, gpus or 1)
+    assert not problems, problems
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, "\n".join(_lines(tables)).encode())
+    return Amount.of(config, sources).describe()
+
+
+def _lines(tables: dict[str, Table]) -> Iterator[str]:
+    yield "# Written by `triplane init`; docs/config.md describes these keys and all others."
+    for name, table in tables.items():
+        if name:
+            yield from ("", f"[{name}]")
+        for key, (value, why) in table.items():
+            yield f"{key} = {_toml(value)}  # {why}"
+    yield ""
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_toml(below)}' for key, below in value.items())} }}"
+    return format_value(value)
