@@ -116,7 +116,8 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: i
     def forward(self, tokens_T: Tensor) -> Tensor:
         # It takes (batch, sequence); with sequence parallelism it returns (sequence, batch, D).
         out = super().forward(tokens_T[None])
-        return out.squeeze(1 if self.reduce_scatter_embeddings else 0)
+        # A copy, since the compiler takes no view of what was summed in place where a block passes it on as it is.
+        return out.squeeze(1 if self.reduce_scatter_embeddings else 0).clone()
 
 
 def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 
 from triplane.model.batch import IGNORED_TARGET
@@ -88,7 +89,9 @@ def _split_weights(module: WeightsModule, mesh: Mesh) -> None:
 
 def _mean_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
     """Averages over the last dim, of which each rank holds a share; each rank's use of the mean has a gradient."""
-    total = megatron.copy_to_tp(megatron.sum_over_tp(x.sum(-1, keepdim=True), mesh), mesh)
+    assert mesh.tp.group is not None, "one rank holds all"
+    # Its gradient is summed as well. The compiler does not take megatron-core's sum, in place, before its copy.
+    total = collectives.all_reduce(x.sum(-1, keepdim=True), "sum", mesh.tp.group)
     return total / (x.shape[-1] * mesh.tp.size)
 
 

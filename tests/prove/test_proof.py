@@ -313,6 +313,16 @@ def test_compiled_gradients_are_right_for_documents_of_another_equal_length(prov
     assert result.passed, result
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("option", ["output norms", "QK-norm over all heads"])
+def test_what_tp_sums_in_place_goes_through_the_compiler(
+    option: str, proven: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    result = proven(tp=2, compile=True, options=(option,))
+    assert result.passed, result
+
+
 @pytest.mark.parametrize("zero", [0, 1])
 def test_the_stages_of_a_rank_share_a_table_that_tp_has_split_once(proven: Callable[..., Result], zero: int) -> None:
     result = proven(tp=2, pp=2, virtual_stages=2, zero=zero, options=("T5 bias",))
