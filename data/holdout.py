@@ -6,7 +6,7 @@ from triplane.data.manifest import Tokens, token_dtype
 from triplane.data.shards import SplitWriter
 from triplane.data.tokenizer import Tokenizer
 
-_MOST_TOKENS = 1 << 22
+MOST_TOKENS = 1 << 22
 """Largest single document to cut in two."""
 
 
@@ -26,7 +26,7 @@ def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, 
         for document in taken:
             _move(document, full, empty, tokenizer)
         return False
-    text = tokenizer.decode(taken[0].tolist()) if len(taken) == 1 and len(taken[0]) <= _MOST_TOKENS else ""
+    text = tokenizer.decode(taken[0].tolist()) if len(taken) == 1 and len(taken[0]) <= MOST_TOKENS else ""
     cut = _cut(text, round(len(text) * (1 - fraction)))
     if cut is None:
         return False  # nothing is lost: the caller reports the empty split and writes no corpus

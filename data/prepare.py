@@ -16,7 +16,7 @@ from triplane.data.content import DEFAULT_LIMITS, Limits
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe, Duplicates, check_library
 from triplane.data.encode import Encoding, Outcome, check_open_files, encode_records
-from triplane.data.holdout import hold_out
+from triplane.data.holdout import MOST_TOKENS, hold_out
 from triplane.data.journal import Journal
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.readers import read_records
@@ -204,6 +204,8 @@ class _Build:
             reasons = [f"{what.count} left out because {why}, first {what.first}" for why, what in rejected.items()]
             if train.documents + validation.documents > 1:
                 reasons.append(f"{'raise' if train.documents else 'lower'} validation_fraction")
+            elif train.tokens + validation.tokens > MOST_TOKENS:
+                reasons.append(f"the only document is over {MOST_TOKENS:,} tokens, too long to cut: split the file")
             raise DataError(
                 f"{out}: {train.documents} documents for training and {validation.documents} for validation, but each "
                 f"split needs one: {'; '.join([*reasons, 'give more text, in more documents'])}"

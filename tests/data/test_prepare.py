@@ -228,6 +228,24 @@ def test_each_split_has_a_document_of_any_number(prepared: Prepared, tmp_path: P
             assert sum(counts.lengths) == counts.documents
 
 
+def test_a_document_too_long_to_cut_is_told(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("holdout", "prepare"):
+        monkeypatch.setattr(f"triplane.data.{module}.MOST_TOKENS", 10)
+    (tmp_path / "long.txt").write_text("some words " * 50)
+    model = prepared.folder / "tokenizer.model"
+    with pytest.raises(DataError, match="the only document is over 10 tokens, too long to cut: split the file; give"):
+        prepare(
+            [str(tmp_path / "long.txt")],
+            tmp_path / "out",
+            model,
+            validation_fraction=0.1,
+            shard_tokens=1000,
+            processes=1,
+        )
+
+
 def test_nothing_is_held_out_of_a_split_with_a_finished_shard(prepared: Prepared, tmp_path: Path) -> None:
     texts = ["a copy", *(f"document {i} " * 50 for i in range(20)), "a copy"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
