@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 Weight = Annotated[float, Field(ge=0, le=1e12)]
+_SeqLen = Annotated[int, Field(gt=0, le=2**31 - 1)]
 """Bounded, so that sums of weights are finite."""
 
 
@@ -33,7 +34,7 @@ class PhaseConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
     """Sequences read before it, over all ranks."""
     weights: list[Weight]
     """One per source, in order."""
-    seq_len: PositiveInt | None = None
+    seq_len: _SeqLen | None = None
     """Tokens in a sequence from here on; None keeps the length."""
 
 
@@ -47,7 +48,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
     tokenizer: str | None = None
     """Sentencepiece model, `tokenizer.json` or folder with one, for sources that are tars; prepared corpora include
     theirs."""
-    seq_len: PositiveInt
+    seq_len: _SeqLen
     """Tokens predicted per sequence, until a phase changes it. Validation keeps this length."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """`concatenate`: cut sequences from the text as stored. `best_fit`: combine whole documents, cut only those longer

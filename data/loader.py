@@ -228,6 +228,8 @@ def _worker_errors() -> Iterator[None]:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
     except RuntimeError as error:
+        if str(error).startswith("Too many open files"):  # torch's words, where it has caught the OSError
+            raise DataError(f"data workers: {os.strerror(errno.EMFILE)}: {_LACKS[errno.EMFILE]}") from error
         if f"exit code {_CANNOT_SEND}" not in f"{error} {error.__cause__}":
             raise
         raise DataError(f"a data worker could not hand over its batch, as its last line says: {_MORE_SHM}") from error

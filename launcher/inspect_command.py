@@ -26,6 +26,8 @@ def inspect(path: str, documents: int, verify: bool) -> None:
 def inspect_data(path: Path, overrides: list[str], step: int) -> None:
     """Prints what a run that starts with this config reads in `step`."""
     config = load_config(path, overrides)
+    if step > config.training.steps:
+        raise ConfigError(f"{path}: --at {step:,}, but the run has {config.training.steps:,} steps; give one of them")
     if problems := check(config, None):
         raise ConfigError("\n".join(problems))
     sources = open_sources(config.data, config.folder.corpora)

@@ -77,11 +77,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
 
     short_keys: ClassVar = _SHORT_KEYS
 
-    vocab_size: PositiveInt
+    vocab_size: int = Field(gt=0, le=2**31 - 1)
     """Token ids run from 0 to `vocab_size - 1`; must equal the tokenizer's."""
-    dim: PositiveInt
+    dim: int = Field(gt=0, le=2**31 - 1)
     """Width of the residual stream."""
-    n_layers: PositiveInt
+    n_layers: int = Field(gt=0, le=10_000)
     """Number of blocks."""
     attention: AnyAttention
     """Attention of all layers."""

@@ -49,7 +49,7 @@ def examine(
     config: RunConfig, ranks: int, *, allow_data_change: bool = False, allow_fresh_start: bool = False
 ) -> Findings:
     """Examines a run on `ranks` ranks. Reads files, writes none, and does not tokenize."""
-    problems = check(config, ranks)
+    problems = [*check(config, ranks), *config.folder.problems()]
     warnings = list(_odd_values(config))
     amount = tokenizer = None
     if any(source.is_tars for source in config.data.sources):

@@ -47,11 +47,11 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
 class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Length of the run, size of a step, and reporting."""
 
-    steps: PositiveInt
+    steps: int = Field(gt=0, le=10**12)
     """Optimizer updates in the whole run."""
-    global_batch_size: PositiveInt
+    global_batch_size: int = Field(gt=0, le=2**31 - 1)
     """Sequences per update, over all ranks."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: int = Field(gt=0, le=2**31 - 1)
     """Sequences per forward pass of one dp rank."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`bf16` keeps fp32 master weights. `auto`: bf16 on GPUs; on a CPU the faster of the two, measured at the start."""

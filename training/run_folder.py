@@ -1,5 +1,6 @@
 """Names the files and folders of a run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,15 @@ class RunFolder:
     def trace(self, rank: int) -> Path:
         """The trace of the profiled steps."""
         return self.path / "profile" / f"rank_{rank}.json"
+
+    def problems(self) -> Iterator[str]:
+        """Yields what stands in the place of a file or folder of the run."""
+        files = (self.config, self.run_id, self.done, self.stop, self.history, self.metrics, self.samples, self.report)
+        folders = (self.path / CHECKPOINTS, self.tensorboard, self.corpora, self.packing, self.logs, self.jobs)
+        for path in (*files, *folders):
+            if path.exists() and not (path.is_file() if path in files else path.is_dir()):
+                kind = "file" if path in files else "folder"
+                yield f"{path}: a run has a {kind} there, and this is none; move it away, or set another run_dir"
 
     def exists(self) -> bool:
         """Returns whether a run has started here, is starting, or was submitted."""

@@ -104,6 +104,8 @@ def test_inspect_data_shows_the_batch_that_is_read(prepared: Prepared, tmp_path:
     assert result.exit_code == 0, result.output
     assert "step 3: sequences 16 to 24 of 512 tokens, seed 5" in result.output
     assert result.output.count("== sequence ") == 8
+    late = CliRunner().invoke(app, ["inspect", "data", str(file), "--at", "999999999999999999999"])
+    assert "but the run has" in str(late.exception)
     shown = [part.partition("\n")[2] for part in result.output.split("\n-- shard-")[1:]]
     texts = [text.partition("\n== sequence")[0].removesuffix("\n") for text in shown]
     assert len(texts) > 8 and sum(text in prepared.texts for text in texts) > len(texts) / 2

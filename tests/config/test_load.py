@@ -117,6 +117,14 @@ def test_a_missing_or_wrong_table_says_what_it_needs(write: Callable[..., Path])
         "data.num_workers=99999",
         'data.sources=[{corpus="a", weight=1e308}]',
         "data.phases=[{from_sequence=8, weights=[1e308]}]",
+        "data.phases=[{from_sequence=8, weights=[1], seq_len=4611686018427387904}]",
+        "data.seq_len=4611686018427387904",
+        "model.n_layers=1000000",
+        "model.vocab_size=99999999999",
+        "model.dim=99999999999",
+        "training.steps=99999999999999999999999",
+        "training.global_batch_size=99999999999",
+        "training.micro_batch_size=99999999999",
     ],
 )
 def test_what_no_machine_can_count_is_out_of_bounds(write: Callable[..., Path], override: str) -> None:

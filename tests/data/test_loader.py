@@ -401,6 +401,14 @@ def test_workers_that_cannot_start_are_an_error(options: str, prepared: Prepared
     assert "data workers: " in done.stdout and "/dev/shm" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("files", [40, 64])
+def test_few_open_files_are_an_error_in_a_line(files: int, prepared: Prepared) -> None:
+    program = _READER.replace("num_workers=1", "num_workers=8").replace("steps=4", "steps=40")
+    limited = f"ulimit -n {files} && exec '{sys.executable}' -c '{program}' '{prepared.folder}/train'"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.startswith("data workers: Too many open files: raise the limit (`ulimit -n`)"), done.stderr
+
+
 def test_padding_is_no_token(prepared: Prepared) -> None:
     corpus = prepared.train
     cut = Even(corpus.tokens, 1000, 1000)

@@ -112,3 +112,17 @@ def test_ranks_do_not_ask_again(prepared: Prepared, tmp_path: Path) -> None:
     ended = started(config, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("epochs)") == 1
+
+
+@pytest.mark.parametrize("name", ["config.toml", "DONE", "metrics.jsonl", "history.jsonl", "logs", "checkpoints"])
+def test_what_stands_in_the_place_of_a_file_or_folder_is_named(name: str, prepared: Prepared, tmp_path: Path) -> None:
+    config = small_run(prepared, tmp_path / "run")
+    place = tmp_path / "run" / name
+    kind = "file" if "." in name or name == "DONE" else "folder"
+    if kind == "file":
+        place.mkdir(parents=True)
+    else:
+        place.parent.mkdir()
+        place.touch()
+    (problem,) = examine(config, 1).problems
+    assert problem.startswith(f"{place}: a run has a {kind} there, and this is none; ")
