@@ -23,5 +23,5 @@ def _runs(tensor: Tensor) -> tuple[Tensor, ...]:
     """Returns views whose last dims hold at most `_RUN` elements."""
     whole = tensor.shape[-1] // _RUN * _RUN
     if whole in (0, _RUN):
-        return tensor.split(_RUN, dim=-1)
-    return tensor[..., :whole].unflatten(-1, (-1, _RUN)), tensor[..., whole:]
+        return torch.split(tensor, _RUN, dim=-1)
+    return tensor[..., :whole].view(*tensor.shape[:-1], -1, _RUN), tensor[..., whole:]
