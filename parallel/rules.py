@@ -72,6 +72,11 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         )
     if layout.compile and zero == 3:
         yield "compile and zero = 3 cannot be combined: gathering the weights breaks the graph at every layer"
+    if layout.compile and model.residual != "serial" and any(weight.name.endswith("sinks") for weight in weights):
+        yield (
+            f'compile cannot be combined with attention.sinks and residual "{model.residual}": under tp the compiled '
+            "blocks of some such networks compute wrong gradients"
+        )
     if layout.fp8 and tp > 1:
         yield f"fp8 and tp ({tp}) cannot be combined: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":
