@@ -94,8 +94,6 @@ def _default(schema: dict[str, Any]) -> str:
             return f'kind "{kind}"'
         case dict():
             return ""
-        case list(values):
-            return f"`[{', '.join(map(format_value, values))}]`"
         case value:
             return f"`{format_value(value)}`"
 

@@ -10,5 +10,9 @@ def to_toml(config: BaseModel) -> str:
 
 
 def format_value(value: object) -> str:
-    """Formats a scalar, or a list of scalars, as TOML."""
+    """Formats a value as TOML on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(format_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {format_value(below)}' for key, below in value.items())} }}"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")

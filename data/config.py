@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 Weight = Annotated[float, Field(ge=0, le=1e12)]
-_SeqLen = Annotated[int, Field(gt=0, le=2**31 - 1)]
 """Bounded, so that sums of weights are finite."""
+_SeqLen = Annotated[int, Field(gt=0, le=2**31 - 1)]
+"""Bounded, as torch's kernels count tokens in 32 bits."""
 
 
 class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):

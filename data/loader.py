@@ -229,7 +229,7 @@ def _worker_errors() -> Iterator[None]:
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
     except RuntimeError as error:
         if str(error).startswith("Too many open files"):  # torch's words, where it has caught the OSError
-            raise DataError(f"data workers: {os.strerror(errno.EMFILE)}: {_LACKS[errno.EMFILE]}") from error
+            raise _lacking(errno.EMFILE) from error
         if f"exit code {_CANNOT_SEND}" not in f"{error} {error.__cause__}":
             raise
         raise DataError(f"a data worker could not hand over its batch, as its last line says: {_MORE_SHM}") from error
@@ -240,7 +240,11 @@ def _worker_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _LACKS:
             raise
-        raise DataError(f"data workers: {error.strerror}: {_LACKS[error.errno]}") from error
+        raise _lacking(error.errno) from error
+
+
+def _lacking(number: int) -> DataError:
+    return DataError(f"data workers: {os.strerror(number)}: {_LACKS[number]}")
 
 
 def _start_worker(worker: int) -> None:

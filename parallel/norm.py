@@ -21,7 +21,7 @@ def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 def _runs(tensor: Tensor) -> tuple[Tensor, ...]:
     """Returns views whose last dims hold at most `_RUN` elements."""
+    if tensor.shape[-1] <= _RUN:
+        return (tensor,)
     whole = tensor.shape[-1] // _RUN * _RUN
-    if whole in (0, _RUN):
-        return torch.split(tensor, _RUN, dim=-1)
-    return tensor[..., :whole].view(*tensor.shape[:-1], -1, _RUN), tensor[..., whole:]
+    return tensor[..., :whole].view(*tensor.shape[:-1], whole // _RUN, _RUN), tensor[..., whole:]

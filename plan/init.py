@@ -46,13 +46,5 @@ def _lines(tables: dict[str, Table]) -> Iterator[str]:
         if name:
             yield from ("", f"[{name}]")
         for key, (value, why) in table.items():
-            yield f"{key} = {_toml(value)}  # {why}"
+            yield f"{key} = {format_value(value)}  # {why}"
     yield ""
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {_toml(below)}' for key, below in value.items())} }}"
-    return format_value(value)

@@ -115,10 +115,10 @@ class RunFolder:
         """Yields what stands in the place of a file or folder of the run."""
         files = (self.config, self.run_id, self.done, self.stop, self.history, self.metrics, self.samples, self.report)
         folders = (self.path / CHECKPOINTS, self.tensorboard, self.corpora, self.packing, self.logs, self.jobs)
-        for path in (*files, *folders):
-            if path.exists() and not (path.is_file() if path in files else path.is_dir()):
-                kind = "file" if path in files else "folder"
-                yield f"{path}: a run has a {kind} there, and this is none; move it away, or set another run_dir"
+        for kind, paths, is_one in (("file", files, Path.is_file), ("folder", folders, Path.is_dir)):
+            for path in paths:
+                if path.exists() and not is_one(path):
+                    yield f"{path}: a run has a {kind} there, and this is none; move it away, or set another run_dir"
 
     def exists(self) -> bool:
         """Returns whether a run has started here, is starting, or was submitted."""
