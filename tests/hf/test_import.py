@@ -154,7 +154,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "index lies": (lambda hf: _shard(hf, {"a": "model-1.safetensors"}), "lacks a, which .* says is there"),
     "in two files": (_twice, "is in model-1.safetensors and in model-2.safetensors"),
     "more layers": (lambda hf: _edit(hf, num_hidden_layers=3), "has 3 layers, but 2 have weights"),
-    "endless layers": (lambda hf: _edit(hf, num_hidden_layers=10**6), "has 1000000 layers, but"),
+    "endless layers": (lambda hf: _edit(hf, num_hidden_layers=10**4), "has 10000 layers, but"),
     "missing": (lambda hf: _store(hf, **{NORM: None}), r"1 weight is missing; the first is model.layers.1.input_l"),
     "no rest": (lambda hf: _store(hf, model__layers__5=torch.ones(1)), "first is model.layers.5$"),
     "a name of two lines": (lambda hf: _store(hf, **{"a\nb": torch.ones(1)}), "is 'a.nb': contains unprintable"),

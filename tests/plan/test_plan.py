@@ -92,7 +92,7 @@ def test_all_problems_come_together(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(
         prepared,
         tmp_path,
-        model={"vocab_size": 99, "head_dim": 7, "n_layers": 10_000_000},
+        model={"vocab_size": 99, "head_dim": 7, "n_layers": 10_000, "hidden_dim": 1_000_000},
         schedule={"warmup_steps": 20},
     )
     text = "\n".join(examine(config, ranks=1).problems)
