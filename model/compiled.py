@@ -17,6 +17,17 @@ def compile_blocks(model: Transformer) -> None:
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 
+def separate_gradients(model: Transformer) -> None:
+    """Gives the gradient of each vector in a compiled block memory of its own; call it once the weights have theirs.
+
+    Two biases that are added to one stream have the same gradient. The compiler computes it once, and may return the
+    sum over ranks as two tensors with the same memory, in which autograd would accumulate twice.
+    """
+    for parameter in model.blocks.parameters():
+        if parameter.dim() == 1:
+            parameter.register_hook(torch.clone)  # type: ignore[no-untyped-call]
+
+
 def has_compiler() -> bool:
     """Returns True if there is a C++ compiler, which torch.compile needs on a CPU."""
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

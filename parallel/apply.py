@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from triplane.model.compiled import compile_blocks, separate_gradients
 from triplane.model.config import ModelConfig
 from triplane.model.transformer import Transformer
 from triplane.parallel.config import ParallelConfig
@@ -52,13 +53,13 @@ def build_local_model(
         if layout.recompute == "selective":
             apply_recompute(model, "selective")
         if layout.compile:
-            from triplane.model.compiled import compile_blocks
-
             compile_blocks(model)
         if layout.recompute == "full":
             apply_recompute(model, "full")
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         _materialise(model, layout, mesh)
+        if layout.compile:
+            separate_gradients(model)
         placed = place(model, mesh, local=local, tied=copied_names(model))
         known = {id(placement.parameter) for placement in placements}
         placements += [placement for placement in placed if id(placement.parameter) not in known]

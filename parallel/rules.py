@@ -70,14 +70,8 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             'compile and recompute "selective" cannot be combined with cp_method "ring", whose sends break the graph '
             'inside the block: nothing would be compiled; use recompute "full" or "none"'
         )
-    sinks = any(layer.attention is not None and layer.attention.sinks for layer in layers)
     if layout.compile and zero == 3:
         yield "compile and zero = 3 cannot be combined: gathering the weights breaks the graph at every layer"
-    if layout.compile and model.residual != "serial" and sinks:
-        yield (
-            f'compile cannot be combined with attention.sinks and residual "{model.residual}": under tp the compiled '
-            "blocks of some such networks compute wrong gradients"
-        )
     if layout.fp8 and tp > 1:
         yield f"fp8 and tp ({tp}) cannot be combined: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":

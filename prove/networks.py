@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "post norms": {"norm_placement": "post"},
         "output norms": {"norm_placement": "output"},
         "sandwich norms": {"norm_placement": "sandwich"},
-        "parallel": {"residual": "parallel"},
+        "parallel": {"residual": "parallel", "attention": {"output_bias": True}},
         "parallel, one norm": {"residual": "parallel_shared_norm", "residual_scale": 0.5},
     },
     "positions": {

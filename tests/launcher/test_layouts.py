@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 from triplane.config.load import load_config
-from triplane.parallel.config import ParallelConfig
-from triplane.parallel.rules import layout_problems
 from triplane.prove.cases import Case, full_proof, network_proof, own_case, quick_proof
 from triplane.prove.networks import OPTIONS, valid_network
 from triplane.prove.reference import proof_model
@@ -114,9 +112,3 @@ def test_the_quick_proof_has_every_option_with_every_kind_of_communication() -> 
     assert options == {name for named in OPTIONS.values() for name in named}
     kinds = ["tensor", "tensor + sequence", "pipeline of virtual stages", "ring", "ulysses", "zero 3"]
     assert set(product(options, kinds)) - found == set()
-
-
-def test_compiled_blocks_with_sinks_and_a_parallel_residual_are_refused() -> None:
-    case = Case(ParallelConfig(dp=1, compile=True), tied=False, precision="fp32", options=("sinks", "parallel"))
-    (problem,) = layout_problems(case.model(MODEL), case.layout, case.precision)
-    assert problem.startswith('compile cannot be combined with attention.sinks and residual "parallel": ')

@@ -307,9 +307,18 @@ def test_a_planted_bug_is_caught(
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 @pytest.mark.usefixtures("compiler")
-def test_compiled_gradients_are_right_for_documents_of_another_equal_length(proven: Callable[..., Result]) -> None:
-    """By torch's own backend, whose graph for two documents of 48 tokens was once used for four of 24."""
-    result = proven(cp=2, compile=True)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        # The graph for two documents of 48 tokens was once used for four of 24.
+        {"cp": 2},
+        # Two biases of one stream once had their gradients, which are equal, in the same memory.
+        {"tp": 2, "sequence_parallel": True, "options": ("GELU", "parallel")},
+    ],
+    ids=str,
+)
+def test_gradients_by_torchs_own_compiler_are_right(layout: dict[str, Any], proven: Callable[..., Result]) -> None:
+    result = proven(**layout, compile=True)
     assert result.passed, result
 
 
