@@ -19,7 +19,7 @@ from triplane.storage.errors import LaunchError
 from triplane.storage.files import write_whole
 from triplane.training.exits import Exit
 
-_STEPS, _FEW_STEPS, _LARGE_STEPS = 10, 4, 2
+_STEPS, _FEW_STEPS, _LARGE_STEPS = 10, 3, 2
 """Steps of a row; few with --quick and for networks, which is enough to meet each kind of batch."""
 _LINE = "{:<7} {:>5} {:>8} {:>8} {:>8} {:>9}  {}"
 

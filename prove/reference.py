@@ -91,8 +91,8 @@ def proof_model(tie_embeddings: bool = False, vocab_size: int = 61) -> ModelConf
 def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], *, seed: int = SEED) -> Batch:
     """Returns sequences of two packed documents, or in every third step of one, with different numbers of targets.
 
-    No target crosses a document boundary. Most documents are longer than the shares of context parallelism. Each
-    fourth step cuts its sequences in half, since kernels take documents of equal lengths in another way.
+    No target crosses a document boundary. Most documents are longer than the shares of context parallelism. Steps 1, 5,
+    9 and so on cut their sequences in half, since kernels take documents of equal lengths in another way.
     """
     tokens: list[Tensor] = []
     targets: list[Tensor] = []
@@ -105,7 +105,7 @@ def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], *, seed:
         following[: 5 * (number % 3)] = IGNORED_TARGET
         if step % 3 < 2:
             drawn_cut = int(torch.randint(1, SEQ_LEN, (1,), generator=generator))
-            cut = SEQ_LEN // 2 if step % 4 == 3 else drawn_cut
+            cut = SEQ_LEN // 2 if step % 4 == 1 else drawn_cut
             following[cut - 1] = IGNORED_TARGET
             bounds.append(bounds[-1] + cut)
         bounds.append(SEQ_LEN * (1 + len(tokens)))

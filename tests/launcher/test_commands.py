@@ -177,7 +177,6 @@ def test_fp8_is_refused_where_there_is_none(folder: Path) -> None:
 
 
 def test_prove_prints_a_table_and_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triplane.prove.command._FEW_STEPS", 3)
     monkeypatch.setattr("triplane.prove.rounding.SEEDS", range(4))
     result = triplane("prove", "--ranks", "1", "--quick", "--json", "proof.json", cwd=tmp_path, PATH="")
     assert result.returncode == 0, result.stdout + result.stderr
