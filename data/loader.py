@@ -124,6 +124,22 @@ class SequenceDataset(Dataset[MicroBatch]):
             total += sum(count for _, count in chunk.pieces[position - chunk.start])
         return total
 
+    def bytes_per_target(self, positions: Sequence[int]) -> float:
+        """Returns the bytes of text that a target in these sequences spells, by the mean of each source they read.
+
+        A document's first token spells nothing and, with `document_mask`, is not a target.
+        """
+        tokens, text_bytes = 0, 0.0
+        for position in positions:
+            chunk = self._around(position)
+            offset = position - chunk.start
+            manifest = self.corpora[chunk.sources[offset]].manifest
+            targets = manifest.tokens - (manifest.documents if self._document_mask else 1)
+            count = sum(count for _, count in chunk.pieces[offset])
+            tokens += count
+            text_bytes += count * manifest.text_bytes / targets
+        return text_bytes / max(1, tokens)
+
     def shards(self, source: int, positions: Sequence[int]) -> list[int]:
         """Returns, ascending, the numbers of the shards of corpus `source` that `positions` read."""
         pieces: list[Piece] = []

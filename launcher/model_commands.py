@@ -29,7 +29,7 @@ from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
 from triplane.storage.errors import CheckpointError, ConfigError, TriplaneError
 from triplane.training.config import RunConfig
-from triplane.training.evaluation import evaluate_model, held_out, validation_losses
+from triplane.training.evaluation import TextLoss, evaluate_model, held_out, validation_losses
 from triplane.training.feed import Feed
 from triplane.training.hardware import DTYPES, room_for_weights
 
@@ -142,10 +142,14 @@ def evaluate(run: str, sequences: int | None, corpora: list[str]) -> None:
     loss, by_source = validation_losses(evaluate_model(model), feed, validation, sequences=sequences or every)
     read = [number for number, source in enumerate(validation) if source.counts]
     unigram = unigram_loss(*([corpora[number] for number in read] for corpora in (sources.train, sources.validation)))
-    _print(f"{trained.checkpoint.folder}: validation loss {loss:.4f} nats per token")
+    _print(f"{trained.checkpoint.folder}: validation loss {_shown(loss)}")
     for name, its_loss in by_source.items() if len(by_source) > 1 else ():
-        _print(f"  {name}: {its_loss:.4f}")
-    _print(f"unigram model of the same training data: {unigram:.4f}")
+        _print(f"  {name}: {_shown(its_loss)}")
+    _print(f"unigram model of the same training data: {unigram:.4f} nats per token")
+
+
+def _shown(loss: TextLoss) -> str:
+    return f"{loss.nats:.4f} nats per token, {loss.bits_per_byte:.4f} bits per byte"
 
 
 def generate(

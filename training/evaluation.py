@@ -1,7 +1,9 @@
-"""Measures the loss on held-out text."""
+"""Measures the loss on text, in nats a token and in bits a byte."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +18,35 @@ from triplane.training.feed import Feed
 
 Evaluate = Callable[[list[Batch]], StepLoss]
 """Returns the loss over the given micro-batches and those of the other dp ranks."""
+
+
+class TextLoss(NamedTuple):
+    """The loss on some text."""
+
+    nats: float
+    """Mean over tokens with a target."""
+    tokens: int
+    """Those."""
+    bytes_per_token: float
+    """Bytes of text that such a target spells."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in a unit that is comparable between tokenizers; 0 without targets."""
+        return self.nats / math.log(2) / self.bytes_per_token if self.tokens else 0.0
+
+    @classmethod
+    def over(cls, parts: Sequence["TextLoss"]) -> "TextLoss":
+        """Returns the loss on all of these texts."""
+        if len(parts) == 1:
+            return parts[0]
+        tokens = sum(part.tokens for part in parts)
+        weights = [part.tokens / max(1, tokens) for part in parts]
+        return cls(
+            nats=sum(weight * part.nats for weight, part in zip(weights, parts)),
+            tokens=tokens,
+            bytes_per_token=sum(weight * part.bytes_per_token for weight, part in zip(weights, parts)),
+        )
 
 
 @dataclass(frozen=True)
@@ -44,23 +75,19 @@ def held_out(config: DataConfig, corpora: Sequence[Corpus]) -> list[HeldOut]:
 
 def validation_losses(
     evaluate: Evaluate, feed: Feed, sources: Sequence[HeldOut], *, sequences: int
-) -> tuple[float, dict[str, float]]:
-    """Returns the mean loss over tokens, in nats, in total and by source.
+) -> tuple[TextLoss, dict[str, TextLoss]]:
+    """Returns the loss in total and by source.
 
     Reads the first `sequences`: an equal share of each source that counts, or all of a smaller one. Sources that do not
     count are read as far as the largest share.
     """
     counted = [source for source in sources if source.counts]
     shares = _shares([len(source.dataset) for source in counted], sequences)
-    total, tokens, losses = 0.0, 0, {}
+    losses = {}
     for source in sources:
         share = shares[counted.index(source)] if source.counts else min(max(shares), len(source.dataset))
-        loss = _loss(evaluate, feed, source.dataset, sequences=share)
-        losses[source.name] = float(loss.cross_entropy)
-        if source.counts:
-            tokens += int(loss.tokens)
-            total += float(loss.cross_entropy) * int(loss.tokens)
-    return (next(iter(losses.values())) if len(losses) == 1 else total / max(1, tokens)), losses
+        losses[source.name] = _loss(evaluate, feed, source.dataset, sequences=share)
+    return TextLoss.over([losses[source.name] for source in counted]), losses
 
 
 def _shares(lengths: Sequence[int], sequences: int) -> list[int]:
@@ -72,12 +99,17 @@ def _shares(lengths: Sequence[int], sequences: int) -> list[int]:
     return shares
 
 
-def _loss(evaluate: Evaluate, feed: Feed, dataset: SequenceDataset, *, sequences: int) -> StepLoss:
+def _loss(evaluate: Evaluate, feed: Feed, dataset: SequenceDataset, *, sequences: int) -> TextLoss:
     product = feed.dp.size * feed.micro_batch_size
     # Every rank needs whole micro-batches: sequences past the end of the corpus have no targets.
     rounded = -(-sequences // product) * product
     (batches,) = feed.steps(dataset, global_batch_size=rounded, consumed_sequences=0, steps=1)
-    return evaluate(batches)
+    loss = evaluate(batches)
+    return TextLoss(
+        nats=float(loss.cross_entropy),
+        tokens=int(loss.tokens),
+        bytes_per_token=dataset.bytes_per_target(range(sequences)),
+    )
 
 
 def evaluate_model(model: Transformer) -> Evaluate:

@@ -17,7 +17,7 @@ from triplane.storage.errors import CheckpointError, TrainingError
 from triplane.training.anomaly import Anomaly, judge
 from triplane.training.config import RunConfig
 from triplane.training.corpora import Corpora
-from triplane.training.evaluation import validation_losses
+from triplane.training.evaluation import TextLoss, validation_losses
 from triplane.training.feed import Feed
 from triplane.training.meter import Meter
 from triplane.training.profiling import Profiler
@@ -151,7 +151,7 @@ class Trainer:
                     self._compare_replicas(step)
             if "log" in due:
                 with work("log", step):
-                    self._log(state, loss, norm, lr)
+                    self._log(state, loss, norm=norm, lr=lr, positions=range(position, position + size))
             validation_loss = None
             if "validate" in due:
                 with work("validation", step):
@@ -218,11 +218,16 @@ class Trainer:
                 f"node, then start again from the last checkpoint"
             )
 
-    def _log(self, state: State, loss: StepLoss, norm: Tensor, lr: float) -> None:
-        cross_entropy = float(loss.cross_entropy)
+    def _log(self, state: State, loss: StepLoss, *, norm: Tensor, lr: float, positions: range) -> None:
+        text = TextLoss(
+            nats=float(loss.cross_entropy),
+            tokens=int(loss.tokens),
+            bytes_per_token=self.counted.bytes_per_target(positions),
+        )
         learning = {
-            "loss": cross_entropy,
-            "perplexity": math.exp(min(cross_entropy, 700.0)),
+            "loss": text.nats,
+            "bits_per_byte": text.bits_per_byte,
+            "perplexity": math.exp(min(text.nats, 700.0)),
             "learning_rate": lr,
             "gradient_norm": float(norm),
             "tokens_seen": state.tokens_seen,
@@ -236,7 +241,7 @@ class Trainer:
             self.engine.evaluate, self.feed, self.corpora.validation, sequences=sequences
         )
         self.report.validation(state.step, loss, by_source)
-        return loss
+        return loss.nats
 
     def _sample(self, state: State) -> None:
         tokenizer = self.corpora.tokenizer

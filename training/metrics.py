@@ -34,11 +34,15 @@ _MAX = "max over ranks"
 
 METRICS = {
     "loss": Metric("nats/token", _TOKEN_MEAN, "loss {:.4f}".format),
+    "bits_per_byte": Metric("bits/byte", _TOKEN_MEAN, "{:.4f} bits/byte".format),
     "perplexity": Metric("1", _TOKEN_MEAN, "perplexity {:.2f}".format),
     "validation_loss": Metric(
         "nats/token",
         "mean over held-out tokens of the first sources",
         "validation loss {:.4f}".format,
+    ),
+    "validation_bits_per_byte": Metric(
+        "bits/byte", "mean over held-out tokens of the first sources", "{:.4f} bits/byte".format
     ),
     "learning_rate": Metric("1", _SAME, "learning rate {:.2e}".format),
     "gradient_norm": Metric("1", "norm over all parameters, before clipping", "gradient norm {:.3f}".format),
@@ -61,7 +65,12 @@ METRICS = {
 }
 
 _GROUPS = {
-    "learning": (("loss", "validation_loss"), ("gradient_norm",), ("learning_rate",)),
+    "learning": (
+        ("loss", "validation_loss"),
+        ("bits_per_byte", "validation_bits_per_byte"),
+        ("gradient_norm",),
+        ("learning_rate",),
+    ),
     "speed": (
         ("tokens_per_s",),
         ("mfu",),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from triplane.checkpoint.store import Save
+from triplane.training.evaluation import TextLoss
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
 from triplane.training.prometheus import Endpoint
@@ -39,15 +40,18 @@ class Report:
                 self._endpoint.update({"step": step})
             self._progress.update(step, values)
 
-    def validation(self, step: int, loss: float, by_source: Mapping[str, float]) -> None:
-        """Records and shows the loss on held-out text, in nats per token, also by source if there are several."""
+    def validation(self, step: int, loss: TextLoss, by_source: Mapping[str, TextLoss]) -> None:
+        """Records and shows the loss on held-out text, also by source if there are several."""
         if self._first:
             several = by_source if len(by_source) > 1 else {}
-            self._log(
-                step, {"validation_loss": loss, **{f"validation_loss/{name}": its for name, its in several.items()}}
-            )
-            shown = "".join(f", {name} {its:.4f}" for name, its in several.items())
-            self._progress.message(f"step {step}: {METRICS['validation_loss'].format(loss)}{shown}")
+            values = {"validation_loss": loss.nats, "validation_bits_per_byte": loss.bits_per_byte}
+            shown = [METRICS[name].format(value) for name, value in values.items()]
+            for name, its in several.items():
+                values[f"validation_loss/{name}"] = its.nats
+                values[f"validation_bits_per_byte/{name}"] = its.bits_per_byte
+                shown.append(f"{name} {its.nats:.4f} ({its.bits_per_byte:.4f})")
+            self._log(step, values)
+            self._progress.message(f"step {step}: {', '.join(shown)}")
 
     def sample(self, step: int, text: str) -> None:
         """Records generated text."""

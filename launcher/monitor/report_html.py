@@ -18,6 +18,7 @@ Samples = Sequence[Sample]
 
 _CURVES = (
     ("Loss", "nats/token", {"loss": "training", "validation_loss": "validation"}),
+    ("Bits per byte", "", {"bits_per_byte": "training", "validation_bits_per_byte": "validation"}),
     ("Gradient norm", "before clipping", {"gradient_norm": "gradient norm"}),
     ("Learning rate", "", {"learning_rate": "learning rate"}),
     ("Throughput", "tokens/s", {"tokens_per_s": "all ranks"}),
@@ -32,6 +33,7 @@ _SAMPLES = 12
 _TILES = (
     ("loss", "loss", "{:.4f}".format),
     ("validation_loss", "validation loss", "{:.4f}".format),
+    ("validation_bits_per_byte", "validation bits/byte", "{:.4f}".format),
     ("tokens_seen", "tokens", format_count),
     ("tokens_per_s", "tokens/s", format_count),
     ("mfu", "MFU", "{:.1%}".format),

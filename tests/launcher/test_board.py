@@ -52,7 +52,12 @@ def test_curves_are_grouped(address: str) -> None:
     layout = json.loads(ask(address, "custom_scalars/layout"))
     groups = {group["title"]: [chart["title"] for chart in group["chart"]] for group in layout["category"]}
     assert list(groups) == ["learning", "speed", "machine"]
-    assert groups["learning"] == ["loss, validation_loss", "gradient_norm", "learning_rate"]
+    assert groups["learning"] == [
+        "loss, validation_loss",
+        "bits_per_byte, validation_bits_per_byte",
+        "gradient_norm",
+        "learning_rate",
+    ]
     curves = json.loads(ask(address, "custom_scalars/scalars?run=one/tensorboard&tag=%5Eloss%24"))
     assert curves["regex_valid"]
     assert {tag: [value for _, _, value in points] for tag, points in curves["tag_to_events"].items()} == {

@@ -70,11 +70,9 @@ def test_a_finished_run_says_so(folder: Path) -> None:
 def test_evaluate_prints_the_loss_beside_a_unigram_models(folder: Path) -> None:
     result = triplane("evaluate", "run", cwd=folder)
     assert result.returncode == 0, result.stderr
-    ours, unigram = (
-        float(line.split(":")[-1].split()[-4 if "nats" in line else -1]) for line in result.stdout.splitlines()
-    )
-    assert ours > 0
-    assert unigram > 0
+    figures = [float(figure) for figure in re.findall(r" (\d+\.\d{4}) ", result.stdout)]
+    nats, bits_per_byte, unigram_nats = figures
+    assert nats > bits_per_byte > 0 and unigram_nats > 0
 
 
 def test_generate_continues_the_prompt_the_same_way_each_time(folder: Path) -> None:
