@@ -18,6 +18,7 @@ from triplane.hf.verify import ExportReport, probe, probe_logits, verify
 from triplane.hf.weights import write_weights
 from triplane.model.config import ModelConfig
 from triplane.model.count import count_parameters
+from triplane.model.describe import model_weights
 from triplane.storage.errors import CheckpointError
 from triplane.storage.publish import publishing, refuse_existing
 
@@ -56,7 +57,9 @@ def export(
         _write_json(folder / "config.json", content)
         ids = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", ids)
-        write_weights(weights, family.tensors(config), folder, dtype=dtype)
+        nearest = family.nearest(config, context)
+        zeros = model_weights(nearest).keys() - model_weights(config).keys()
+        write_weights(weights, family.tensors(nearest), folder, dtype=dtype, zeros=zeros)
         write_hf_tokenizer(tokenizer, folder, context)
         report = verify(folder, tokens_BS, expected_TV, tokenizer=tokenizer)
         facts = {"parameters": f"{count_parameters(config):,}", "context": f"{context:,} tokens", "dtype": _name(dtype)}

@@ -50,6 +50,8 @@ class Family:
     """The table of config.json that describes the text model."""
     tokenizer: str | None = None
     """The tokenizer class that transformers takes whatever tokenizer_config.json says; None: it takes that one."""
+    zero_biases: bool = False
+    """True: biases that its models have and ours lacks are written as zeros."""
     problem: Callable[[Hf], str | None] = lambda hf: None
     """Says why the model cannot be computed, if keys without a value of ours make it so."""
 
@@ -115,14 +117,19 @@ class Family:
             trait.write(model, hf)
         return hf
 
+    def nearest(self, config: ModelConfig, context: int) -> ModelConfig:
+        """Returns the model that a reader will see; raises ModelError if transformers would refuse even that."""
+        return self.read(self.write(config, context)).model
+
     def differences(self, config: ModelConfig, context: int) -> list[str]:
         """Returns a line for each field of the model that the family cannot express; none if it fits.
 
-        Raises ModelError if transformers would refuse even the nearest model.
+        Raises ModelError as `nearest` does.
         """
-        nearest = self.read(self.write(config, context)).model
-        ours, theirs = _spelled_out(config, context), _spelled_out(nearest, context)
+        ours, theirs = _spelled_out(config, context), _spelled_out(self.nearest(config, context), context)
         paths = [path for path in dict.fromkeys([*ours, *theirs]) if not _equal(ours.get(path), theirs.get(path))]
+        if self.zero_biases:
+            paths = [path for path in paths if not (path.endswith("bias") and theirs.get(path) is True)]
         return [f"{path} is {_shown(ours.get(path))}, there {_shown(theirs.get(path))}" for path in paths]
 
 

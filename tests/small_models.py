@@ -17,7 +17,8 @@ from triplane.model.transformer import Transformer
 
 def small_config(**changes: Any) -> ModelConfig:
     heads = {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
-    return ModelConfig(**({"vocab_size": 96, "dim": 48, "n_layers": 2, "hidden_dim": 80} | heads | changes))
+    hidden = {} if "feed_forward" in changes else {"hidden_dim": 80}
+    return ModelConfig(**({"vocab_size": 96, "dim": 48, "n_layers": 2} | hidden | heads | changes))
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -37,7 +38,7 @@ def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64) ->
     """Returns transformers' own model with our weights, fp32; a Qwen2 if it has biases."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    content = hf_config(config, seq_len, family_of(config), bos_id=None, eos_id=None, dtype="float32")
+    content = hf_config(config, seq_len, _family(config), bos_id=None, eos_id=None, dtype="float32")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content)).eval()
     missing, unexpected = model.load_state_dict(hf_state(config, weights), strict=False)
     assert unexpected == []
@@ -47,8 +48,12 @@ def llama(config: ModelConfig, weights: dict[str, Tensor], seq_len: int = 64) ->
 
 def hf_state(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors by the names of the first family that fits."""
-    tensors = family_of(config).tensors(config)
+    tensors = _family(config).tensors(config)
     return {name: stored.joined([weights[w.name] for w in stored.weights]) for name, stored in tensors.items()}
+
+
+def _family(config: ModelConfig) -> Family:
+    return family_of(config, tokenizer="Qwen2Tokenizer")
 
 
 def with_gate_and_up_swapped() -> Family:

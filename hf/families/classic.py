@@ -87,6 +87,7 @@ GPT2 = Family(
         *(must_be("scale_attn_by_inverse_layer_idx", False), must_be("add_cross_attention", False)),
     ),
     {**FIXED, **BIASES},
+    zero_biases=True,
 )
 
 

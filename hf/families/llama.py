@@ -48,7 +48,7 @@ def eps(default: float, *more: str, name: str = "rms_norm_eps") -> Key:
 QK_EPS = "attention.qk_norm.eps"
 
 _LLAMA = (Heads(width="head_dim", divides=True), INNER, SILU, Rope(), ATTENTION_BIAS, MLP_BIAS)
-LLAMA = Family("llama", "LlamaForCausalLM", NAMES, (*sizes(longest=2048), *_LLAMA, eps(1e-6)), FIXED)
+LLAMA = Family("llama", "LlamaForCausalLM", NAMES, (*sizes(longest=2048), *_LLAMA, eps(1e-6)), FIXED, zero_biases=True)
 
 
 def _no_clip(hf: Hf) -> str | None:

@@ -1,11 +1,11 @@
-"""All families, in the order in which an export tries them."""
+"""All families, in the order in which an export tries them: Qwen2 before the Llama that has a bias more than it."""
 
 from triplane.hf.families import alibi, classic, cohere, gemma, llama, neox, olmo
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, llama.SEED_OSS, llama.MINISTRAL, llama.SMOLLM3),
+        *(llama.QWEN2, llama.LLAMA, llama.MISTRAL, llama.QWEN3, llama.SEED_OSS, llama.MINISTRAL, llama.SMOLLM3),
         *(llama.GRANITE, llama.HELIUM, llama.ERNIE4_5, llama.HUNYUAN, llama.ARCEE, llama.CWM),
         *(olmo.OLMO, olmo.OLMO2, olmo.OLMO3, olmo.EXAONE4, olmo.GLM4),
         *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3_TEXT),

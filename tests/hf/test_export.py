@@ -12,6 +12,7 @@ import sentencepiece
 import tokenizers
 import torch
 from json_tokenizers import QWEN2, byte_level
+from safetensors.torch import load_file
 from small_models import packed, random_documents, random_weights, small_config, with_gate_and_up_swapped
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,6 +93,30 @@ def test_transformers_computes_our_logits(
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in)
             theirs_TV = theirs(torch.stack(sequences)).logits.flatten(0, 1)
             torch.testing.assert_close(ours_TV, theirs_TV, atol=tolerance, rtol=0)
+    assert report.difference == 0
+    assert report.transformers_difference < 1e-5 < report.largest_logit
+
+
+GPT2_WITHOUT_BIASES = {
+    "norm": {"kind": "layer", "bias": False},
+    "positions": {"kind": "learned", "max_seq_len": 64},
+    "feed_forward": {"kind": "plain", "activation": "gelu_tanh", "hidden_dim": 80, "bias": False},
+    "tie_embeddings": True,
+    "n_kv_heads": 6,
+}
+ZEROS = {
+    "queries, keys and values": ("llama", {"qkv_bias": True}, "model.layers.1.self_attn.o_proj.bias"),
+    "none": ("gpt2", GPT2_WITHOUT_BIASES, "transformer.h.1.attn.c_attn.bias"),
+}
+
+
+@pytest.mark.parametrize(("family", "changes", "bias"), ZEROS.values(), ids=ZEROS.keys())
+def test_biases_that_a_model_lacks_are_zeros_of_a_common_family(
+    family: str, changes: dict[str, Any], bias: str, publish: Callable[..., Any]
+) -> None:
+    *_, report, folder = publish(**changes)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == family
+    assert not load_file(folder / "model.safetensors")[bias].any()
     assert report.difference == 0
     assert report.transformers_difference < 1e-5 < report.largest_logit
 

@@ -301,7 +301,7 @@ def test_a_network_of_no_family_is_told_how_the_nearest_differs(changes: dict[st
 
 def test_a_family_with_a_tokenizer_of_its_own_is_passed_over() -> None:
     """Transformers reads no other tokenizer beside a Qwen2, whatever the folder says."""
-    assert family_of(small_config(qkv_bias=True)).model_type == "seed_oss"
+    assert family_of(small_config(qkv_bias=True)).model_type == "llama"
     heads = {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "qkv_bias": True}
     windowed = _config({"attention": heads, "layers": [{}, {"attention": {"window": 8}}]})
     with pytest.raises(ModelError, match=r"; qwen2 has it, but transformers takes only a Qwen2Tokenizer with it$"):

@@ -60,8 +60,8 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "i
 REFUSED: dict[str, tuple[Any, str]] = {
     "no table": ([], "holds no table"),
     "nothing": (None, "holds no table"),
-    "no type": ({"model_type": ...}, "no model_type; this model reads llama"),
-    "experts": ({"model_type": "mixtral"}, "'mixtral', which has a mixture of experts; this model reads llama"),
+    "no type": ({"model_type": ...}, "no model_type; this model reads .*llama"),
+    "experts": ({"model_type": "mixtral"}, "'mixtral', which has a mixture of experts; this model reads .*llama"),
     "unheard of": ({"model_type": "kraken"}, "model_type is 'kraken'; this"),
     "type a list": ({"model_type": []}, r"model_type is '\[\]'"),
     "vision": ({"model_type": "pixels", "text_config": {}}, "'pixels', which has a vision"),
