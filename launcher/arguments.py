@@ -25,6 +25,7 @@ AllowFreshStart = Annotated[
     bool,
     typer.Option("--allow-fresh-start", help="Start over if all checkpoints are damaged, instead of failing."),
 ]
+Device = Annotated[Literal["auto", "cpu"], typer.Option(help="auto: GPUs if available; cpu: never GPUs.")]
 JsonFile = Annotated[
     Path | None, typer.Option(help="Also write the result to this file as JSON.", dir_okay=False, show_default=False)
 ]

@@ -14,6 +14,7 @@ from triplane.launcher.arguments import (
     AllowFreshStart,
     Chain,
     Container,
+    Device,
     Inputs,
     JobTime,
     JsonFile,
@@ -27,7 +28,8 @@ from triplane.launcher.arguments import (
     RunTokenizer,
     TextField,
 )
-from triplane.launcher.help import HELP_NAMES, Commands, PathOrCommand, show_version
+from triplane.launcher.help import HELP_NAMES, Commands, show_version
+from triplane.launcher.inspect_app import inspect_app
 from triplane.storage.errors import BusyError, ConfigError, TriplaneError
 from triplane.training.exits import Exit, leave
 
@@ -41,14 +43,6 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train a tokenizer.")
 app.add_typer(tokenizer_app, name="tokenizer")
-
-
-inspect_app = typer.Typer(
-    cls=PathOrCommand,
-    no_args_is_help=True,
-    subcommand_metavar="PATH | data CONFIG --at STEP",
-    help="Show a corpus, a run folder, a checkpoint, or a batch (write ./data for a folder named data).",
-)
 app.add_typer(inspect_app, name="inspect")
 
 
@@ -154,7 +148,7 @@ def train(
         int | None,
         typer.Option(help="Ranks in the dry run; by default as many as the layout needs.", min=1, show_default=False),
     ] = None,
-    device: Annotated[Literal["auto", "cpu"], typer.Option(help="auto: GPUs if available; cpu: never GPUs.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train, or resume the run in the config's run folder.
 
@@ -177,6 +171,32 @@ def train(
         on_cpu=device == "cpu",
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="TOML file of a run.")],
+    choices: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=V1,V2",
+            help="Values of keys such as optimizer.lr=1e-3,3e-3; every combination is a variant.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the variants' run folders, by default RUN_DIR/sweep.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Train variants of a run one after another, and compare their losses.
+
+    Started again, it resumes variants that were interrupted, and trains none that is done. Exits with 1 if one failed.
+    """
+    from triplane.launcher.sweep import sweep
+
+    raise typer.Exit(sweep(config, choices, out, on_cpu=device == "cpu"))
 
 
 @app.command()
@@ -441,30 +461,6 @@ def import_(
     from triplane.launcher.model_commands import import_folder
 
     import_folder(folder, out)
-
-
-@inspect_app.command("path", hidden=True)
-def inspect(
-    path: Annotated[str, typer.Argument(help="Corpus, run folder or checkpoint; a path, or a checkpoint's URL.")],
-    documents: Annotated[int, typer.Option(help="Corpus: also show this many documents.", min=0)] = 0,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
-) -> None:
-    """Show the contents of a corpus or a checkpoint."""
-    from triplane.launcher.inspect_command import inspect
-
-    inspect(path, documents, verify)
-
-
-@inspect_app.command("data")
-def inspect_data(
-    config: Annotated[Path, typer.Argument(help="TOML file of a run.")],
-    overrides: Overrides = None,
-    at: Annotated[int, typer.Option(help="Step, counted from 1.", min=1)] = 1,
-) -> None:
-    """Show every document in the global batch of a step, decoded."""
-    from triplane.launcher.inspect_command import inspect_data
-
-    inspect_data(config, overrides or [], at)
 
 
 def main() -> None:

@@ -30,11 +30,11 @@ def train(
         use_cpu()
     config = load_config(path, overrides)
     rank, run_dir = current_rank(os.environ), Path(config.run_dir)
-    ranks = _local_ranks(config) if rank is None else rank.world_size
+    ranks = local_ranks(config) if rank is None else rank.world_size
     first = rank is None or rank.rank == 0
     watched = LAUNCHER in os.environ
     if not watched:
-        found = list(_machine_problems(config, rank, ranks))
+        found = list(machine_problems(config, rank, ranks))
         if first:
             found = _pass_gate(
                 config,
@@ -95,12 +95,8 @@ def _pass_gate(
     found = examine(config, ranks, allow_data_change=allow_data_change, allow_fresh_start=allow_fresh_start)
     if problems := [*found.problems, *of_machine]:
         return problems
-    with _alone(config):
-        if problem := write_problem(checkpoints_folder(config)):
-            return [f"{problem}; set another checkpoint.folder or run_dir"]
-        port = config.training.prometheus_port
-        if local and port is not None and (problems := list(_port_problems(port))):
-            return problems
+    if problems := folder_problems(config, local=local):
+        return problems
     for note in found.notes():
         print(f"triplane: {note}", flush=True)
     for source in config.data.sources:
@@ -109,7 +105,19 @@ def _pass_gate(
     return []
 
 
-def _machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Iterator[str]:
+def folder_problems(config: RunConfig, *, local: bool) -> list[str]:
+    """Returns why nothing can be written or served, by trying; `local`: this process starts the ranks.
+
+    Raises BusyError if another run is using the folders.
+    """
+    with _alone(config):
+        if problem := write_problem(checkpoints_folder(config)):
+            return [f"{problem}; set another checkpoint.folder or run_dir"]
+        port = config.training.prometheus_port
+        return list(_port_problems(port)) if local and port is not None else []
+
+
+def machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Iterator[str]:
     """Yields why this machine cannot run `rank`, or all ranks if `rank` is None and this process starts them."""
     devices = visible_devices()
     yield from problems_of_devices(config.parallel, config.training.precision, devices, rank=rank, ranks=ranks)
@@ -150,7 +158,7 @@ def _port_problems(port: int) -> Iterator[str]:
         yield f"training.prometheus_port ({port}): {error.strerror}; set another"
 
 
-def _local_ranks(config: RunConfig) -> int:
+def local_ranks(config: RunConfig) -> int:
     """Returns the number of ranks to start on this machine; with dp `auto` they use all GPUs."""
     one, dp = config.parallel.ranks_of_one, config.parallel.dp
     if dp != "auto":

@@ -8,6 +8,7 @@ from triplane.storage.locks import LOCK, is_held
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
+SWEEP = "sweep"
 _DIGITS = 18
 """The longest number of steps."""
 
@@ -102,6 +103,11 @@ class RunFolder:
     def jobs(self) -> Path:
         """A folder for each submission to Slurm, numbered from 1."""
         return self.path / "jobs"
+
+    @property
+    def sweep(self) -> Path:
+        """A run folder for each variant of a sweep."""
+        return self.path / SWEEP
 
     def failure(self, rank: int) -> Path:
         """The failure that a rank reports to the process that started it."""

@@ -7,7 +7,7 @@ from types import FrameType
 
 from triplane.training.run_folder import RunFolder
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FILE = 255
 """Represents the file in place of a signal's number."""
 _ORPHANED = 254
@@ -25,7 +25,7 @@ class Stopping:
         self._file = RunFolder(run_dir).stop if rank == 0 else None
         self._launcher = os.environ.get(LAUNCHER)
         self._signal = 0
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def request(self) -> int:

@@ -1,21 +1,17 @@
 """`triplane status`, `logs` and `cancel`, for runs on this machine or as jobs."""
 
-import math
-import shutil
-import sys
 import time
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 
 from triplane.launcher.monitor.run_status import RunStatus, find_runs, read_status
+from triplane.launcher.monitor.table import print_table
 from triplane.slurm import client as slurm
 from triplane.slurm.jobs import active_job, job_of
 from triplane.storage.errors import LaunchError
 from triplane.training.run_folder import RunFolder
 from triplane.training.units import format_duration
 
-_GAP = "  "
 _POLL_S = 0.5
 _OBEY_S = 60.0
 """Minimum time for a run on this machine to finish a step and save."""
@@ -51,12 +47,8 @@ def status(folder: Path) -> None:
         age = "-" if run.updated_s is None else f"{format_duration(time.time() - run.updated_s)} ago"
         progress = f"{run.step}/{run.steps}"
         rows.append((str(run.run_dir), state_of(run), progress, loss, checkpoint, str(run.restarts), age))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    ends = accumulate(width + len(_GAP) for width in widths)
-    room = shutil.get_terminal_size().columns + len(_GAP) if sys.stdout.isatty() else math.inf
-    shown = max(1, sum(end <= room for end in ends))
-    for row in rows if runs else []:
-        print(_GAP.join(word.ljust(width) for word, width in zip(row[:shown], widths)).rstrip())
+    if runs:
+        print_table(rows)
     for line in unreadable.values():
         print(line)
 

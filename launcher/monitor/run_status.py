@@ -8,7 +8,7 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 
 from triplane.slurm.snapshot import last_submission
 from triplane.storage.errors import LaunchError
-from triplane.training.run_folder import CONFIG, RunFolder
+from triplane.training.run_folder import CONFIG, SWEEP, RunFolder
 from triplane.training.run_log import EVENTS, METRICS_RECORDS, Event, read_log
 
 _TAIL_BYTES = 1 << 16
@@ -134,6 +134,7 @@ def find_runs(folder: Path) -> list[Path]:
         seen.add(real)
         if RunFolder(here).exists():
             found.append(here)
+            waiting += here.glob(f"{SWEEP}/")
         else:
             waiting += here.glob("*/")
     return sorted(found)
