@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from triplane.parallel.rules import layout_problems, multiple, token_multiple
+from triplane.storage.errors import counted
 from triplane.training.config import RunConfig
 from triplane.training.schedule import decay_steps, warmup_steps
 
@@ -38,11 +39,11 @@ def _check_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
     axes = f"tp ({layout.tp}) x pp ({layout.pp})" + (f" x cp ({layout.cp})" if layout.cp > 1 else "")
     if layout.dp == "auto":
         if ranks % replica:
-            yield f"{axes} = {replica} does not divide {ranks} ranks"
+            yield f"{axes} = {replica} does not divide {counted(ranks, 'rank')}"
     elif layout.dp * replica != ranks:
-        yield f"dp ({layout.dp}) x {axes} = {layout.dp * replica}, but {ranks} ranks"
+        yield f"dp ({layout.dp}) x {axes} = {layout.dp * replica}, but {counted(ranks, 'rank')}"
     if config.profile.start_step is not None and max(config.profile.ranks) >= ranks:
-        yield f"profile.ranks has {max(config.profile.ranks)}, but the last of {ranks} ranks is {ranks - 1}"
+        yield f"profile.ranks has {max(config.profile.ranks)}, but the last of {counted(ranks, 'rank')} is {ranks - 1}"
 
 
 def _check_model(config: RunConfig) -> Iterator[str]:
@@ -78,7 +79,7 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
 def _check_schedule(config: RunConfig) -> Iterator[str]:
     schedule, steps, stop = config.schedule, config.training.steps, config.training.stop_at_step
     if stop is not None and stop > steps:
-        yield f"stop_at_step ({stop}) is after the last of {steps} steps"
+        yield f"stop_at_step ({stop}) is after the last of {counted(steps, 'step')}"
     if (schedule.warmup_steps is None) == (schedule.warmup_tokens is None):
         given = "neither is" if schedule.warmup_steps is None else "both are"
         yield f"schedule: give one of warmup_steps and warmup_tokens, {given} given"

@@ -4,7 +4,6 @@ import hashlib
 import io
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 from collections import deque
@@ -25,7 +24,8 @@ from triplane.data.manifest import Tokens, token_dtype
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.records import Record, Unread, text_of, text_pieces
 from triplane.data.tokenizer import Tokenizer
-from triplane.storage.errors import DataError, TriplaneError
+from triplane.storage.errors import DataError, TriplaneError, counted
+from triplane.storage.open_files import open_files_problem
 
 _CHUNK_BYTES = 1 << 18
 """Stored text that a process encodes per call."""
@@ -62,12 +62,8 @@ Outcome = Encoded | str
 
 def check_open_files(processes: int) -> None:
     """Raises DataError if the limit on open files is too low for so many processes."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most != resource.RLIM_INFINITY and most < (needed := _OWN_FILES + 2 * processes):
-        raise DataError(
-            f"{processes} processes need {needed} open files, but the limit is {most}: raise it (`ulimit -n`), or "
-            f"use fewer --processes"
-        )
+    if problem := open_files_problem(_OWN_FILES + 2 * processes):
+        raise DataError(f"{counted(processes, 'process')}: {problem}, or use fewer --processes")
 
 
 def encode_records(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ _FREQUENCIES = "rotary_emb.inv_freq"
 
 class _Index(BaseModel, strict=True):
     weight_map: dict[Name, FileName]
+    metadata: dict[str, Any] | None = None
 
 
 _Names = TypeAdapter(list[Name])
@@ -143,9 +144,12 @@ def _listed(folder: Path) -> dict[str, str]:
     """The file of each weight, by the index."""
     path = folder / INDEX
     try:
-        return _Index.model_validate(read_json(path)).weight_map
+        index = _Index.model_validate(read_json(path))
     except ValidationError as error:
         raise CheckpointError(f"{path}: {first_problem(error)}") from None
+    if index.metadata is None:
+        raise CheckpointError(f'{path}: no metadata, without which transformers reads no index; add "metadata": {{}}')
+    return index.weight_map
 
 
 def _header(path: Path) -> dict[str, _Found]:

@@ -472,8 +472,8 @@ def main() -> None:
         if mistake is None:  # as Python prints it, but without the regular exit that gloo's threads may abort
             traceback.print_exc()
             leave(Exit.FAILED)
-        rank = os.environ.get("RANK", "0")
-        prefix = "triplane" if rank == "0" else f"triplane (rank {rank})"
+        rank = os.environ.get("RANK", "")
+        prefix = f"triplane (rank {rank})" if rank.isdecimal() and int(rank) > 0 else "triplane"
         for line in mistake.splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
         leave(Exit.TRY_AGAIN if isinstance(error, BusyError) else Exit.MISTAKE)

@@ -9,7 +9,7 @@ from triplane.config.load import load_config
 from triplane.data.inspect import describe_batch
 from triplane.data.opening import open_sources, training_plan
 from triplane.launcher.corpus_commands import show_corpus
-from triplane.storage.errors import ConfigError
+from triplane.storage.errors import ConfigError, counted
 
 
 def inspect(path: str, documents: int, verify: bool) -> None:
@@ -27,7 +27,9 @@ def inspect_data(path: Path, overrides: list[str], step: int) -> None:
     """Prints what a run that starts with this config reads in `step`."""
     config = load_config(path, overrides)
     if step > config.training.steps:
-        raise ConfigError(f"{path}: --at {step:,}, but the run has {config.training.steps:,} steps; give one of them")
+        raise ConfigError(
+            f"{path}: --at {step:,}, but the run has {counted(config.training.steps, 'step')}; give one of them"
+        )
     if problems := check(config, None):
         raise ConfigError("\n".join(problems))
     sources = open_sources(config.data, config.folder.corpora)

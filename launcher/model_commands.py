@@ -132,7 +132,11 @@ def evaluate(run: str, sequences: int | None, corpora: list[str]) -> None:
     trained = TrainedModel.open(run)
     data = trained.data(corpora)
     config = trained.config
-    sources = open_sources(data, Path(run) if config is None else config.folder.corpora)
+    try:
+        sources = open_sources(data, Path(run) if config is None else config.folder.corpora)
+    except TriplaneError as error:
+        advice = "" if corpora else "; or give a corpus to read in its place by --corpus"
+        raise CheckpointError(f"{error}{advice}") from error
     trained.check_tokenizer(sources.tokenizer, data.sources[0].corpus)
     validation = held_out(data, sources.validation)
     model, device = trained.load()

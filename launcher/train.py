@@ -11,15 +11,20 @@ from triplane.config.checks import check
 from triplane.config.load import load_config
 from triplane.config.preflight import checkpoints_folder
 from triplane.data.opening import open_sources
-from triplane.parallel.devices import problems_of_devices, use_cpu, visible_devices
+from triplane.parallel.devices import problems_of_devices, threads, use_cpu, visible_devices
 from triplane.parallel.ranks import Rank, current_rank, rendezvous
 from triplane.plan.gate import examine, memory_problem
-from triplane.storage.errors import ConfigError, NoLocksError
+from triplane.storage.errors import ConfigError, LaunchError, NoLocksError, counted
 from triplane.storage.locks import locked_folder
+from triplane.storage.open_files import open_files_problem
 from triplane.training.config import RunConfig
 from triplane.training.exits import Exit, leave
 from triplane.training.failure import forget_failures
 from triplane.training.stopping import LAUNCHER
+
+_OWN_FILES = 48
+_FILES_PER_RANK = 4
+"""A rank has a socket to each other one in several groups."""
 
 
 def train(
@@ -119,6 +124,12 @@ def folder_problems(config: RunConfig, *, local: bool) -> list[str]:
 
 def machine_problems(config: RunConfig, rank: Rank | None, ranks: int) -> Iterator[str]:
     """Yields why this machine cannot run `rank`, or all ranks if `rank` is None and this process starts them."""
+    try:
+        threads(os.environ)
+    except LaunchError as error:
+        yield str(error)
+    if problem := open_files_problem(_OWN_FILES + _FILES_PER_RANK * ranks):
+        yield f"{counted(ranks, 'rank')}: {problem}"
     devices = visible_devices()
     yield from problems_of_devices(config.parallel, config.training.precision, devices, rank=rank, ranks=ranks)
     if rank is not None:

@@ -20,7 +20,7 @@ from triplane.plan.disk import disk_problems
 from triplane.plan.estimate import work_of
 from triplane.plan.memory import peak_memory
 from triplane.plan.shares import pipeline
-from triplane.storage.errors import TriplaneError
+from triplane.storage.errors import TriplaneError, counted
 from triplane.training.config import RunConfig
 
 _HIGH_LR = 0.1
@@ -89,8 +89,8 @@ def memory_problem(config: RunConfig, ranks: int) -> str | None:
     if state <= available:
         return None
     return (
-        f"weights, gradients and optimizer of {ranks} ranks need {state / 2**30:,.1f} GiB of memory, but this machine "
-        f"has {available / 2**30:,.1f}; use a smaller model, or more machines"
+        f"weights, gradients and optimizer of {counted(ranks, 'rank')} need {state / 2**30:,.1f} GiB of memory, but "
+        f"this machine has {available / 2**30:,.1f}; use a smaller model, or more machines"
     )
 
 

@@ -91,7 +91,7 @@ def cancel(job: str) -> None:
 
 def limit_s(text: str) -> float:
     """Parses a Slurm time: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises LaunchError if it is invalid."""
-    if text in ("UNLIMITED", "INFINITE"):
+    if text.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
     days, dash, clock = text.rpartition("-")
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):

@@ -53,6 +53,13 @@ class NoLocksError(StorageError):
     """A file system without locks, which cannot keep two processes apart."""
 
 
+def counted(number: int, thing: str) -> str:
+    """Returns `1 rank`, `1,000 ranks`."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number:,} {thing}{'es' if thing.endswith('s') else 's'}"
+
+
 def printable(text: str) -> str:
     """Escapes the unprintable characters of foreign text: line breaks and terminal control sequences."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -72,7 +72,7 @@ def _how(status: RunStatus, events: Events) -> str:
     if not starts:
         return state
     layout, ranks, precision = (starts[-1].get(key, "?") for key in ("layout", "ranks", "precision"))
-    return f"{layout} on {ranks} ranks, {precision}; {state}"
+    return f"{layout} on {ranks} {'rank' if ranks == 1 else 'ranks'}, {precision}; {state}"
 
 
 def _tiles(status: RunStatus, metrics: Lines) -> list[tuple[str, str]]:

@@ -105,7 +105,7 @@ def _store(hf: Path, file: Any = "model.safetensors", **weights: Any) -> None:
 def _shard(hf: Path, weight_map: Any) -> None:
     """Replaces the file by an index."""
     (hf / "model.safetensors").rename(hf / "model-1.safetensors")
-    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _deep(hf: Path) -> None:
@@ -149,6 +149,10 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "index a list": (
         lambda hf: _shard(hf, {}) or (hf / "model.safetensors.index.json").write_text("[]"),
         r"index.json: no table of keys",
+    ),
+    "an index without metadata": (
+        lambda hf: _shard(hf, {}) or (hf / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        r'index.json: no metadata, without which transformers reads no index; add "metadata": {}$',
     ),
     "empty index": (lambda hf: _shard(hf, {}), "has 2 layers, but 0 have weights"),
     "index lies": (lambda hf: _shard(hf, {"a": "model-1.safetensors"}), "lacks a, which .* says is there"),

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,34 @@ def test_a_layout_that_does_not_fit_the_ranks_shows_its_operands(folder: Path) -
     first_of_two: dict[str, Any] = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     result = triplane("train", "small.toml", "parallel.tp=2", "parallel.dp=3", cwd=folder, **first_of_two)
     assert "dp (3) x tp (2) x pp (1) = 6, but 2 ranks" in refused(result)
+
+
+def test_the_environment_is_checked_before_the_run_folder_is_written(folder: Path) -> None:
+    arguments = ("train", "small.toml", "run_dir=elsewhere", "parallel.dp=1")
+    many = refused(triplane(*arguments, cwd=folder, OMP_NUM_THREADS="many"))
+    assert many == "triplane: OMP_NUM_THREADS is 'many'; set a whole number\n"
+    abc = refused(triplane(*arguments, cwd=folder, RANK="abc"))
+    assert abc.startswith("triplane: RANK is 'abc', but no launcher started ranks")
+    command = [sys.executable, "-m", "triplane", *arguments]
+    few = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, preexec_fn=few)
+    assert (
+        refused(result) == "triplane: 1 rank: 52 open files are needed, but the limit is 40: raise it (`ulimit -n`)\n"
+    )
+    assert not (folder / "elsewhere").exists()
+    lifted = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (20, 4096))
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, preexec_fn=lifted)
+    assert result.returncode == 0, result.stderr
+
+
+def test_evaluate_without_the_corpus_says_how_to_give_another(folder: Path, prepared: Prepared) -> None:
+    arguments = ("train", "small.toml", "run_dir=away", "parallel.dp=1", "data.sources=[{corpus='lent'}]")
+    (folder / "lent").symlink_to(prepared.folder)
+    assert triplane(*arguments, cwd=folder).returncode == 0
+    (folder / "lent").unlink()
+    away = refused(triplane("evaluate", "away", cwd=folder))
+    assert away.endswith("; or give a corpus to read in its place by --corpus\n")
+    assert triplane("evaluate", "away", "--corpus", prepared.folder, cwd=folder).returncode == 0
 
 
 MISTAKES = {

@@ -97,6 +97,7 @@ def test_a_dry_run_shows_the_script_with_what_the_nodes_have(cluster: Cluster, f
         ("1-0:30", 88_200),
         ("0-0:0:5", 5),
         ("UNLIMITED", float("inf")),
+        ("infinite", float("inf")),
         ("0", float("inf")),
     ],
 )

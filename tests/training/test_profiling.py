@@ -39,4 +39,4 @@ def test_a_run_that_ends_within_the_window_writes_what_it_has(prepared: Prepared
 
 def test_ranks_that_are_not_there_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     config = small_run(prepared, tmp_path, profile={"start_step": 2, "ranks": [0, 1]})
-    assert check(config, 1) == ["profile.ranks has 1, but the last of 1 ranks is 0"]
+    assert check(config, 1) == ["profile.ranks has 1, but the last of 1 rank is 0"]
