@@ -68,7 +68,7 @@ Chain = Annotated[
 ModelSize = Annotated[
     Literal["1m", "10m", "125m", "1b", "8b"] | None,
     typer.Option(
-        help="1m, 10m, 125m, 1b or 8b parameters; by default what the text is enough for.",
+        help="1m, 10m, 125m, 1b or 8b parameters; by default what the text is enough for, on CPUs minutes of 1m.",
         metavar="SIZE",
         show_default=False,
     ),

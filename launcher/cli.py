@@ -59,7 +59,10 @@ def triplane(
 def tokenizer_train(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Model file to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Number of token ids.", min=1)] = 32_768,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help="Number of token ids; by default what suits the amount of text.", min=1, show_default=False),
+    ] = None,
     text_field: TextField = "text",
 ) -> None:
     """Train a lossless sentencepiece tokenizer (BPE with byte fallback)."""
@@ -137,7 +140,7 @@ def config(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file such as configs/quickstart.toml.")],
+    config: Annotated[Path, typer.Argument(help="TOML file such as configs/quickstart.toml, or text to train on.")],
     overrides: Overrides = None,
     allow_data_change: AllowDataChange = False,
     allow_fresh_start: AllowFreshStart = False,
@@ -152,8 +155,13 @@ def train(
 ) -> None:
     """Train, or resume the run in the config's run folder.
 
-    Starts the ranks on this machine, or runs as one rank under torchrun or srun.
+    Starts the ranks on this machine, or runs as one rank under torchrun or srun. Of a folder or file of text it first
+    makes a tokenizer, a corpus and a config, and says how.
     """
+    if config.suffix != ".toml":
+        from triplane.launcher.from_text import config_of_text, is_text
+
+        config = config_of_text(config) if is_text(config) else config
     if dry_run:
         from triplane.launcher.dry_run import dry_run as run_dry
 

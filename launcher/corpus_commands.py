@@ -12,6 +12,7 @@ from triplane.data.inspect import describe
 from triplane.data.prepare import prepare as prepare_corpus
 from triplane.data.prepare import read_documents
 from triplane.data.records import Rejection
+from triplane.data.sources import find_files
 from triplane.data.tokenizer_training import train_tokenizer as train_sentencepiece
 from triplane.launcher.progress_bar import PreparationBar, show_report
 from triplane.storage.errors import DataError
@@ -19,12 +20,13 @@ from triplane.storage.errors import DataError
 _SHOWN_REJECTIONS = 10
 
 
-def train_tokenizer(inputs: list[str], out: Path, *, vocab_size: int, text_field: str) -> None:
+def train_tokenizer(inputs: list[str], out: Path, *, vocab_size: int | None, text_field: str) -> None:
     """Trains a tokenizer on the documents of `inputs` and prints the result."""
     console = Console(highlight=False, soft_wrap=True)
     if out.exists():
         raise DataError(f"{out} exists; remove it or give another --out")
     rejected: list[Rejection] = []
+    find_files(inputs, lambda _: None)  # raises DataError before there is a folder
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status("training the tokenizer"):
         texts = (text for _, text in read_documents(inputs, rejected.append, text_field))

@@ -1,7 +1,6 @@
 """Chooses the config of a run from its corpus: the size of the network, how long to train it, and how."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.plan.amount import MOST_EPOCHS
 from triplane.plan.gpus import Gpu
 from triplane.plan.search import search
-from triplane.plan.sizes import LAPTOP, SIZES, Choice, network
+from triplane.plan.sizes import SIZES, Choice, network
 from triplane.storage.errors import ConfigError
 from triplane.training.config import RunConfig
 from triplane.training.units import format_count
@@ -20,6 +19,8 @@ _TOKENS_PER_PARAMETER = 20
 _MOST_WARMUP_STEPS = 2000
 _MOST_EVAL_SEQUENCES = 512
 _CPU_MICRO_BATCH = 8
+_FIRST_TOKENS = 2_000_000
+"""Tokens of a first run on CPUs, of no size in particular."""
 
 Table = dict[str, Choice]
 
@@ -45,7 +46,11 @@ class Cluster:
 
 def choose(text: Text, run_dir: str, size: str | None, cluster: Cluster | None) -> dict[str, Table]:
     """Returns the tables of a config, that of the top level under ""; raises ConfigError if no layout fits."""
-    name, why = (size, "asked for by --size") if size else _fitting(text, SIZES if cluster else LAPTOP)
+    first = size is None and cluster is None
+    if first:
+        name, why = next(iter(SIZES)), "trained in minutes; --size 10m takes hours on CPUs"
+    else:
+        name, why = (size, "asked for by --size") if size else _fitting(text)
     table = network(name, text.vocab_size)
     model = _model(table)
     table["dim"] = Choice(model.dim, f"of size {name}, {format_count(count_parameters(model))} parameters: {why}")
@@ -57,7 +62,7 @@ def choose(text: Text, run_dir: str, size: str | None, cluster: Cluster | None) 
         "": {"run_dir": Choice(run_dir, "checkpoints, metrics and logs")},
         "model": table,
         "data": data,
-        **_recipe(model, text, data["seq_len"].value, cluster),
+        **_recipe(model, text, data["seq_len"].value, cluster=cluster, first=first),
     }
     return tables | _layout(tables, name, cluster) if cluster else tables
 
@@ -68,9 +73,9 @@ def values(tables: dict[str, Table]) -> dict[str, Any]:
     return nested.pop("") | nested
 
 
-def _fitting(text: Text, names: Iterable[str]) -> tuple[str, str]:
+def _fitting(text: Text) -> tuple[str, str]:
     """Returns the largest size that the corpus suffices for."""
-    need = {name: _TOKENS_PER_PARAMETER * count_parameters(_model(network(name, text.vocab_size))) for name in names}
+    need = {name: _TOKENS_PER_PARAMETER * count_parameters(_model(network(name, text.vocab_size))) for name in SIZES}
     enough = [name for name, tokens in need.items() if tokens <= MOST_EPOCHS * text.train_tokens]
     if enough:
         return enough[-1], f"the largest with {_TOKENS_PER_PARAMETER} tokens a parameter in {MOST_EPOCHS} epochs"
@@ -81,9 +86,9 @@ def _model(table: Table) -> ModelConfig:
     return ModelConfig.model_validate({key: choice.value for key, choice in table.items()})
 
 
-def _recipe(model: ModelConfig, text: Text, seq_len: int, cluster: Cluster | None) -> dict[str, Table]:
+def _recipe(model: ModelConfig, text: Text, seq_len: int, *, cluster: Cluster | None, first: bool) -> dict[str, Table]:
     parameters, most = count_parameters(model), MOST_EPOCHS * text.train_tokens
-    tokens = min(_TOKENS_PER_PARAMETER * parameters, most)
+    tokens = min(_TOKENS_PER_PARAMETER * parameters, most, _FIRST_TOKENS if first else most)
     flops = flops_per_token(model, seq_len) * tokens
     ranks = cluster.gpus if cluster else 1
     batch_tokens = 0.2920 * flops**0.3271
@@ -95,6 +100,8 @@ def _recipe(model: ModelConfig, text: Text, seq_len: int, cluster: Cluster | Non
     # A fiftieth of all sequences, twenty times, at a third of the time of a sequence in training: an eighth.
     evaluated = min(held, _MOST_EVAL_SEQUENCES, steps * batch // 50)
     amount = f"{_TOKENS_PER_PARAMETER} for each parameter (Hoffmann et al. 2022)"
+    if tokens == _FIRST_TOKENS and first:
+        amount = "what CPUs train in minutes; --size 1m for 20 for each parameter"
     if tokens == most:
         amount = f"{MOST_EPOCHS} epochs, after which text adds little (Muennighoff et al. 2023)"
     often = Choice(-(-steps // 20), "20 times in the run")

@@ -28,9 +28,6 @@ SIZES = {
     "1b": Size(2048, 22, 2048),
     "8b": Size(4096, 44, 4096),
 }
-LAPTOP = ("1m", "10m")
-"""Sizes that CPUs train in minutes to hours."""
-
 _WIDE, _WIDEST = 2048, 4096
 
 

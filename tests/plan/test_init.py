@@ -13,7 +13,7 @@ from triplane.config.preflight import done_steps
 from triplane.model.count import count_parameters
 from triplane.plan.choices import Cluster, Text, choose, values
 from triplane.plan.gpus import GPUS
-from triplane.plan.sizes import LAPTOP, SIZES
+from triplane.plan.sizes import SIZES
 from triplane.training.config import RunConfig
 
 SIZED = [("1m", 1024, 1e6), ("10m", 8192, 1e7), ("125m", 32_768, 1.25e8), ("1b", 32_768, 1.1e9), ("8b", 32_768, 8e9)]
@@ -81,7 +81,7 @@ def test_text_is_read_at_most_four_times(tokens: int, gpus: int | None) -> None:
     assert read <= 4 * tokens or config.training.steps == 1
     name = next(name for name, size in SIZES.items() if size.dim == config.model.dim)
     assert name == "1m" or 20 * count_parameters(config.model) <= 4 * tokens
-    assert gpus or name in LAPTOP
+    assert gpus or (name == "1m" and read <= 2_100_000)
 
 
 def test_what_cannot_be_is_told(prepared: Prepared, tmp_path: Path) -> None:
