@@ -17,7 +17,7 @@ from triplane.model.rule import Rule
 _GROUPED_QUERIES: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """torch 2.11 accepts fewer key and value heads than query heads without this option."""
 
-Kernel = Literal["sdpa", "varlen", "flash", "flex", "blocked"]
+Kernel = Literal["sdpa", "varlen", "flash", "flex", "fused", "blocked"]
 
 
 class SegmentAttention(nn.Module):
@@ -75,6 +75,7 @@ def choose(
     flash    as those two, and sinks, since it returns the lse
     flex     on a GPU in half precision, with a bias or a soft cap, for heads of 16 to 256 numbers; not where torch has
              to be deterministic and the bias learns, since its gradient is summed in any order
+    fused    on a CPU in bf16 in a compiled block, over segments of one length, without a bias or a soft cap
     blocked  everything
     """
     if rule.softcap is not None or bias is not None:
@@ -82,6 +83,8 @@ def choose(
         any_order = bias is not None and bias.requires_grad
         return "flex" if fits and not (any_order and torch.are_deterministic_algorithms_enabled()) else "blocked"
     if device == "cpu":
+        if uniform and dtype == torch.bfloat16 and torch.compiler.is_compiling():
+            return "fused"
         if rule.window is not None:
             return "blocked"
         return "sdpa" if uniform and sinks is None else "flash"

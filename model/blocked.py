@@ -37,7 +37,7 @@ def forward(
     out_THK = _empty(q_THK, spans)
     lse_TH1 = q_THK.new_full((*q_THK.shape[:2], 1), -math.inf, dtype=wide)
 
-    def attend(part: _Part) -> None:
+    def attend(part: Part) -> None:
         qs, outs, lses = (part.queries(x) for x in (q_THK, out_THK, lse_TH1))
         k_NSK, v_NSK = (part.keys(x).squeeze(2).to(wide) for x in (k_SGK, v_SGK))
         bias_RL, space = part.bias(bias_HL), _Space(q_THK.device)
@@ -53,7 +53,7 @@ def forward(
             outs[:, block] = out.view_as(outs[:, block])
             lses[:, block] = lse.view_as(lses[:, block])
 
-    _each(attend, _parts(spans, k_SGK.shape[1], q_THK), q_THK.device)
+    _each(attend, split(spans, k_SGK.shape[1], q_THK, _SCORES), q_THK.device)
     return out_THK, lse_TH1.squeeze(-1).T.contiguous()
 
 
@@ -85,7 +85,7 @@ def backward(
     wide = lse_HT.dtype
     dq_THK, dk_SGK, dv_SGK = _empty(q_THK, spans), *(x.new_zeros(x.shape, dtype=wide) for x in (k_SGK, v_SGK))
 
-    def differentiate(part: _Part) -> Tensor | None:
+    def differentiate(part: Part) -> Tensor | None:
         by_query = [part.queries(x) for x in (q_THK, grad_THK, out_THK, lse_HT.T.unsqueeze(-1))]
         k_NSK, v_NSK = (part.keys(x).squeeze(2) for x in (k_SGK, v_SGK))
         wide_k_NSK, wide_v_NSK = k_NSK.to(wide), v_NSK.to(wide)
@@ -113,7 +113,7 @@ def backward(
             dqs[:, block] = dq.mul_(rule.scale).view_as(dqs[:, block])
         return dbias_RL
 
-    parts = _parts(spans, k_SGK.shape[1], q_THK)
+    parts = split(spans, k_SGK.shape[1], q_THK, _SCORES)
     dbiases = _each(differentiate, parts, q_THK.device)
     dbias_HL = None if bias_HL is None else torch.zeros_like(bias_HL)
     for part, dbias_RL in zip(parts, dbiases, strict=True):
@@ -128,7 +128,7 @@ def _empty(q_THK: Tensor, spans: Sequence[Span]) -> Tensor:
     return q_THK.new_empty(q_THK.shape) if queries == len(q_THK) else q_THK.new_zeros(q_THK.shape)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The work of one thread: some runs of a span, for the query heads of one key head."""
 
     span: Span
@@ -150,21 +150,22 @@ class _Part(NamedTuple):
         return None if bias_HL is None else bias_HL[self.heads] * _LOG2E
 
 
-def _parts(spans: Sequence[Span], groups: int, q_THK: Tensor) -> list[_Part]:
+def split(spans: Sequence[Span], groups: int, q_THK: Tensor, scores: int) -> list[Part]:
+    """Splits the work by key head, and by runs so that a tile has at most so many `scores`, or is of one run."""
     shared = q_THK.shape[1] // groups
-    parts = []
+    parts: list[Part] = []
     for span in spans:
         queries, keys = ((x.stop - x.start) // span.runs for x in (span.queries, span.keys))
-        most = max(_SCORES // (shared * largest(queries, keys)), 1)
+        most = max(scores // (shared * largest(queries, keys)), 1)
         for first in range(0, span.runs, most):
             runs = min(most, span.runs - first)
             query, key = span.queries.start + first * queries, span.keys.start + first * keys
             some = Span(slice(query, query + runs * queries), slice(key, key + runs * keys), span.distance, runs)
-            parts += [_Part(some, group, slice(group * shared, (group + 1) * shared)) for group in range(groups)]
+            parts += [Part(some, group, slice(group * shared, (group + 1) * shared)) for group in range(groups)]
     return parts
 
 
-def _each(work: Callable[[_Part], _Result], parts: Sequence[_Part], device: torch.device) -> list[_Result]:
+def _each(work: Callable[[Part], _Result], parts: Sequence[Part], device: torch.device) -> list[_Result]:
     """Does the work of each part; on a CPU on as many threads as an operator may use.
 
     Within an operator threads would meet after each of the many small ones, and wait there for the slowest.
@@ -173,7 +174,7 @@ def _each(work: Callable[[_Part], _Result], parts: Sequence[_Part], device: torc
     if threads <= 1:
         return [work(part) for part in parts]
 
-    def alone(part: _Part) -> _Result:
+    def alone(part: Part) -> _Result:
         with torch.no_grad():
             return work(part)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triplane.model import blocked, flash, sinks
+from triplane.model import blocked, flash, fused, sinks
 from triplane.model.rule import Rule
 from triplane.model.tiles import Span, spans_within
 
@@ -27,10 +27,12 @@ def attend_documents(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention (T, H, K) and its lse within each segment of `bounds_int32`, by "flash" or "blocked"."""
+    """Computes attention (T, H, K) and its lse within each segment of `bounds_int32`, by a kernel of attend.py."""
     rule = Rule(scale, window, softcap)
     if kernel == "flash":
         out_THK, lse_HT = flash.forward(q_THK, k_TGK, v_TGK, flash.Segments(bounds_int32, longest), rule)
+    elif kernel == "fused":
+        out_THK, lse_HT = fused.forward(q_THK, k_TGK, v_TGK, _spans(bounds_int32, longest, len(q_THK)), rule)
     else:
         spans = _spans(bounds_int32, longest, len(q_THK))
         out_THK, lse_HT = blocked.forward(q_THK, k_TGK, v_TGK, spans, rule, bias_HL)
@@ -67,6 +69,8 @@ def _backward(
     known = (grad_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT)
     if kernel == "flash":
         grads = [*flash.backward(*known, flash.Segments(bounds_int32, longest), rule)]
+    elif kernel == "fused":
+        grads = [x.to(q_THK.dtype) for x in fused.backward(*known, _spans(bounds_int32, longest, len(q_THK)), rule)]
     else:
         *qkv, dbias_HL = blocked.backward(*known, _spans(bounds_int32, longest, len(q_THK)), rule, bias_HL)
         grads = [x.to(q_THK.dtype) for x in qkv] + ([] if dbias_HL is None else [dbias_HL])

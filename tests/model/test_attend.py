@@ -10,10 +10,11 @@ from small_models import packed, random_documents, small_config, small_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from triplane.model import blocked, documents, sinks, tiles
+from triplane.model import blocked, documents, fused, sinks, tiles
 from triplane.model.attend import Kernel, SegmentAttention, choose
 from triplane.model.batch import Batch
 from triplane.model.compiled import compile_blocks
+from triplane.model.documents import attend_documents
 from triplane.model.rule import Rule
 
 HEADS, HEAD_DIM = 6, 8
@@ -79,7 +80,9 @@ def test_fp32(rule: Rule) -> None:
 
 def test_many_runs_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "_SCORES", 3 * 90 * 100 * 2)
-    assert len(list(blocked._parts(tiles.spans_within(range(0, 501, 100)), 2, torch.zeros(500, HEADS, 8)))) == 6
+    assert (
+        len(blocked.split(tiles.spans_within(range(0, 501, 100)), 2, torch.zeros(500, HEADS, 8), blocked._SCORES)) == 6
+    )
     assert difference(range(0, 501, 100), Rule(0.3, window=7), "bias sinks") < 2e-13
 
 
@@ -113,6 +116,57 @@ def test_a_span_has_the_distance_it_is_told(rule: Rule, distance: int) -> None:
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     expected = torch.einsum("hts,shk->thk", scores.softmax(-1).nan_to_num(), v[:80].repeat_interleave(3, dim=1))
     torch.testing.assert_close(out, expected)
+
+
+@pytest.fixture
+def _plain_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_compiled", lambda: (fused._attend, fused._differentiate))
+
+
+def fused_difference(bounds: Sequence[int], rule: Rule) -> float:
+    inputs, longest = Inputs(bounds[-1], 0), batch_of(bounds).longest
+    numbers = (torch.tensor(bounds, dtype=torch.int32), longest, "fused", rule.scale, rule.window, None)
+    found = output_and_gradients(lambda *qkv: attend_documents(*qkv, None, None, *numbers)[0], inputs, "")
+    expected = output_and_gradients(dense, inputs, "", bounds, rule)
+    return max(float((x - y).abs().max()) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("_plain_tiles")
+@pytest.mark.parametrize("window", [None, 1, 7, 95, 1000])
+@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS.keys())
+def test_tiles_of_compiled_blocks(bounds: tuple[int, ...], window: int | None) -> None:
+    assert fused_difference(bounds, Rule(0.3, window=window)) < 2e-13
+
+
+@pytest.mark.usefixtures("_plain_tiles")
+def test_a_bug_in_tiles_of_compiled_blocks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = fused._places
+    monkeypatch.setattr(fused, "_places", lambda *known: places(*known) + 1)
+    assert fused_difference((0, 100), Rule(0.3)) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_compiled_blocks_in_bf16_attend_by_compiled_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients are as near to those in fp32 as the eager block's."""
+    config = small_config()
+    batch = packed(random_documents(config, [16, 16]))
+    exact = small_model(config)
+    states = {name: tensor.bfloat16() for name, tensor in exact.state_dict().items()}
+    errors, calls = [], []
+    forward = fused.forward
+    monkeypatch.setattr(fused, "forward", lambda *known: calls.append(1) or forward(*known))
+    for compiled in (False, True):
+        model = small_model(config).bfloat16()
+        model.load_state_dict(states)
+        if compiled:
+            compile_blocks(model)
+        assert not calls
+        found = torch.autograd.grad(model(batch).objective, [*model.parameters()])
+        expected = torch.autograd.grad(exact(batch).objective, [*exact.parameters()])
+        errors.append(max(float((x - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True)))
+    assert len(calls) == config.n_layers
+    assert errors[1] < 1.5 * errors[0] < 0.1
 
 
 def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
