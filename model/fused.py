@@ -66,13 +66,13 @@ def backward(
         dqs, dks, dvs = part.queries(dq_THK), part.keys(dk_TGK).squeeze(2), part.keys(dv_TGK).squeeze(2)
         for block, tiles in blocks(part.span, rule.window):
             grad, q, out, lse = (x[:, block].flatten(1, 2) for x in by_query)
-            dq: Tensor | float = 0.0
+            dq = lse.new_zeros(q.shape)
             for tile in tiles:
                 k, v = k_NSK[:, tile.keys], v_NSK[:, tile.keys]
                 more_q, more_k, more_v = differentiate(
                     grad, q, k, v, out, lse, _places(q, tile), rule.scale, rule.window
                 )
-                dq = dq + more_q.to(lse.dtype)
+                dq += more_q
                 dks[:, tile.keys].add_(more_k, alpha=rule.scale)
                 dvs[:, tile.keys] += more_v
             dqs[:, block] = (dq * rule.scale).view_as(dqs[:, block])

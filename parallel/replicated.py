@@ -1,6 +1,7 @@
-"""ZeRO stage 0: every dp x cp rank holds the whole optimizer. Plain torch, fp32.
+"""Every dp x cp rank holds the whole optimizer: ZeRO stage 0, or a rank that has nobody to share with. Plain torch.
 
-DeepSpeed's own stage 0 clips wrongly under a pipeline and reports no gradient norm.
+DeepSpeed's own stage 0 clips wrongly under a pipeline and reports no gradient norm; its stages 1 and 2 copy gradients
+and weights for others even where there are none.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ _BUCKET_ELEMENTS = 32 * 1024**2
 
 
 class ReplicatedOptimizer:
-    """Averages gradients over dp x cp, clips by the global norm, and updates."""
+    """Averages gradients over dp x cp, clips by the global norm, and updates.
+
+    Weights in bf16 have a master in fp32, which is updated and rounded to them; their gradients add up in fp32.
+    """
 
     def __init__(self, local: LocalModel, optimizer: torch.optim.Optimizer, mesh: Mesh, *, grad_clip: float):
         self.module = local.module
@@ -27,11 +31,20 @@ class ReplicatedOptimizer:
         self.placements = local.placements
         self.grad_clip = grad_clip
         self.mesh = mesh
-        for placement in local.placements:
-            optimizer.state[placement.parameter] = {
-                "step": torch.zeros((), device=placement.parameter.device),  # the fused update requires it there
-                "exp_avg": torch.zeros_like(placement.parameter),
-                "exp_avg_sq": torch.zeros_like(placement.parameter),
+        self.parameters = [placement.parameter for placement in local.placements]
+        self.masters = self.parameters
+        if local.dtype != torch.float32:
+            self.masters = [nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
+            of = dict(zip(self.parameters, self.masters))
+            for group in optimizer.param_groups:
+                group["params"] = [of[parameter] for parameter in group["params"]]
+            for parameter in self.parameters:
+                parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+        for master in self.masters:
+            optimizer.state[master] = {
+                "step": torch.zeros((), device=master.device),  # the fused update requires it there
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
             }
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -52,19 +65,28 @@ class ReplicatedOptimizer:
 
         Applies nothing if the norm is not finite.
         """
-        parameters = [placement.parameter for placement in self.placements]
         if self.mesh.replicas.size > 1:
-            self._average_gradients(parameters)
+            self._average_gradients()
         norm = self._gradient_norm()
-        nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # fused updates obey it
+        # The fused update divides gradients by the one, so that clipping takes no pass of its own, and obeys the other.
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        for parameter, master in zip(self.parameters, self.masters):
+            master.grad = parameter.grad
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._round_masters()
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
         return norm
 
-    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
+    def _round_masters(self) -> None:
+        if self.masters is not self.parameters:
+            with torch.no_grad():
+                torch._foreach_copy_([*self.parameters], [*self.masters])
+
+    def _average_gradients(self) -> None:
         bucket: list[Tensor] = []
-        for parameter in parameters:
+        for parameter in self.parameters:
             bucket.append(self.gradient(parameter))
             if sum(gradient.numel() for gradient in bucket) >= _BUCKET_ELEMENTS:
                 self._average(bucket)
@@ -91,9 +113,10 @@ class ReplicatedOptimizer:
         """Yields the state on this rank; the dp x cp ranks take turns in writing parameters."""
         for number, placement in enumerate(self.placements):
             primary = number % self.mesh.replicas.size == self.mesh.replicas.rank
-            state = self.optimizer.state[placement.parameter]
+            master = self.masters[number]
+            state = self.optimizer.state[master]
             tensors = {
-                "weight": placement.parameter.detach(),
+                "weight": master.detach(),
                 "exp_avg": state["exp_avg"],
                 "exp_avg_sq": state["exp_avg_sq"],
             }
@@ -104,3 +127,4 @@ class ReplicatedOptimizer:
         """Adopts fragments that were filled with the state after `step` updates."""
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
+        self._round_masters()

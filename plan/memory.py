@@ -50,10 +50,10 @@ class Memory:
 
 def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
     """Returns the peak memory during a step. On a CPU norms keep more, chunks are smaller, and nothing overlaps."""
-    zero, owned = work.layout.zero, parameters(work, rank)
+    zero, owned = work.zero, parameters(work, rank)
     share = owned // work.replicas
     weights = work.element_bytes * (share if zero == 3 else owned)
-    optimizer = 8 * owned if zero == 0 else 12 * share
+    optimizer = (12 if work.bf16 else 8) * owned if zero == 0 else 12 * share
     if work.layout.offload_optimizer and device == "cuda":
         optimizer = 0
     # With a pipeline all gradients are kept until the schedule ends.
@@ -88,7 +88,7 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
 
 def _bucket(work: Work, owned: int, device: Device) -> int:
     pipelined = work.layout.pp > 1
-    if work.layout.zero == 0 or (pipelined and work.layout.zero == 2):  # allocated once the activations are freed
+    if work.zero == 0 or (pipelined and work.zero == 2):  # allocated once the activations are freed
         return 0
     overlapped = device == "cuda" and not pipelined  # one is filled while the other is sent
     return _STATISTIC * min(BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)

@@ -35,6 +35,11 @@ class Work:
         return self.dp * self.layout.cp
 
     @property
+    def zero(self) -> int:
+        """The ZeRO stage of its optimizer; 0 where there is nobody to share with."""
+        return self.layout.zero if self.layout.shares(self.replicas) else 0
+
+    @property
     def tokens(self) -> int:
         """Tokens per micro-batch on one cp rank."""
         return self.micro_batch_size * self.seq_len // self.layout.cp

@@ -19,6 +19,7 @@ from triplane.model.modules import WeightsModule, unchanged
 from triplane.parallel import engine, megatron, replicated, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
+from triplane.parallel.replicated import ReplicatedOptimizer
 from triplane.parallel.zero import ZeroOptimizer
 from triplane.prove import command as prove_module
 from triplane.prove.cases import Case
@@ -180,6 +181,18 @@ def _with_a_norm_in_fp32(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _without_fp32_masters(patch: pytest.MonkeyPatch) -> None:
+    right = ReplicatedOptimizer.step
+
+    def step(self: Any) -> torch.Tensor:
+        norm = right(self)
+        for master in self.masters:
+            master.data.copy_(master.data.bfloat16())
+        return norm
+
+    patch.setattr(ReplicatedOptimizer, "step", step)
+
+
 def _without_fp32_weights(patch: pytest.MonkeyPatch) -> None:
     right = ZeroOptimizer.step
 
@@ -264,7 +277,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_scores_for_padding, {"tp": 2}),
     (_with_layers_of_the_wrong_stage, {"pp": 2}),
     (_without_the_copied_gradients, {"pp": 2, "tied": True}),
-    (_with_the_tied_copy_counted_twice, {"pp": 2, "tied": True}),
+    (_with_the_tied_copy_counted_twice, {"pp": 2, "dp": 2, "tied": True}),
     (_with_batched_sends, {"pp": 2, "virtual_stages": 2}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "zero": 0}),
     (_with_swapped_shares, {"dp": 2, "zero": 1}),
@@ -283,7 +296,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_positions_of_all_tokens, {"tp": 2, "sequence_parallel": True, "options": ("sinusoidal",)}),
     (_with_sinks_of_the_first_heads, {"cp": 2, "options": ("sinks",)}),
     (_without_the_copied_gradients, {"pp": 2, "options": ("T5 bias",)}),
-    (_without_fp32_weights, {"precision": "bf16"}),
+    (_without_fp32_masters, {"precision": "bf16"}),
+    (_without_fp32_weights, {"dp": 2, "precision": "bf16"}),
     (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3, "precision": "bf16"}),
