@@ -1,7 +1,8 @@
 """Training speed of one process beside its peers: the same model, tokens and threads, at their own settings.
 
 Each contender runs in a process of its own, in turns, so that a busy machine is busy for all of them. Tokens are
-random, which costs what text costs. A step is forward, backward, clipping by the global norm, AdamW.
+random, which costs what text costs. A step is forward, backward, clipping by the global norm, AdamW. `--setup` makes an
+environment for each peer, since no two of them agree on the versions of their libraries; it takes some minutes.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+
+from environments import python, set_up
 
 VOCAB_SIZE, DIM, HIDDEN_DIM, N_LAYERS = 8192, 384, 1024, 6
 N_HEADS, N_KV_HEADS, HEAD_DIM = 6, 2, 64
@@ -34,7 +37,7 @@ def random_steps() -> Iterator[tuple]:
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def triplane(seconds: float, zero: int, precision: str, compiled: bool) -> list[float]:
+def triplane(seconds: float, precision: str, compiled: bool) -> list[float]:
     """`Engine`, as `triplane train` runs it."""
     import torch
 
@@ -57,7 +60,7 @@ def triplane(seconds: float, zero: int, precision: str, compiled: bool) -> list[
         head_dim=HEAD_DIM,
     )
     optimizer = OptimizerConfig(grad_clip=GRAD_CLIP)
-    layout = ParallelConfig(zero=zero, compile=compiled)
+    layout = ParallelConfig(compile=compiled)
     with connected(layout, torch.device("cpu"), rank=0, world_size=1) as mesh:
         engine = Engine(
             config,
@@ -226,11 +229,10 @@ def differences(ends: list[float]) -> list[float]:
 
 
 CONTENDERS: dict[str, Callable[[float], list[float]]] = {
-    "triplane, zero=1": lambda s: triplane(s, 1, "fp32", False),
-    "triplane, zero=0": lambda s: triplane(s, 0, "fp32", False),
-    "triplane, zero=1, bf16": lambda s: triplane(s, 1, "bf16", False),
-    "triplane, zero=0, compiled": lambda s: triplane(s, 0, "fp32", True),
-    "triplane, zero=1, compiled": lambda s: triplane(s, 1, "fp32", True),
+    "triplane, fp32": lambda s: triplane(s, "fp32", False),
+    "triplane, bf16": lambda s: triplane(s, "bf16", False),
+    "triplane, fp32, compiled": lambda s: triplane(s, "fp32", True),
+    "triplane, bf16, compiled": lambda s: triplane(s, "bf16", True),
     "plain loop, fp32": lambda s: plain(s, "fp32", False),
     "plain loop, fp32, compiled": lambda s: plain(s, "fp32", True),
     "plain loop, bf16": lambda s: plain(s, "bf16", False),
@@ -251,6 +253,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="of steps, in each process")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--setup", action="store_true", help="make the peers' environments, and end")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -260,6 +263,12 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         print(json.dumps(CONTENDERS[options.child](options.seconds)))
         return
+    if options.setup:
+        set_up()
+        return
+    absent = [name for name in options.only if not python(name).exists()]
+    if absent:
+        parser.error(f"no environment for {', '.join(absent)}: make it with {sys.argv[0]} --setup")
     rounds: dict[str, list[list[float]]] = {name: [] for name in options.only}
     for number in range(options.rounds):
         for name in options.only:
@@ -277,7 +286,7 @@ def main() -> None:
 
 
 def run(name: str, options: argparse.Namespace) -> list[float]:
-    command = [sys.executable, __file__, "--child", name]
+    command = [str(python(name)), __file__, "--child", name]
     command += ["--seconds", str(options.seconds), "--threads", str(options.threads)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
