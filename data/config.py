@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
+from triplane.storage.foreign import Place
+
 Weight = Annotated[float, Field(ge=0, le=1e12)]
 """Bounded, so that sums of weights are finite."""
 _SeqLen = Annotated[int, Field(gt=0, le=2**31 - 1)]
@@ -16,7 +18,7 @@ _SeqLen = Annotated[int, Field(gt=0, le=2**31 - 1)]
 class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """A corpus and its weight."""
 
-    corpus: str
+    corpus: Place
     """Folder written by `triplane prepare`, or its fsspec URL (`https://...`, `s3://...`, `gs://...`). Or WebDataset
     tars with `txt` or `json` members, as a path, URL or pattern ending in `.tar`, which are tokenized once."""
     weight: Weight = 1.0
@@ -46,7 +48,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
     """Corpora that share a tokenizer. May be appended to during a run, with weight 0 until a phase changes it."""
     phases: list[PhaseConfig] = []
     """Changes of weights or length. May be appended to during a run; earlier positions keep their meaning."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Sentencepiece model, `tokenizer.json` or folder with one, for sources that are tars; prepared corpora include
     theirs."""
     seq_len: _SeqLen
@@ -64,7 +66,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
     the dp ranks, a shard is fetched by one node per window instead of by all."""
     num_workers: int = Field(default=0, ge=0, le=256)
     """Loader processes per rank; 0 reads in the training process. Does not affect the order."""
-    cache_dir: str = "~/.cache/triplane"
+    cache_dir: Place = "~/.cache/triplane"
     """Local folder for the shards of corpora at URLs, shared by the ranks of a node."""
     cache_gib: float = Field(default=64, gt=0, le=2**30)
     """Size limit of `cache_dir`; the least recently opened shards are removed first."""

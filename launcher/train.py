@@ -14,7 +14,7 @@ from triplane.data.opening import open_sources
 from triplane.parallel.devices import problems_of_devices, threads, use_cpu, visible_devices
 from triplane.parallel.ranks import Rank, current_rank, rendezvous
 from triplane.plan.gate import examine, memory_problem
-from triplane.storage.errors import ConfigError, LaunchError, NoLocksError, counted
+from triplane.storage.errors import ConfigError, LaunchError, NoLocksError, StorageError, TriplaneError, counted
 from triplane.storage.locks import locked_folder
 from triplane.storage.open_files import open_files_problem
 from triplane.training.config import RunConfig
@@ -41,14 +41,15 @@ def train(
     if not watched:
         found = list(machine_problems(config, rank, ranks))
         if first:
-            found = _pass_gate(
-                config,
-                ranks,
-                allow_data_change=allow_data_change,
-                allow_fresh_start=allow_fresh_start,
-                of_machine=found,
-                local=rank is None,
-            )
+            with _unreadable_is_a_mistake():
+                found = _pass_gate(
+                    config,
+                    ranks,
+                    allow_data_change=allow_data_change,
+                    allow_fresh_start=allow_fresh_start,
+                    of_machine=found,
+                    local=rank is None,
+                )
         if found:
             if rank is not None:  # srun and torchrun may report the exit code of a rank that waited for this one
                 config.folder.logs.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,17 @@ def train(
         run_rank(config, rank or Rank(0, 1, 0), allow_fresh_start)
         leave(Exit.OK)
     return Exit.OK
+
+
+@contextmanager
+def _unreadable_is_a_mistake() -> Iterator[None]:
+    """Raises StorageError for a file that cannot be read: in a rank that is a crash, before the start not."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TriplaneError) or error.filename is None:
+            raise
+        raise StorageError(f"{error.filename}: {error.strerror}") from error
 
 
 def _pass_gate(

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from triplane.storage.errors import CheckpointError, printable
 
@@ -30,6 +30,8 @@ Name = Annotated[str, AfterValidator(_printable)]
 """Name of a tensor."""
 FileName = Annotated[Name, AfterValidator(_plain)]
 """Name of a file in the same folder as the file that mentions it."""
+Place = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+"""A path or URL."""
 
 
 def refuse_unprintable(path: Path) -> None:

@@ -9,6 +9,7 @@ from triplane.checkpoint.config import CheckpointConfig
 from triplane.data.config import DataConfig
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
+from triplane.storage.foreign import Place
 from triplane.training.run_folder import RunFolder
 
 
@@ -108,7 +109,7 @@ class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False,
 class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """The configuration of a run; one TOML table per package."""
 
-    run_dir: str = Field(min_length=1)
+    run_dir: Place
     """Folder of the run: checkpoints, metrics, logs. When started again, the run resumes from its newest checkpoint."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and the order of the data."""

@@ -1,5 +1,6 @@
 """Reads the status of a run from the files in its folder."""
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,11 +126,11 @@ def _read_config(path: Path) -> ShownConfig:
 def find_runs(folder: Path) -> list[Path]:
     """Returns the run folders at and below `folder`, each real folder once, including runs that have not started."""
     found: list[Path] = []
-    seen: set[Path] = set()
+    seen: set[str] = set()
     waiting = [folder]
     while waiting:
         here = waiting.pop()
-        if (real := here.resolve()) in seen:  # reached before by another link
+        if (real := os.path.realpath(here)) in seen:  # reached before by another link
             continue
         seen.add(real)
         if RunFolder(here).exists():

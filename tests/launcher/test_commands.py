@@ -184,6 +184,8 @@ def test_evaluate_without_the_corpus_says_how_to_give_another(folder: Path, prep
 
 
 MISTAKES = {
+    "a name too long": ([f"run_dir={'a' * 300}"], f"{'a' * 300}/config.toml: File name too long"),
+    "no name": (['run_dir="a\\u0000b"'], "override: run_dir: contains unprintable characters"),
     "unknown key": (["model.n_headz=4"], "override: model.n_headz: unknown key; did you mean n_heads?"),
     "heads": (["parallel.tp=8"], "n_heads (4) is not a multiple of tp (8); the next multiple is 8"),
     "layers": (["parallel.pp=4"], "pp (4) x virtual_stages (1) = 4 stages need at least 3 layers, but n_layers is 2"),

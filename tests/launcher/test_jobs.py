@@ -189,6 +189,7 @@ def test_a_count_of_steps_that_is_none_is_passed_over(run_dir: Path) -> None:
 
 def test_a_loop_of_links_shows_each_run_once(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     (run_dir.parent / "again").symlink_to("..")
+    (run_dir.parent / "itself").symlink_to("itself")
     status(run_dir.parent)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
