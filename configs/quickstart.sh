@@ -12,13 +12,13 @@ dp=2
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/6  A tokenizer, from the sources and documentation topics of Python's standard library"
-[ -e $corpus.model ] || triplane tokenizer train python-stdlib --out $corpus.model --vocab-size 8192
+[ -e $corpus.model ] || triplane tokenizer train python-stdlib --out $corpus.model --vocab-size 4096
 
 say "2/6  Token shards: WebDataset tars with index and manifest, 2 % held out"
 triplane prepare python-stdlib --out $corpus --tokenizer $corpus.model
 
 say "3/6  Training on $dp ranks, stopped half-way as an interruption would"
-triplane train configs/quickstart.toml parallel.dp=$dp training.stop_at_step=100
+triplane train configs/quickstart.toml parallel.dp=$dp training.stop_at_step=160
 
 say "4/6  Started again, the run goes on from its checkpoint"
 triplane train configs/quickstart.toml parallel.dp=$dp

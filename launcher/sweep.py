@@ -26,7 +26,7 @@ from triplane.training.exits import Exit
 from triplane.training.stopping import STOP_SIGNALS
 from triplane.training.units import format_count
 
-_COLUMNS = ("variant", "loss", "validation loss", "tokens/s", "state")
+_COLUMNS = ("variant", "loss", "validation loss", "bits/byte", "tokens/s", "state")
 
 
 def sweep(path: Path, choices: Sequence[str], out: Path | None, *, on_cpu: bool = False) -> int:
@@ -122,9 +122,10 @@ def _row(name: str, config: RunConfig, code: int) -> tuple[float, float, tuple[s
         run = read_status(config.folder.path)
         metrics, state = run.metrics, f"{state_of(run)}, exit code {code}" if code else state_of(run)
     loss, validation = (metrics.get(key, math.inf) for key in ("loss", "validation_loss"))
-    losses = ("-" if math.isinf(value) else f"{value:.4f}" for value in (loss, validation))
+    bits_per_byte = metrics.get("validation_bits_per_byte", math.inf)
+    figures = ("-" if math.isinf(value) else f"{value:.4f}" for value in (loss, validation, bits_per_byte))
     speed = format_count(metrics["tokens_per_s"]) if "tokens_per_s" in metrics else "-"
-    return validation, loss, (name, *losses, speed, state)
+    return validation, loss, (name, *figures, speed, state)
 
 
 class _Children:

@@ -54,6 +54,7 @@ def test_variants_are_trained_once_and_compared(prepared: Prepared, folder: Path
     assert {row[0] for row in table} == names and {row[-1] for row in table} == {"done"}
     assert [row[0][:7] for row in table] == ["lr=1e-2"] * 2 + ["lr=1e-4"] * 2  # by validation loss
     assert [float(row[2]) for row in table] == sorted(float(row[2]) for row in table)
+    assert all(0 < float(row[3]) < float(row[2]) for row in table)  # bits a byte, nats a token
     assert events(folder / one).count("resume") == 1
     assert {run.name for run in find_runs(folder)} == names
     histories = {name: events(folder / "run/sweep" / name) for name in names}
