@@ -30,7 +30,9 @@ from triplane.launcher.arguments import (
 )
 from triplane.launcher.help import HELP_NAMES, Commands, show_version
 from triplane.launcher.inspect_app import inspect_app
-from triplane.storage.errors import BusyError, ConfigError, TriplaneError
+from triplane.launcher.mistake import mistake_of
+from triplane.launcher.streams import prepare_streams
+from triplane.storage.errors import BusyError, ConfigError
 from triplane.training.exits import Exit, leave
 
 # Plain text is readable on any terminal; the boxes that typer draws by default cut words at 60 columns.
@@ -171,14 +173,15 @@ def train(
         raise ConfigError("--ranks requires --dry-run: the layout (parallel.dp and so on) sets the ranks of a run")
     from triplane.launcher.train import train
 
-    code = train(
-        config,
-        overrides or [],
-        allow_data_change=allow_data_change,
-        allow_fresh_start=allow_fresh_start,
-        on_cpu=device == "cpu",
+    raise typer.Exit(
+        train(
+            config,
+            overrides or [],
+            allow_data_change=allow_data_change,
+            allow_fresh_start=allow_fresh_start,
+            on_cpu=device == "cpu",
+        )
     )
-    raise typer.Exit(code)
 
 
 @app.command()
@@ -232,17 +235,18 @@ def plan(
     """
     from triplane.plan.command import plan
 
-    code = plan(
-        config,
-        overrides or [],
-        gpus=gpus,
-        gpu_name=gpu,
-        searching=search,
-        price=price,
-        time_limit_days=time_limit_days,
-        json_path=json,
+    leave(
+        plan(
+            config,
+            overrides or [],
+            gpus=gpus,
+            gpu_name=gpu,
+            searching=search,
+            price=price,
+            time_limit_days=time_limit_days,
+            json_path=json,
+        )
     )
-    leave(code)
 
 
 @app.command()
@@ -473,10 +477,11 @@ def import_(
 
 def main() -> None:
     """Runs a command; a user's mistake prints lines on stderr, no traceback, and exits with 2, or 75 to try later."""
+    prepare_streams()
     try:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
-        mistake = _mistake(error)
+        mistake = mistake_of(error)
         if mistake is None:  # as Python prints it, but without the regular exit that gloo's threads may abort
             traceback.print_exc()
             leave(Exit.FAILED)
@@ -485,16 +490,3 @@ def main() -> None:
         for line in mistake.splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
         leave(Exit.TRY_AGAIN if isinstance(error, BusyError) else Exit.MISTAKE)
-
-
-def _mistake(error: Exception) -> str | None:
-    """Returns the problems that a user can fix, one per line; None if the error is a bug or a crash."""
-    if isinstance(error, TriplaneError):
-        return str(error)
-    if isinstance(error, typer.TyperException):
-        message = error.format_message()  # empty if the full help was shown
-        return message and f"{message.rstrip('.')}; see --help"
-    # A rank that loses a file has crashed, and may be restarted.
-    if isinstance(error, OSError) and error.filename is not None and sys.argv[1:2] != ["train"]:
-        return f"{error.filename}: {error.strerror}"
-    return None

@@ -65,12 +65,11 @@ def _load(path: Path, overrides: Mapping[str, list[str]], out: Path | None) -> d
     problems: dict[str, list[str]] = {}
     for name, changes in overrides.items():
         try:
-            config = load_config(path, changes)
+            folder = load_config(path, changes).folder.sweep if out is None else out
+            configs[name] = load_config(path, [*changes, f"run_dir={format_value(str(folder / name))}"])
+            problems[name] = []
         except ConfigError as error:
             problems[name] = str(error).splitlines()
-        else:
-            problems[name] = []
-            configs[name] = config.model_copy(update={"run_dir": str((out or config.folder.sweep) / name)})
     _refuse(problems)
     return configs
 

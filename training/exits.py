@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from enum import IntEnum
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ class Exit(IntEnum):
 
 def leave(code: int) -> NoReturn:
     """Exits without cleanup: gloo's threads abort one regular exit in twelve after a successful run."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk, or a reader that has gone
+            stream.flush()
     os._exit(code)

@@ -51,15 +51,18 @@ class Progress:
         if self._live.disable:
             self.message(line)
         else:
-            self._live.update(self._task, completed=step, description=line, refresh=True)
+            with suppress(OSError):
+                self._live.update(self._task, completed=step, description=line, refresh=True)
 
     def message(self, text: str) -> None:
-        """Prints lines that stay."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Prints lines that stay; a full disk or a lost terminal does not end the run."""
+        with suppress(OSError):
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leaves the last line on the screen."""
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
     def _time_left(self, step: int) -> str | None:
         """Extrapolates from the mean speed since the first update, which excludes the slow first step."""

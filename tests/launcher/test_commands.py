@@ -173,6 +173,22 @@ def test_the_environment_is_checked_before_the_run_folder_is_written(folder: Pat
     assert result.returncode == 0, result.stderr
 
 
+def test_text_that_the_terminal_cannot_show_is_escaped(folder: Path) -> None:
+    command = [sys.executable, "-m", "triplane", "generate", "run", "--prompt", "東", "--tokens", "1"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=ascii_only)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("\\u6771")
+
+
+def test_closed_streams_do_not_matter(folder: Path) -> None:
+    for closed, command in (("<&- >&- 2>&-", "train small.toml run_dir=silent parallel.dp=1"), (">&-", "status run")):
+        line = f"{sys.executable} -m triplane {command} {closed}"
+        result = subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and result.stderr == ""
+    assert (folder / "silent/DONE").exists()
+
+
 def test_evaluate_without_the_corpus_says_how_to_give_another(folder: Path, prepared: Prepared) -> None:
     arguments = ("train", "small.toml", "run_dir=away", "parallel.dp=1", "data.sources=[{corpus='lent'}]")
     (folder / "lent").symlink_to(prepared.folder)

@@ -40,6 +40,18 @@ def test_a_terminal_shows_one_line_of_80_columns() -> None:
     assert "saved [bold] step 239999" in screen
 
 
+def test_training_goes_on_when_the_log_is_on_a_full_disk() -> None:
+    code = (
+        "import sys; from triplane.training.progress import Progress; progress = Progress(9)\n"
+        "from triplane.training.exits import leave\n"
+        "for step in range(1, 4): progress.update(step, {'loss': 3.0})\n"
+        "progress.close(); print('step', step, file=sys.stderr); leave(0)"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (result.returncode, result.stderr) == (0, b"step 3\n")
+
+
 def test_training_goes_on_when_nobody_reads() -> None:
     code = (
         "import sys; from triplane.training.progress import Progress; progress = Progress(9)\n"
