@@ -65,6 +65,12 @@ Chain = Annotated[
     int | None,
     typer.Option(help="Queue this many jobs, each after the last, where jobs cannot requeue themselves.", min=1),
 ]
+Gpus = Annotated[int | None, typer.Option(help="Number of GPUs; by default a run on CPUs.", min=1, show_default=False)]
+GpuKind = Annotated[str | None, typer.Option(help="Kind of GPU, as `triplane plan` takes it.", show_default=False)]
+Initial = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint or run whose network and weights the run starts from.", show_default=False),
+]
 ModelSize = Annotated[
     Literal["1m", "10m", "125m", "1b", "8b"] | None,
     typer.Option(

@@ -15,6 +15,9 @@ from triplane.launcher.arguments import (
     Chain,
     Container,
     Device,
+    GpuKind,
+    Gpus,
+    Initial,
     Inputs,
     JobTime,
     JsonFile,
@@ -112,18 +115,15 @@ def prepare(
 def init(
     corpus: Annotated[str, typer.Argument(help="Corpus folder written by `triplane prepare`, or its URL.")],
     size: ModelSize = None,
-    gpus: Annotated[
-        int | None, typer.Option(help="Number of GPUs; by default a run on CPUs.", min=1, show_default=False)
-    ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="Kind of GPU, as `triplane plan` takes it.", show_default=False)
-    ] = None,
+    initial: Initial = None,
+    gpus: Gpus = None,
+    gpu: GpuKind = None,
     out: Annotated[Path, typer.Option(help="Config to write.", dir_okay=False)] = Path("config.toml"),
 ) -> None:
     """Write a config that trains on a corpus, with a reason for each value."""
     from triplane.plan.init import init
 
-    amount = init(corpus, out, size=size, gpus=gpus, kind=gpu)
+    amount = init(corpus, out, size=size, initial=initial, gpus=gpus, kind=gpu)
     typer.echo(f"{out}: {amount}; start it by `triplane train {out}`")
 
 
@@ -465,7 +465,7 @@ def export(
 def import_(
     folder: Annotated[
         Path,
-        typer.Argument(help="Hugging Face folder of a Llama, Mistral, Qwen2, or another family with their structure."),
+        typer.Argument(help="Hugging Face folder of one of 39 families, such as Llama, Qwen 3 or GPT-2."),
     ],
     out: Annotated[Path, typer.Argument(help="Checkpoint to write, for checkpoint.initial.")],
 ) -> None:

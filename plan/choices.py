@@ -19,6 +19,7 @@ _TOKENS_PER_PARAMETER = 20
 _MOST_WARMUP_STEPS = 2000
 _MOST_EVAL_SEQUENCES = 512
 _CPU_MICRO_BATCH = 8
+_CONTINUED_SEQ_LEN = 1024
 _FIRST_TOKENS = 2_000_000
 """Tokens of a first run on CPUs, of no size in particular."""
 
@@ -44,27 +45,56 @@ class Cluster:
     gpu: Gpu
 
 
-def choose(text: Text, run_dir: str, size: str | None, cluster: Cluster | None) -> dict[str, Table]:
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint that the run starts from."""
+
+    checkpoint: str
+    model: ModelConfig
+
+
+def choose(
+    text: Text, run_dir: str, *, size: str | None, start: Start | None, cluster: Cluster | None
+) -> dict[str, Table]:
     """Returns the tables of a config, that of the top level under ""; raises ConfigError if no layout fits."""
     first = size is None and cluster is None
-    if first:
-        name, why = next(iter(SIZES)), "trained in minutes; --size 10m takes hours on CPUs"
-    else:
-        name, why = (size, "asked for by --size") if size else _fitting(text)
-    table = network(name, text.vocab_size)
-    model = _model(table)
-    table["dim"] = Choice(model.dim, f"of size {name}, {format_count(count_parameters(model))} parameters: {why}")
+    name, table, seq_len = _of_checkpoint(start) if start else _of_size(text, size, first=first)
     data = {
         "sources": Choice([{"corpus": text.corpus}], f"{format_count(text.train_tokens)} tokens to train on"),
-        "seq_len": Choice(SIZES[name].seq_len, f"context of size {name}"),
+        "seq_len": seq_len,
     }
     tables = {
         "": {"run_dir": Choice(run_dir, "checkpoints, metrics and logs")},
         "model": table,
         "data": data,
-        **_recipe(model, text, data["seq_len"].value, cluster=cluster, first=first),
+        **_recipe(_model(table), text, seq_len.value, cluster=cluster, first=first),
     }
+    if start is not None:
+        rate = tables["optimizer"]["lr"]
+        gentle = f"a tenth of {rate.why}, so that the weights keep what they know"
+        tables["optimizer"]["lr"] = Choice(float(f"{rate.value / 10:.2g}"), gentle)
+        tables["checkpoint"]["initial"] = Choice(start.checkpoint, "asked for by --initial")
     return tables | _layout(tables, name, cluster) if cluster else tables
+
+
+def _of_size(text: Text, size: str | None, *, first: bool) -> tuple[str, Table, Choice]:
+    """Returns the name and table of a new network, and the length of sequences."""
+    if first:
+        name, why = next(iter(SIZES)), "trained in minutes; --size 10m takes hours on CPUs"
+    else:
+        name, why = (size, "asked for by --size") if size else _fitting(text)
+    table = network(name, text.vocab_size)
+    parameters = format_count(count_parameters(_model(table)))
+    table["dim"] = Choice(table["dim"].value, f"of size {name}, {parameters} parameters: {why}")
+    return name, table, Choice(SIZES[name].seq_len, f"context of size {name}")
+
+
+def _of_checkpoint(start: Start) -> tuple[str, Table, Choice]:
+    """Returns the name and table of its network, and the length of sequences."""
+    own = start.model.model_dump(mode="json", exclude_none=True)
+    table = {key: Choice(value, f"of {start.checkpoint}") for key, value in own.items()}
+    longest = min(_CONTINUED_SEQ_LEN, start.model.longest or _CONTINUED_SEQ_LEN)
+    return start.checkpoint, table, Choice(longest, "raise it to what the checkpoint was trained on, if memory allows")
 
 
 def values(tables: dict[str, Table]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from commands import triplane
 from small_corpora import Prepared
+from small_models import llama, random_weights, small_config
 
 from triplane.config.checks import check, tokens_per_step
 from triplane.config.load import load_config
@@ -52,7 +53,7 @@ def test_a_config_for_gpus_passes_the_plan(prepared: Prepared, tmp_path: Path) -
 def _config(train_tokens: int, size: str | None, gpus: int | None = None, vocab_size: int = 32_768) -> RunConfig:
     text = Text("corpus", vocab_size=vocab_size, train_tokens=train_tokens, validation_tokens=train_tokens // 50)
     cluster = Cluster(gpus, "h200", GPUS["h200"]) if gpus else None
-    config = RunConfig.model_validate(values(choose(text, "run", size, cluster)))
+    config = RunConfig.model_validate(values(choose(text, "run", size=size, start=None, cluster=cluster)))
     assert check(config, gpus or 1) == []
     return config
 
@@ -103,3 +104,27 @@ def test_what_cannot_be_is_told(prepared: Prepared, tmp_path: Path) -> None:
 def test_the_command_line_knows_the_sizes(tmp_path: Path) -> None:
     unknown = triplane("init", "corpus", "--size", "2b", cwd=tmp_path)
     assert f"is not one of {', '.join(map(repr, SIZES))}; see --help" in unknown.stderr
+
+
+def test_a_run_goes_on_from_the_weights_of_a_checkpoint(prepared: Prepared, tmp_path: Path) -> None:
+    config = small_config(vocab_size=prepared.tokenizer.vocab_size, qkv_bias=True)
+    llama(config, random_weights(config)).save_pretrained(tmp_path / "hf")
+    assert triplane("import", "hf", "start", cwd=tmp_path).returncode == 0
+    written = triplane("init", prepared.folder, "--initial", "start", "--out", "more.toml", cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+    more = load_config(tmp_path / "more.toml")
+    assert more.model == config and more.checkpoint.initial == "start"
+    trained = triplane("train", "more.toml", "training.stop_at_step=1", "--device", "cpu", cwd=tmp_path)
+    assert trained.returncode == 0 and "starting from start" in trained.stdout, trained.stdout + trained.stderr
+
+
+def test_text_of_another_tokenizer_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    config = small_config()
+    llama(config, random_weights(config)).save_pretrained(tmp_path / "hf")
+    assert triplane("import", "hf", "start", cwd=tmp_path).returncode == 0
+    for options, message in (
+        ((), "has 400 token ids, but start 96; prepare the text with the tokenizer of the checkpoint\n"),
+        (("--size", "1m"), "--size and --initial: give one; a checkpoint has a size of its own\n"),
+    ):
+        refused = triplane("init", prepared.folder, "--initial", "start", *options, cwd=tmp_path)
+        assert refused.returncode == 2 and refused.stderr.endswith(message), refused.stderr
