@@ -425,7 +425,9 @@ def generate(
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens to add.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 always picks the most likely token.", min=0, metavar="T")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample from this many most likely tokens.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives the same text.", min=0, max=2**63 - 1, metavar="N")
+    ] = 0,
     tokenizer: RunTokenizer = None,
 ) -> None:
     """Continue a prompt."""

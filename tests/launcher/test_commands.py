@@ -173,6 +173,10 @@ def test_the_environment_is_checked_before_the_run_folder_is_written(folder: Pat
     assert result.returncode == 0, result.stderr
 
 
+def test_a_seed_that_no_generator_holds_is_refused(folder: Path) -> None:
+    assert "less than or equal to" in refused(triplane("generate", "run", "--seed", 2**64, cwd=folder))
+
+
 def test_text_that_the_terminal_cannot_show_is_escaped(folder: Path) -> None:
     command = [sys.executable, "-m", "triplane", "generate", "run", "--prompt", "東", "--tokens", "1"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
