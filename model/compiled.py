@@ -4,17 +4,20 @@ import shutil
 
 import torch
 
+from triplane.model.head import Head
 from triplane.model.transformer import Transformer
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compiles each block in place, at its first call; module and parameter names stay.
+    """Compiles each block and the loss in place, at their first call; module and parameter names stay.
 
     Blocks share their code, so one compilation serves all, and a second one serves any number of tokens.
     Call it after swapping modules.
     """
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    if type(model.head) is Head:  # that of tp has collectives in its loss
+        model.head.compile_loss()
 
 
 def separate_gradients(model: Transformer) -> None:

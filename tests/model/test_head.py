@@ -34,11 +34,17 @@ def plain(x_TD: Tensor, weight_VD: Tensor, z_loss_weight: float) -> tuple[Tensor
 
 @pytest.mark.parametrize("weight", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_sums_and_gradients_are_the_formulas(
-    x_TD: Tensor, weight: float, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+    x_TD: Tensor, weight: float, chunk_tokens: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also of the loss that is compiled, here without the compiler."""
     monkeypatch.setattr(head_module, "CHUNK_LOGITS", {"cpu": chunk_tokens * 11})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     head = small_head(weight)
+    if compiled:
+        head.compile_loss()
+        assert "differentiated" in vars(head)
     ours, theirs = (x_TD.clone().requires_grad_() for _ in range(2))
     table = head.weight.detach().clone().requires_grad_()
     loss, expected = head(ours, TARGETS_T), plain(theirs, table, weight)
