@@ -6,6 +6,7 @@ and weights for others even where there are none.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,11 @@ class ReplicatedOptimizer:
         self.masters = self.parameters
         if local.dtype != torch.float32:
             self.masters = [nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
-            of = dict(zip(self.parameters, self.masters))
-            for group in optimizer.param_groups:
-                group["params"] = [of[parameter] for parameter in group["params"]]
-            for parameter in self.parameters:
-                parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+            for parameter, master in zip(self.parameters, self.masters):
+                parameter.register_post_accumulate_grad_hook(partial(_hand_over, master))  # type: ignore[no-untyped-call]
+        self._master = dict(zip(self.parameters, self.masters))
+        for group in optimizer.param_groups:
+            group["params"] = [self._master[parameter] for parameter in group["params"]]
         for master in self.masters:
             optimizer.state[master] = {
                 "step": torch.zeros((), device=master.device),  # the fused update requires it there
@@ -57,8 +58,9 @@ class ReplicatedOptimizer:
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns the gradient accumulated on this rank."""
-        assert parameter.grad is not None, "every parameter takes part in every step"
-        return parameter.grad
+        gradient = self._master[parameter].grad
+        assert gradient is not None, "every parameter takes part in every step"
+        return gradient
 
     def step(self) -> Tensor:
         """Applies and clears the gradients; returns their global norm before clipping.
@@ -71,12 +73,9 @@ class ReplicatedOptimizer:
         # The fused update divides gradients by the one, so that clipping takes no pass of its own, and obeys the other.
         self.optimizer.grad_scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        for parameter, master in zip(self.parameters, self.masters):
-            master.grad = parameter.grad
         self.optimizer.step()
         self._round_masters()
-        for tensor in (*self.parameters, *self.masters):
-            tensor.grad = None
+        self.optimizer.zero_grad()
         return norm
 
     def _round_masters(self) -> None:
@@ -128,3 +127,13 @@ class ReplicatedOptimizer:
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
         self._round_masters()
+
+
+def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
+    """Adds the gradient of bf16 weights to their master's; one in fp32 on bf16 weights would break a compiled graph."""
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None
