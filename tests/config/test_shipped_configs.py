@@ -11,7 +11,7 @@ from triplane.model.count import count_parameters
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Ranks, parameters, tokens in a step. The totals of released models are those of their checkpoints.
 SHIPPED = {
-    "quickstart": (2, 1_902_208, 4_096),
+    "quickstart": (2, 1_901_696, 4_096),
     "125m": (1, 124_275_456, 524_288),
     "1b": (8, 1_103_194_112, 1_048_576),
     "gpt2": (8, 124_439_808, 524_288),
