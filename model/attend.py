@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from triplane.model import flex
+from triplane.model import flex, fused
 from triplane.model.batch import Batch
 from triplane.model.documents import attend_documents
 from triplane.model.rule import Rule
@@ -45,7 +45,8 @@ class SegmentAttention(nn.Module):
         assert bias_HL is None or bias_HL.shape[1] >= batch.longest, (bias_HL.shape, batch.longest)
         rule = self.rule.within(batch.longest)
         device, dtype, head_dim = q_THK.device.type, q_THK.dtype, q_THK.shape[-1]
-        kernel = choose(device, dtype, head_dim, rule, uniform=batch.uniform, bias=bias_HL, sinks=sinks_H)
+        shape = {"uniform": batch.uniform, "short": batch.longest <= fused.LONGEST}
+        kernel = choose(device, dtype, head_dim, rule, bias=bias_HL, sinks=sinks_H, **shape)
         if kernel == "sdpa":
             return _sdpa(q_THK, k_TGK, v_TGK, batch, rule)
         if kernel == "varlen":
@@ -65,6 +66,7 @@ def choose(
     rule: Rule,
     *,
     uniform: bool,
+    short: bool,
     bias: Tensor | None,
     sinks: Tensor | None,
 ) -> Kernel:
@@ -75,7 +77,8 @@ def choose(
     flash    as those two, and sinks, since it returns the lse
     flex     on a GPU in half precision, with a bias or a soft cap, for heads of 16 to 256 numbers; not where torch has
              to be deterministic and the bias learns, since its gradient is summed in any order
-    fused    on a CPU in bf16 in a compiled block, over segments of one length, without a bias or a soft cap
+    fused    on a CPU in bf16 in a compiled block, over segments of one length, short ones or with a window, without a
+             bias or a soft cap
     blocked  everything
     """
     if rule.softcap is not None or bias is not None:
@@ -83,7 +86,8 @@ def choose(
         any_order = bias is not None and bias.requires_grad
         return "flex" if fits and not (any_order and torch.are_deterministic_algorithms_enabled()) else "blocked"
     if device == "cpu":
-        if uniform and dtype == torch.bfloat16 and torch.compiler.is_compiling():
+        fast = short or rule.window is not None
+        if uniform and fast and dtype == torch.bfloat16 and torch.compiler.is_compiling():
             return "fused"
         if rule.window is not None:
             return "blocked"

@@ -1,6 +1,6 @@
 """Attention on a CPU in compiled blocks: tiles as in blocked.py, whose work between products is one compiled pass.
 
-Products are in the dtype of the inputs, and so are their results: scores in bf16 are rounded to it.
+Products are in the dtype of the inputs, but scores in fp32: rounded to bf16, large ones would err most.
 """
 
 import math
@@ -16,6 +16,8 @@ from triplane.model.rule import Rule
 from triplane.model.tiles import Span, Tile, blocks
 
 _LOG2E = math.log2(math.e)
+LONGEST = 1024
+"""Tokens of a segment without a window up to which this is no slower than SDPA's kernel."""
 _SCORES = 2**20
 """Scores in a tile of several runs, at most: few tiles, each of which costs a call, but memory that is used again."""
 
@@ -121,7 +123,8 @@ def _differentiate(
 
 def _scores(q: Tensor, k: Tensor, places: Tensor, scale: float, window: int | None) -> Tensor:
     """Returns the scores of a tile as logarithms to base 2, fp32 or wider; -inf where the rule hides the key."""
-    score = torch.bmm(q, k.mT).to(torch.promote_types(q.dtype, torch.float32)) * (scale * _LOG2E)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    score = torch.bmm(q.to(wide), k.to(wide).mT) * (scale * _LOG2E)
     columns = torch.arange(k.shape[1], dtype=torch.float32)
     seen = columns <= places
     if window is not None:

@@ -216,13 +216,13 @@ def test_planted_bugs_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_which_kernel(device: str, dtype: torch.dtype, rule: Rule, uniform: bool, extras: str, kernel: Kernel) -> None:
     bias, sink = (torch.zeros(1) if name in extras else None for name in ("bias", "sinks"))
-    assert choose(device, dtype, 64, rule, uniform=uniform, bias=bias, sinks=sink) == kernel
+    assert choose(device, dtype, 64, rule, uniform=uniform, short=True, bias=bias, sinks=sink) == kernel
 
 
 @pytest.mark.parametrize(("head_dim", "kernel"), [(8, "blocked"), (16, "flex"), (96, "flex"), (512, "blocked")])
 def test_the_kernel_of_soft_caps_has_limits(head_dim: int, kernel: Kernel) -> None:
     known = ("cuda", torch.bfloat16, head_dim, RULES["soft cap"])
-    assert choose(*known, uniform=True, bias=None, sinks=None) == kernel
+    assert choose(*known, uniform=True, short=True, bias=None, sinks=None) == kernel
 
 
 @pytest.mark.parametrize(("learns", "kernel"), [(True, "blocked"), (False, "flex")])
@@ -230,7 +230,7 @@ def test_a_bias_learns_the_same_twice_where_torch_has_to(learns: bool, kernel: K
     bias = torch.zeros(1, 1, requires_grad=learns)
     torch.use_deterministic_algorithms(True)
     try:
-        assert choose("cuda", torch.bfloat16, 64, PLAIN, uniform=True, bias=bias, sinks=None) == kernel
+        assert choose("cuda", torch.bfloat16, 64, PLAIN, uniform=True, short=True, bias=bias, sinks=None) == kernel
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -269,4 +269,4 @@ def test_a_compiled_block_learns_as_an_eager_one() -> None:
         losses = [model(batch).objective for model in (eager, compiled)]
         gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss, model in zip(losses, (eager, compiled))]
         torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-    assert counters["stats"]["unique_graphs"] - before <= 3
+    assert counters["stats"]["unique_graphs"] - before <= 4  # three of blocks, one of the loss
