@@ -36,13 +36,7 @@ def train_tokenizer(
         raise DataError(f"{path}: no text to train a tokenizer on")
     size = vocab_size or 2 ** min(max(round(math.log2(text_bytes) / 2), 9), 15)
     try:
-        try:
-            model = _trained(sample, size)
-        except _SizeError as error:
-            if vocab_size is not None:
-                raise
-            size = error.limit if error.limit < size else 2 ** error.limit.bit_length()
-            model = _trained(sample, size)
+        model = _trained(sample, size) if vocab_size else _fitting(sample, size)
     except _SizeError as error:
         raise DataError(f"{path}: no tokenizer of {size} ids from this text: {error}") from error
     write_whole(path, model)
@@ -62,6 +56,16 @@ class _SizeError(Exception):
     def __init__(self, reason: str, limit: int):
         super().__init__(reason)
         self.limit = limit
+
+
+def _fitting(sample: list[str], size: int) -> bytes:
+    """Returns a model file of `size`, or near it; raises _SizeError if the text allows no vocabulary."""
+    for _ in range(2):  # too few for its characters, then more than they combine to
+        try:
+            return _trained(sample, size)
+        except _SizeError as error:
+            size = error.limit if error.limit < size else 2 ** error.limit.bit_length()
+    return _trained(sample, size)
 
 
 def _trained(sample: list[str], vocab_size: int) -> bytes:

@@ -74,7 +74,7 @@ Initial = Annotated[
 ModelSize = Annotated[
     Literal["1m", "10m", "125m", "1b", "8b"] | None,
     typer.Option(
-        help="1m, 10m, 125m, 1b or 8b parameters; by default what the text is enough for, on CPUs minutes of 1m.",
+        help="1m, 10m, 125m, 1b or 8b parameters; by default what the text suffices for, on CPUs 1m for minutes.",
         metavar="SIZE",
         show_default=False,
     ),

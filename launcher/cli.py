@@ -157,20 +157,20 @@ def train(
 ) -> None:
     """Train, or resume the run in the config's run folder.
 
-    Starts the ranks on this machine, or runs as one rank under torchrun or srun. Of a folder or file of text it first
-    makes a tokenizer, a corpus and a config, and says how.
+    Starts the ranks on this machine, or runs as one rank under torchrun or srun. Given a folder or file of text,
+    it first makes a tokenizer, a corpus and a config, by commands that it shows.
     """
+    if ranks is not None and not dry_run:
+        raise ConfigError("--ranks requires --dry-run: the layout (parallel.dp and so on) sets the ranks of a run")
     if config.suffix != ".toml":
         from triplane.launcher.from_text import config_of_text, is_text
 
-        config = config_of_text(config) if is_text(config) else config
+        config = config_of_text(config, overrides or []) if is_text(config) else config
     if dry_run:
         from triplane.launcher.dry_run import dry_run as run_dry
 
         run_dry(config, overrides or [], ranks)
         leave(Exit.OK)
-    if ranks is not None:
-        raise ConfigError("--ranks requires --dry-run: the layout (parallel.dp and so on) sets the ranks of a run")
     from triplane.launcher.train import train
 
     raise typer.Exit(

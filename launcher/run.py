@@ -184,7 +184,7 @@ def _resolve(config: RunConfig, folder: Location, mesh: Mesh) -> RunConfig:
     """Replaces `auto` by what it comes to here; a resumed run keeps its precision where ZeRO allows."""
     precision = config.training.precision
     if precision == "auto" and config.parallel.zero == 0:
-        precision = "fp32"  # the fp32 masters of bf16 weights are ZeRO's
+        precision = "fp32"  # each replica would hold the fp32 masters of bf16 weights
     elif precision == "auto":
         precision = on_rank_0(lambda: _saved_precision(folder) or faster_precision(mesh.device))
     training = config.training.model_copy(update={"precision": precision})

@@ -12,6 +12,7 @@ def prepare_streams() -> None:
         if stream is None:
             opened = os.open(os.devnull, os.O_RDWR)
             assert opened == number, "the lowest free number"
+            os.set_inheritable(opened, True)  # a child without it would give the number to its first file
             setattr(sys, name, os.fdopen(opened, "w" if number else "r"))
         elif number and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -33,6 +33,8 @@ def sweep(path: Path, choices: Sequence[str], out: Path | None, *, on_cpu: bool 
     """Trains every combination of the choices that is not done yet, and prints a table; returns the exit code."""
     if current_rank(os.environ) is not None:
         raise LaunchError("sweep starts the ranks of each run by itself: start it without torchrun or srun")
+    if path.suffix != ".toml":
+        raise ConfigError(f"{path}: give a config, a file that ends in .toml")
     if on_cpu:
         use_cpu()
     overrides = {variant.name: variant.overrides for variant in variants(choices)}
@@ -54,8 +56,8 @@ def sweep(path: Path, choices: Sequence[str], out: Path | None, *, on_cpu: bool 
     rows = sorted(_row(name, config, codes.get(name, 0)) for name, config in configs.items())
     print()
     print_table([_COLUMNS, *(shown for _, _, shown in rows)])
-    if children.stopped_by:
-        return codes.popitem()[1] and 128 + children.stopped_by
+    if children.stopped_by and next(reversed(codes.values()), 0):
+        return 128 + children.stopped_by
     return Exit.FAILED if any(codes.values()) else Exit.OK
 
 
@@ -90,7 +92,7 @@ def _who(names: list[str], variants: int) -> str:
 
 
 def _differences(config: RunConfig) -> Iterator[str]:
-    """Yields what a variant that has been started had instead, since its figures would be of another config."""
+    """Yields the keys in which a variant that was started before differs from this config."""
     if not config.folder.config.exists():
         return
     ours, theirs = (flatten(each.model_dump()) for each in (config, load_config(config.folder.config)))
@@ -117,14 +119,15 @@ def _row(name: str, config: RunConfig, code: int) -> tuple[float, float, tuple[s
     """Returns what rows are sorted by, and the row."""
     state = f"exit code {code}" if code else "not started"
     metrics: dict[str, float] = {}
-    if config.folder.exists():
+    if config.folder.config.exists():
         run = read_status(config.folder.path)
         metrics, state = run.metrics, f"{state_of(run)}, exit code {code}" if code else state_of(run)
-    loss, validation = (metrics.get(key, math.inf) for key in ("loss", "validation_loss"))
-    bits_per_byte = metrics.get("validation_bits_per_byte", math.inf)
-    figures = ("-" if math.isinf(value) else f"{value:.4f}" for value in (loss, validation, bits_per_byte))
+    keys = ("loss", "validation_loss", "validation_bits_per_byte")
+    found = [metrics.get(key, math.inf) for key in keys]
+    loss, _, bits_per_byte = (value if math.isfinite(value) else math.inf for value in found)
+    figures = ("-" if math.isinf(value) else f"{value:.4f}" for value in found)
     speed = format_count(metrics["tokens_per_s"]) if "tokens_per_s" in metrics else "-"
-    return validation, loss, (name, *figures, speed, state)
+    return bits_per_byte, loss, (name, *figures, speed, state)
 
 
 class _Children:

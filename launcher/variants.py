@@ -70,10 +70,17 @@ def _name(text: str) -> str:
 
 def _repeated(choice: str, overrides: Sequence[Override]) -> Iterator[str]:
     """Yields values that are the same, such as 1e-3 and 0.001."""
-    values = [(type(override.value), override.value) for override in overrides]
+    values = [(isinstance(override.value, bool), override.value) for override in overrides]
     for number, value in enumerate(values):
         if value in values[:number]:
             yield f"{choice}: {value[1]} is given twice; leave one out"
+
+
+def _opens(char: str, before: str, open_until: list[str]) -> bool:
+    """Whether a bracket or quote is one: within quotes it is not, nor is an apostrophe within a word."""
+    if open_until:
+        return open_until[-1] not in "\"'"
+    return char not in "\"'" or not before
 
 
 def _split(text: str) -> Iterator[str]:
@@ -83,7 +90,7 @@ def _split(text: str) -> Iterator[str]:
     for place, char in enumerate(text):
         if open_until and char == open_until[-1]:
             open_until.pop()
-        elif char in _CLOSES and not (open_until and open_until[-1] in "\"'"):
+        elif char in _CLOSES and _opens(char, text[start:place].strip(), open_until):
             open_until.append(_CLOSES[char])
         elif char == "," and not open_until:
             yield text[start:place]

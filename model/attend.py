@@ -45,8 +45,8 @@ class SegmentAttention(nn.Module):
         assert bias_HL is None or bias_HL.shape[1] >= batch.longest, (bias_HL.shape, batch.longest)
         rule = self.rule.within(batch.longest)
         device, dtype, head_dim = q_THK.device.type, q_THK.dtype, q_THK.shape[-1]
-        shape = {"uniform": batch.uniform, "short": batch.longest <= fused.LONGEST}
-        kernel = choose(device, dtype, head_dim, rule, bias=bias_HL, sinks=sinks_H, **shape)
+        short = batch.longest <= fused.LONGEST
+        kernel = choose(device, dtype, head_dim, rule, uniform=batch.uniform, short=short, bias=bias_HL, sinks=sinks_H)
         if kernel == "sdpa":
             return _sdpa(q_THK, k_TGK, v_TGK, batch, rule)
         if kernel == "varlen":

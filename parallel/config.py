@@ -36,7 +36,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """Activations that backward recomputes instead of keeping. `selective`: all but products and attention. `full`:
     all."""
     compile: bool = False
-    """Compile each block: minutes at the start, faster steps afterwards."""
+    """Compile each block and the loss: minutes at the start, faster steps afterwards."""
     fp8: bool = False
     """Multiply in 8-bit floats inside blocks; requires GPUs of compute capability 8.9 or more."""
     timeout_s: float = Field(default=600.0, gt=0, le=1e7)
@@ -47,7 +47,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         """tp x pp x cp: the ranks that hold one copy of the model and read one batch."""
         return self.tp * self.pp * self.cp
 
-    def shares(self, replicas: int) -> bool:
+    def uses_deepspeed(self, replicas: int) -> bool:
         """Returns whether DeepSpeed runs the optimizer: where `replicas` share something, or it is kept elsewhere."""
         return self.zero == 3 or self.offload_optimizer or (self.zero > 0 and replicas > 1)
 

@@ -201,7 +201,7 @@ class Engine:
 def _wrap(
     local: LocalModel, optimizer: torch.optim.Optimizer, layout: ParallelConfig, mesh: Mesh, *, grad_clip: float
 ) -> Optimizer:
-    if not layout.shares(mesh.replicas.size):
+    if not layout.uses_deepspeed(mesh.replicas.size):
         from triplane.parallel.replicated import ReplicatedOptimizer
 
         return ReplicatedOptimizer(local, optimizer, mesh, grad_clip=grad_clip)

@@ -55,7 +55,7 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
     if zero == 3 and pp > 1:
         yield f"zero = 3 hangs under a pipeline (pp is {pp}); use 1 or 2"
     if zero == 0 and precision == "bf16":
-        yield "precision bf16 requires zero > 0: ZeRO keeps the fp32 master weights"
+        yield "precision bf16 requires zero > 0: each replica would hold the fp32 master weights"
     if zero == 0 and layout.offload_optimizer:
         yield "offload_optimizer requires zero > 0: replicated state stays on the GPU"
     if layout.recompute == "selective" and tp > 1 and not layout.sequence_parallel:

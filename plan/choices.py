@@ -71,6 +71,7 @@ def choose(
     }
     if start is not None:
         rate = tables["optimizer"]["lr"]
+        tables["training"]["steps"] = Choice(tables["training"]["steps"].value, "a first try; raise it by hand")
         gentle = f"a tenth of {rate.why}, so that the weights keep what they know"
         tables["optimizer"]["lr"] = Choice(float(f"{rate.value / 10:.2g}"), gentle)
         tables["checkpoint"]["initial"] = Choice(start.checkpoint, "asked for by --initial")
@@ -93,7 +94,9 @@ def _of_checkpoint(start: Start) -> tuple[str, Table, Choice]:
     """Returns the name and table of its network, and the length of sequences."""
     own = start.model.model_dump(mode="json", exclude_none=True)
     table = {key: Choice(value, f"of {start.checkpoint}") for key, value in own.items()}
-    longest = min(_CONTINUED_SEQ_LEN, start.model.longest or _CONTINUED_SEQ_LEN)
+    windows = [layer.attention.window or 0 for layer in start.model.pattern if layer.attention]
+    wanted = max(_CONTINUED_SEQ_LEN, *windows)
+    longest = min(wanted, start.model.longest or wanted)
     return start.checkpoint, table, Choice(longest, "raise it to what the checkpoint was trained on, if memory allows")
 
 
@@ -170,7 +173,7 @@ def _layout(tables: dict[str, Table], name: str, cluster: Cluster) -> dict[str, 
     found = search(config, cluster.gpus, cluster.gpu).found
     where = f"{cluster.gpus} x {cluster.kind}"
     if not found:
-        raise ConfigError(f"no layout of size {name} fits {where}: give more --gpus or a smaller --size")
+        raise ConfigError(f"no layout of {name} fits {where}: give more --gpus or a smaller model")
     best = found[0]
     speed = best.estimate.speed
     why = f"fastest of {len(found):,} layouts on {where}: MFU {speed.mfu:.0%}, {best.estimate.peak_gib:.0f} GiB"

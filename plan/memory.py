@@ -166,7 +166,7 @@ def _loss(work: Work, device: Device) -> int:
     table, tokens, width = table_parameters(work), work.tokens, work.element_bytes
     rows = table // work.model.dim
     chunk = min(tokens * rows, max(CHUNK_LOGITS[device], rows))
-    copied = 4 if work.layout.tp > 1 and not work.bf16 else 0
+    copied = 4 if not work.bf16 and (work.layout.tp > 1 or work.layout.compile) else 0
     logits = chunk * ((8 if work.bf16 else 4) + copied)
     # `_head_kept` already counts the weight's gradient in its own width.
     summed = table * (4 - width)

@@ -37,7 +37,7 @@ class Work:
     @property
     def zero(self) -> int:
         """The ZeRO stage of its optimizer; 0 where there is nobody to share with."""
-        return self.layout.zero if self.layout.shares(self.replicas) else 0
+        return self.layout.zero if self.layout.uses_deepspeed(self.replicas) else 0
 
     @property
     def tokens(self) -> int:

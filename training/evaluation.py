@@ -26,14 +26,14 @@ class TextLoss(NamedTuple):
     nats: float
     """Mean over tokens with a target."""
     tokens: int
-    """Those."""
+    """Tokens with a target."""
     bytes_per_token: float
     """Bytes of text that such a target spells."""
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in a unit that is comparable between tokenizers; 0 without targets."""
-        return self.nats / math.log(2) / self.bytes_per_token if self.tokens else 0.0
+        """The loss in a unit that is comparable between tokenizers; 0 without text."""
+        return self.nats / math.log(2) / self.bytes_per_token if self.bytes_per_token else 0.0
 
     @classmethod
     def over(cls, parts: Sequence["TextLoss"]) -> "TextLoss":

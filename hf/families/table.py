@@ -1,4 +1,4 @@
-"""All families, in the order in which an export tries them: Qwen2 before the Llama that has a bias more than it."""
+"""All families, as an export tries them: Qwen2 before Llama, which would fit too, with a zero output bias."""
 
 from triplane.hf.families import alibi, classic, cohere, gemma, llama, neox, olmo
 

@@ -30,7 +30,7 @@ def test_two_commands_lead_from_text_to_a_sample(prepared: Prepared, tmp_path: P
     assert sampled.returncode == 0 and sampled.stdout.startswith("The"), sampled.stderr
     again = triplane("train", "my texts", "training.stop_at_step=2", "--device", "cpu", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert _commands(again.stdout) == [] and "my texts.toml exists: training what it says" in again.stdout
+    assert _commands(again.stdout) == [] and "my texts.toml exists: training what it says; " in again.stdout
     assert "resuming from" in again.stdout
 
 
@@ -65,8 +65,9 @@ def test_what_is_no_text_is_refused_in_a_line(prepared: Prepared, tmp_path: Path
         ("A short text, " * 9, 288),  # what it allows
         (" ".join(f"{number**4:x}" for number in range(25_000)), 512),
         ("".join(map(chr, range(0x4E00, 0x5C00))) * 3, 4096),  # as many as its characters need
+        ("\n".join(map(chr, range(0x4E00, 0x5120))), 1061),  # all of them, since none combine
     ],
-    ids=["short", "a quarter of a million bytes", "many characters"],
+    ids=["short", "a quarter of a million bytes", "many characters", "a character a line"],
 )
 def test_a_vocabulary_suits_the_text(text: str, size: int, tmp_path: Path) -> None:
     train_tokenizer([text], tmp_path / "t.model", vocab_size=None)

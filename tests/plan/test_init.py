@@ -93,7 +93,7 @@ def test_what_cannot_be_is_told(prepared: Prepared, tmp_path: Path) -> None:
         ((prepared.folder, "--gpus", 8, "--gpu", "h999"), "h999"),
         (
             (prepared.folder, "--size", "8b", "--gpus", 1, "--gpu", "l40s"),
-            "no layout of size 8b fits 1 x l40s: give more --gpus or a smaller --size",
+            "no layout of 8b fits 1 x l40s: give more --gpus or a smaller model",
         ),
     ):
         refused = triplane("init", *options, cwd=tmp_path)
