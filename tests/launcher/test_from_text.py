@@ -16,8 +16,8 @@ def _commands(printed: str) -> list[str]:
 
 
 def test_two_commands_lead_from_text_to_a_sample(prepared: Prepared, tmp_path: Path) -> None:
-    (tmp_path / "my texts").mkdir()
-    shutil.copy(prepared.source, tmp_path / "my texts")
+    (tmp_path / "my texts" / "train").mkdir(parents=True)  # as data sets are laid out
+    shutil.copy(prepared.source, tmp_path / "my texts" / "train")
     first = triplane("train", "my texts", "training.stop_at_step=1", "--device", "cpu", cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert _commands(first.stdout) == [

@@ -134,7 +134,7 @@ def test_names_tell_keys_and_values() -> None:
 @pytest.mark.parametrize(
     ("choices", "problem"),
     [
-        (["lr=1,1.0,1"], "lr=1,1.0,1: 1 is given twice"),
+        (["lr=1,true,1.0"], "lr=1,true,1.0: 1.0 is given twice"),
         (["lr=1,,2"], "override 'lr=': give it as key.path=value"),
         (["lr=1", "lr=2"], "lr=2: lr is given twice"),
         (["lr"], "override 'lr=': give it as"),

@@ -12,7 +12,7 @@ from triplane.config.checks import check, tokens_per_step
 from triplane.config.load import load_config
 from triplane.config.preflight import done_steps
 from triplane.model.count import count_parameters
-from triplane.plan.choices import Cluster, Text, choose, values
+from triplane.plan.choices import Cluster, Start, Text, choose, values
 from triplane.plan.gpus import GPUS
 from triplane.plan.sizes import SIZES
 from triplane.training.config import RunConfig
@@ -128,3 +128,11 @@ def test_text_of_another_tokenizer_is_refused(prepared: Prepared, tmp_path: Path
     ):
         refused = triplane("init", prepared.folder, "--initial", "start", *options, cwd=tmp_path)
         assert refused.returncode == 2 and refused.stderr.endswith(message), refused.stderr
+
+
+def test_sequences_are_as_long_as_the_windows_of_a_checkpoint() -> None:
+    model = small_config(n_layers=2, layers=[{"attention": {"window": 4096}}, {}])
+    text = Text("corpus", vocab_size=96, train_tokens=10**8, validation_tokens=10**6)
+    config = RunConfig.model_validate(values(choose(text, "run", size=None, start=Start("it", model), cluster=None)))
+    assert check(config, 1) == []
+    assert config.model == model and config.data.seq_len == 4096
