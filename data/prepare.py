@@ -110,9 +110,15 @@ def read_documents(
 ) -> Iterator[tuple[str, str]]:
     """Yields name and text of the documents of `inputs` in the order of `prepare`; passes others to `reject`.
 
-    Raises DataError as `prepare` does.
+    Raises DataError as `prepare` does; for inputs without documents before the first is asked for.
     """
-    for record in read_records(find_files(inputs, reject), text_field, Position()):
+    return _texts(find_files(inputs, reject), reject, text_field)
+
+
+def _texts(
+    files: Sequence[SourceFile], reject: Callable[[Rejection], object], text_field: str
+) -> Iterator[tuple[str, str]]:
+    for record in read_records(files, text_field, Position()):
         try:
             yield record.name, text_of(record, text_field)
         except ValueError as error:

@@ -12,7 +12,6 @@ from triplane.data.inspect import describe
 from triplane.data.prepare import prepare as prepare_corpus
 from triplane.data.prepare import read_documents
 from triplane.data.records import Rejection
-from triplane.data.sources import find_files
 from triplane.data.tokenizer_training import train_tokenizer as train_sentencepiece
 from triplane.launcher.progress_bar import PreparationBar, show_report
 from triplane.storage.errors import DataError
@@ -26,11 +25,10 @@ def train_tokenizer(inputs: list[str], out: Path, *, vocab_size: int | None, tex
     if out.exists():
         raise DataError(f"{out} exists; remove it or give another --out")
     rejected: list[Rejection] = []
-    find_files(inputs, lambda _: None)  # raises DataError before there is a folder
+    documents = read_documents(inputs, rejected.append, text_field)  # raises DataError before there is a folder
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status("training the tokenizer"):
-        texts = (text for _, text in read_documents(inputs, rejected.append, text_field))
-        tokenizer = train_sentencepiece(texts, out, vocab_size)
+        tokenizer = train_sentencepiece((text for _, text in documents), out, vocab_size)
     _show_rejections(console, rejected)
     console.print(f"{out}: {tokenizer.vocab_size:,} tokens, lossless on every text", markup=False)
 
