@@ -30,8 +30,8 @@ from triplane.storage.errors import DataError, TriplaneError
 IGNORED_TARGET = -100
 """Target of positions without a loss."""
 
-_CANNOT_SEND = 74
-"""Exit status of a data worker, EX_IOERR."""
+_CANNOT_SEND, _NO_FILE_LEFT = 74, 71
+"""Exit statuses of a data worker, EX_IOERR and EX_OSERR."""
 _MORE_SHM = "give shared memory (/dev/shm) more room, as by docker's --shm-size, or set data.num_workers=0"
 _LACKS = {
     errno.EMFILE: "raise the limit (`ulimit -n`), or use fewer data.num_workers",
@@ -244,9 +244,11 @@ def _worker_errors() -> Iterator[None]:
         # A worker's error arrives wrapped in its traceback.
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
     except RuntimeError as error:
-        if str(error).startswith("Too many open files"):  # torch's words, where it has caught the OSError
+        told = f"{error} {error.__cause__}"
+        # The first are torch's words, where it has caught the OSError.
+        if told.startswith("Too many open files") or f"exit code {_NO_FILE_LEFT}" in told:
             raise _lacking(errno.EMFILE) from error
-        if f"exit code {_CANNOT_SEND}" not in f"{error} {error.__cause__}":
+        if f"exit code {_CANNOT_SEND}" not in told:
             raise
         raise DataError(f"a data worker could not hand over its batch, as its last line says: {_MORE_SHM}") from error
     except (EOFError, ConnectionError):
@@ -275,7 +277,7 @@ def _end_worker(error: Exception, batch: object) -> None:
     # In a single write, since other workers write too.
     sys.stderr.write(f"data worker {os.getpid()}: cannot send a batch: {error}\n")
     sys.stderr.flush()
-    os._exit(_CANNOT_SEND)
+    os._exit(_NO_FILE_LEFT if os.strerror(errno.EMFILE) in str(error) else _CANNOT_SEND)
 
 
 def _unchanged(micro_batch: Any) -> Any:

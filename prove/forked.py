@@ -1,5 +1,6 @@
 """Runs a function on every rank of a layout, each a child process on this machine that inherits its imports."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -18,9 +19,12 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.groups import connected
 
+_STACKS_S = 1.0
+"""Time in which ranks write where they stand."""
+
 
 class RanksFailedError(RuntimeError):
-    """One or more ranks failed; the message holds their tracebacks."""
+    """One or more ranks failed or gave no answer in time; the message holds their tracebacks."""
 
 
 def run_ranks(
@@ -38,7 +42,7 @@ def run_ranks(
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     with TemporaryDirectory() as folder:
         queue = context.Queue()
-        shared = {"world_size": world_size, "device": device, "store": Path(folder) / "store"}
+        shared = {"world_size": world_size, "device": device, "folder": Path(folder), "timeout_s": timeout_s}
         ranks = [
             context.Process(
                 target=_rank, args=(queue, function, args), kwargs={"layout": layout, "rank": rank} | shared
@@ -49,6 +53,8 @@ def run_ranks(
             process.start()
         try:
             answers = [pickle.loads(_next(queue, ranks, timeout_s)) for _ in ranks]
+        except Empty:
+            raise RanksFailedError(f"no answer in {timeout_s:g} s\n{_stacks(Path(folder), ranks)}") from None
         finally:
             for process in ranks:
                 process.kill()
@@ -61,7 +67,7 @@ def run_ranks(
 
 def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
     """Returns the next answer; raises RanksFailedError if a rank was killed, Empty on timeout."""
-    end_s = time.monotonic() + timeout_s
+    end_s = time.monotonic() + timeout_s + _STACKS_S
     while time.monotonic() < end_s:
         killed = [
             f"rank {rank}: exit code {process.exitcode}" for rank, process in enumerate(ranks) if process.exitcode
@@ -74,6 +80,12 @@ def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
     raise Empty
 
 
+def _stacks(folder: Path, ranks: list[Any]) -> str:
+    """Returns where the ranks that still run stood when their time was over."""
+    files = {rank: folder / f"stack-{rank}" for rank, process in enumerate(ranks) if process.is_alive()}
+    return "\n".join(f"rank {rank}:\n{file.read_text()}" for rank, file in files.items() if file.exists())
+
+
 def _rank(
     queue: Any,
     function: Callable[..., Any],
@@ -83,16 +95,22 @@ def _rank(
     rank: int,
     world_size: int,
     device: str,
-    store: Path,
+    folder: Path,
+    timeout_s: float,
 ) -> None:
+    faulthandler.dump_traceback_later(timeout_s, file=(folder / f"stack-{rank}").open("w"))
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers default to TF32, which is less exact than fp32
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)
+    elif layout.compile:
+        from torch._inductor import config
+
+        config.compile_threads = 1  # the parent's, which it would wait for, do not survive a fork
     try:
         with connected(
-            layout, where, rank=rank, world_size=world_size, store=FileStore(str(store), world_size)
+            layout, where, rank=rank, world_size=world_size, store=FileStore(str(folder / "store"), world_size)
         ) as mesh:
             answer = (rank, "", function(mesh, *args))
     except BaseException:  # the parent raises it, whatever it is

@@ -409,6 +409,26 @@ def test_few_open_files_are_an_error_in_a_line(files: int, prepared: Prepared) -
     assert done.stdout.startswith("data workers: Too many open files: raise the limit (`ulimit -n`)"), done.stderr
 
 
+def test_a_worker_that_cannot_open_a_file_to_send_a_batch_is_an_error_in_a_line(prepared: Prepared) -> None:
+    program = """
+import resource
+from triplane.data import loader
+start = loader._start_worker
+def start_with_few_files(worker):
+    start(worker)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+loader._start_worker = start_with_few_files
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program + _READER, f"{prepared.folder}/train"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.startswith("data workers: Too many open files: raise the limit (`ulimit -n`)"), done.stderr
+
+
 def test_padding_is_no_token(prepared: Prepared) -> None:
     corpus = prepared.train
     cut = Even(corpus.tokens, 1000, 1000)

@@ -433,7 +433,7 @@ def test_a_rank_that_hangs_after_a_step_is_found(name: str, prepared: Prepared, 
         tmp_path,
         parallel=LAYOUTS["zero 0 tp"],
         training={"sample_every_steps": 1},
-        faults={"compare_replicas_every_steps": 1, "hang_timeout_s": 4},
+        faults={"compare_replicas_every_steps": 1, "hang_timeout_s": 10},
     )
     with pytest.raises(RanksFailedError, match="rank 0: exit code 75"):
         run_ranks(config.parallel, 2, train, config, timeout_s=60)
