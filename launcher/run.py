@@ -39,7 +39,13 @@ from triplane.training.config import RunConfig
 from triplane.training.corpora import Corpora
 from triplane.training.failure import Story, failure_of, lost_peers
 from triplane.training.feed import Feed
-from triplane.training.hardware import DTYPES, Precision, faster_precision, peak_flops_per_s
+from triplane.training.hardware import (
+    DTYPES,
+    Precision,
+    faster_precision,
+    newest_flash_attention,
+    peak_flops_per_s,
+)
 from triplane.training.loop import Trainer
 from triplane.training.optimizer import adamw
 from triplane.training.report import Report
@@ -114,6 +120,7 @@ def _prepare(
     folder = checkpoints_folder(config)
     config = _resolve(config, folder, mesh)
     dtype = DTYPES[config.training.precision]
+    flash = newest_flash_attention(mesh.device)
     # Only one rank measures: all at once would share the memory bandwidth.
     peak = on_rank_0(lambda: peak_flops_per_s(mesh.device, dtype))
     engine = Engine(
@@ -145,6 +152,8 @@ def _prepare(
         to_toml(config),
         {key: str(choice) if isinstance(choice, list | tuple) else choice for key, choice in choices.items()},
     )
+    if flash is not None:
+        report.message(f"attention by {flash}, which is installed")
     for line in set_aside:
         report.message(line)
     _announce(report, state.step, config, resumed, mesh)

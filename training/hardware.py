@@ -1,7 +1,8 @@
-"""Measures the device: peak FLOP/s for MFU, the faster precision of a CPU, memory."""
+"""Measures the device: peak FLOP/s for MFU, the faster precision of a CPU, memory; picks its FlashAttention."""
 
 import re
 import time
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -63,6 +64,30 @@ def measure_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best_s = min(best_s, time.perf_counter() - start_s)
     return 2 * n**3 / best_s
+
+
+def newest_flash_attention(device: torch.device) -> str | None:
+    """Activates the newest FlashAttention that is installed and runs on this GPU; returns None for torch's own.
+
+    Call it before the first attention: what is compiled keeps the kernel that it was compiled with.
+    """
+    if device.type != "cuda":
+        return None
+    from torch.nn.attention import activate_flash_attention_impl
+
+    major, _ = torch.cuda.get_device_capability(device)
+    for name, module, majors in (("FA4", "flash_attn.cute", (9, 10)), ("FA3", "flash_attn_interface", (9,))):
+        if major in majors and _installed(module):
+            activate_flash_attention_impl(name)
+            return name
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is not there
+        return False
 
 
 def room_for_weights(parameters: int, free_bytes: int | None) -> tuple[str, Precision, str | None]:

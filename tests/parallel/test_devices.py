@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import small_run
 from small_corpora import Prepared
 
@@ -17,7 +18,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import gpu_number, problems_of_devices
 from triplane.parallel.ranks import Rank
 from triplane.parallel.rules import Devices, device_problems
-from triplane.training.hardware import data_sheet_flops_per_s, room_for_weights
+from triplane.training.hardware import data_sheet_flops_per_s, newest_flash_attention, room_for_weights
 
 H100, A100, CPU = (9, 0), (8, 0), Devices(0, None)
 TORCHRUN = Rank(rank=5, world_size=8, local_rank=1, local_size=4)
@@ -141,3 +142,28 @@ def test_ranks_are_not_bound_where_the_topology_is_hidden(
 )
 def test_a_whole_model_is_read_where_it_fits(billions: int, free_gib: int | None, expected: tuple[Any, ...]) -> None:
     assert room_for_weights(billions * 10**9, None if free_gib is None else free_gib * 2**30) == expected
+
+
+_FLASH_3 = """
+from torch.library import Library
+library = Library("flash_attn_3", "DEF")
+for name in ("fwd", "bwd"):
+    library.define(f"{name}(Tensor x) -> Tensor")
+"""
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), None), ((9, 0), "FA3"), ((10, 0), None)])
+def test_flash_attention_is_the_newest_that_is_installed_and_fits(
+    capability: tuple[int, int], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn_interface.py").write_text(_FLASH_3)
+    (tmp_path / "flash_attn").mkdir()  # the second, without the fourth's `cute`
+    (tmp_path / "flash_attn/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    try:
+        assert newest_flash_attention(torch.device("cuda", 0)) == expected
+        assert torch.nn.attention.current_flash_attention_impl() == expected
+        assert newest_flash_attention(torch.device("cpu")) is None
+    finally:
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
