@@ -1,7 +1,5 @@
 """Compiles blocks: torch.compile fuses the operations between matrix products and attention."""
 
-import shutil
-
 import torch
 
 from triplane.model.head import Head
@@ -29,8 +27,3 @@ def separate_gradients(model: Transformer) -> None:
     for parameter in model.blocks.parameters():
         if parameter.dim() == 1:
             parameter.register_hook(torch.clone)  # type: ignore[no-untyped-call]
-
-
-def has_compiler() -> bool:
-    """Returns True if there is a C++ compiler, which torch.compile needs on a CPU."""
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

@@ -1,7 +1,10 @@
 """Assigns a device to each rank of this machine, and checks that the layout can run on it."""
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.environment import whole_number
@@ -37,7 +40,19 @@ def problems_of_devices(
             f"{here} ranks on this machine{'' if rank is None else f', this one number {rank.local_rank}'}, but {seen} "
             f"visible; start fewer (parallel.dp=1 leaves one copy of the model), or train on the CPU with --device cpu"
         )
+    if layout.compile and (missing := missing_to_compile(on_gpu=devices.gpus > 0)):
+        yield f"parallel.compile requires {missing}, which is not here; install it, or set parallel.compile=false"
     yield from device_problems(layout, precision, devices)
+
+
+def missing_to_compile(*, on_gpu: bool) -> str | None:
+    """Returns what torch.compile lacks on this machine: it writes C++ for a CPU, and C that calls a GPU."""
+    variable, names = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++",))
+    chosen = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ((chosen,) if chosen else names)):
+        return f"the compiler {variable}={chosen}" if chosen else f"a compiler ({' or '.join(names)})"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return None if headers.exists() else f"Python's headers ({headers})"
 
 
 def gpu_number(rank: Rank, visible: int) -> int | None:

@@ -5,9 +5,9 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from triplane.model.compiled import has_compiler
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
+from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.mesh import Mesh
 from triplane.prove.cases import Case
 from triplane.prove.forked import run_ranks
@@ -43,11 +43,12 @@ class Machine:
     def here(cls, ranks: int | None) -> "Machine":
         """Returns this machine, and reports what it cannot prove."""
         gpus = torch.cuda.device_count()
-        machine = cls("cuda" if gpus else "cpu", ranks or gpus or 8, compiler=bool(gpus) or has_compiler())
+        missing = missing_to_compile(on_gpu=gpus > 0)
+        machine = cls("cuda" if gpus else "cpu", ranks or gpus or 8, compiler=missing is None)
         if gpus and machine.ranks > gpus:
             raise LaunchError(f"--ranks {ranks}, but this machine has {gpus} GPUs; give {gpus} or fewer")
-        if not machine.compiler:
-            print("no C++ compiler found: skipping layouts with compile")
+        if missing is not None:
+            print(f"torch.compile lacks {missing}: skipping layouts with compile")
         if gpus:
             print("ring attention has no fp32 kernel on a GPU: proving rings in bf16")
         return machine

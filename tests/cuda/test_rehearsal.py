@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from triplane.model.compiled import has_compiler
+from triplane.parallel.devices import missing_to_compile
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),  # all cases run for the first test
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
-    pytest.mark.skipif(not has_compiler(), reason="no C++ compiler for the guard"),
+    pytest.mark.skipif(missing_to_compile(on_gpu=False) is not None, reason="no C++ compiler for the guard"),
 ]
 
 CASES: dict[str, tuple[dict[str, Any], int]] = {

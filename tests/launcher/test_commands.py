@@ -234,7 +234,7 @@ def test_prove_prints_a_table_and_writes_it(tmp_path: Path, monkeypatch: pytest.
     assert len(rows) > 1
     assert not any("compile" in row["layout"] for row in rows)  # there is no compiler on an empty path
     printed = result.stdout.splitlines()
-    assert printed[0] == "no C++ compiler found: skipping layouts with compile"
+    assert printed[0] == "torch.compile lacks a compiler (g++): skipping layouts with compile"
     assert [line.split("  ")[-1] for line in printed[2:-1]] == [row["layout"] for row in rows]
     assert all(line.startswith("ok ") for line in printed[2:-1])
     assert printed[-1] == f"{len(rows)} of {len(rows)} layouts train the model that one process trains"

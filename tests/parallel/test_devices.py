@@ -15,7 +15,7 @@ from small_corpora import Prepared
 from triplane.config.checks import check
 from triplane.launcher.cores import cores_of_ranks
 from triplane.parallel.config import ParallelConfig
-from triplane.parallel.devices import gpu_number, problems_of_devices
+from triplane.parallel.devices import gpu_number, missing_to_compile, problems_of_devices
 from triplane.parallel.ranks import Rank
 from triplane.parallel.rules import Devices, device_problems
 from triplane.training.hardware import data_sheet_flops_per_s, newest_flash_attention, room_for_weights
@@ -142,6 +142,39 @@ def test_ranks_are_not_bound_where_the_topology_is_hidden(
 )
 def test_a_whole_model_is_read_where_it_fits(billions: int, free_gib: int | None, expected: tuple[Any, ...]) -> None:
     assert room_for_weights(billions * 10**9, None if free_gib is None else free_gib * 2**30) == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "environment", "missing"),
+    [
+        (CPU, {"PATH": ""}, "a compiler (g++)"),
+        (Devices(2, H100), {"PATH": ""}, "a compiler (gcc or clang)"),
+        (CPU, {"CXX": "icpx"}, "the compiler CXX=icpx"),
+        (Devices(2, H100), {"CC": "nvc"}, "the compiler CC=nvc"),
+    ],
+)
+def test_compiling_without_a_compiler_is_refused(
+    devices: Devices, environment: dict[str, str], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    layout = ParallelConfig(dp=2, compile=True)
+    (problem,) = problems_of_devices(layout, "auto", devices, rank=None, ranks=2)
+    assert problem == (
+        f"parallel.compile requires {missing}, which is not here; install it, or set parallel.compile=false"
+    )
+
+
+def test_compiling_without_pythons_headers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    for name in ("gcc", "g++"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (
+        missing_to_compile(on_gpu=True) == missing_to_compile(on_gpu=False) == f"Python's headers ({tmp_path}/Python.h)"
+    )
+    (tmp_path / "Python.h").touch()
+    assert missing_to_compile(on_gpu=True) is missing_to_compile(on_gpu=False) is None
 
 
 _FLASH_3 = """

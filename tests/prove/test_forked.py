@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from triplane.model.compiled import has_compiler
 from triplane.parallel.config import ParallelConfig
+from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.mesh import Mesh
 from triplane.prove.forked import RanksFailedError, run_ranks
 
@@ -23,7 +23,7 @@ def test_ranks_that_give_no_answer_tell_where_they_stand() -> None:
     assert "rank 0" not in str(caught.value)
 
 
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(missing_to_compile(on_gpu=False) is not None, reason="no C++ compiler")
 @pytest.mark.usefixtures("compiler")
 def test_ranks_compile_where_their_parent_has_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent's compiler has threads, which do not survive a fork; what it has compiled before needs none."""

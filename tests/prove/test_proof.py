@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from triplane.model.batch import Batch
-from triplane.model.compiled import has_compiler
 from triplane.model.modules import WeightsModule, unchanged
 from triplane.parallel import engine, megatron, replicated, ring, stages, tensor, ulysses
 from triplane.parallel.config import ParallelConfig
+from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
 from triplane.parallel.replicated import ReplicatedOptimizer
 from triplane.parallel.zero import ZeroOptimizer
@@ -319,7 +319,7 @@ def test_a_planted_bug_is_caught(
     assert result.difference is None or result.difference.largest > 5e-6
 
 
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(missing_to_compile(on_gpu=False) is not None, reason="no C++ compiler")
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     "layout",
