@@ -66,6 +66,7 @@ class _Progress(BaseModel, strict=True, extra="allow"):
     tokens_seen: _Count
     skipped: list[_Span] = []
     recent: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = []
+    unlogged: tuple[float, _Count, float] = (0.0, 0, 0.0)
     validation_loss: float | None = None
     run: dict[str, Any]
 

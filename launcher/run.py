@@ -106,8 +106,10 @@ def train_on(
             )
         state = trainer.run(state)
         with watchdog.work("end", state.step, at_least_s=_START_S):
-            trainer.report.event(state.step, "end", steps=config.training.steps)
-            if state.step >= config.training.steps:
+            if state.step < config.training.steps:
+                trainer.report.event(state.step, "stopped", steps_left=config.training.steps - state.step)
+            else:
+                trainer.report.event(state.step, "completed")
                 on_rank_0(lambda: _write_done(config))
             on_rank_0(lambda: _write_report(Path(config.run_dir), trainer.report))
             trainer.report.close(state.step)

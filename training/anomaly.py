@@ -26,10 +26,11 @@ class Anomaly:
 
 
 def judge(state: State, verdicts: Sequence[Verdict], config: FaultsConfig) -> tuple[State, Anomaly | None]:
-    """Returns the state with the steps before the first anomaly remembered, and that anomaly, if any."""
+    """Returns the state with the losses of the steps before the first anomaly, and that anomaly, if any."""
     for verdict in verdicts:
         if what := anomaly_in(verdict, state.recent, config):
             return state, Anomaly(verdict.step, verdict.position, what)
+        state = state.adding(verdict.loss, verdict.targets, verdict.text_bytes)
         if config.spike_z is not None:
             state = state.remembering(verdict.loss, verdict.gradient_norm, config.spike_window)
     return state, None

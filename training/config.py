@@ -57,7 +57,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`bf16` keeps fp32 master weights. `auto`: bf16 on GPUs; on a CPU the faster of the two, measured at the start."""
     log_every_steps: PositiveInt = 10
-    """Steps between logged metrics."""
+    """Steps between logged metrics, besides those of the first step. The loss is the mean over these steps."""
     eval_every_steps: PositiveInt = 500
     """Steps between validations; the last step is always validated."""
     eval_sequences: PositiveInt = 256

@@ -12,7 +12,7 @@ from torch import Tensor
 from triplane.checkpoint.store import CheckpointStore
 from triplane.model.batch import Batch
 from triplane.model.generate import generate
-from triplane.parallel.engine import Engine, StepLoss
+from triplane.parallel.engine import Engine
 from triplane.storage.errors import CheckpointError, TrainingError
 from triplane.training.anomaly import Anomaly, judge
 from triplane.training.config import RunConfig
@@ -125,7 +125,9 @@ class Trainer:
                         self.store.wait_until_copied()
                         norm = engine.step(lr)
                 with self.phase("data_time_s"):
-                    tokens = self.counted.count_tokens(range(position, position + size))
+                    positions = range(position, position + size)
+                    tokens = self.counted.count_tokens(positions)
+                    bytes_per_target = self.counted.bytes_per_target(positions)
                 self.meter.count(size * self.corpora.seq_len_at(position), tokens)
                 state = state.after(size, tokens)
                 with self.phase("forward_backward_time_s"):  # agreeing waits for the backward pass
@@ -133,7 +135,8 @@ class Trainer:
                         step=step,
                         position=position,
                         stop=stopping.request(),
-                        loss=loss.cross_entropy,
+                        loss=loss,
+                        bytes_per_target=bytes_per_target,
                         gradient_norm=norm,
                     )
                     verdicts = self.agreement.take(everything=bool(due))
@@ -151,7 +154,7 @@ class Trainer:
                     self._compare_replicas(step)
             if "log" in due:
                 with work("log", step):
-                    self._log(state, loss, norm=norm, lr=lr, positions=range(position, position + size))
+                    state = self._log(state, norm=norm, lr=lr)
             validation_loss = None
             if "validate" in due:
                 with work("validation", step):
@@ -167,13 +170,14 @@ class Trainer:
 
     def _due(self, step: int, last: int) -> set[str]:
         """Returns what is to be done in this step, or after it."""
-        training, faults, final = self.config.training, self.config.faults, step == self.config.training.steps
+        training, faults = self.config.training, self.config.faults
+        first, final = step == 1, step == training.steps
         return {
             name
             for name, every, at_least in (
                 ("repeat", faults.repeat_step_every_steps, False),
                 ("compare", faults.compare_replicas_every_steps, False),
-                ("log", training.log_every_steps, step == last),
+                ("log", training.log_every_steps, first or step == last),
                 ("validate", training.eval_every_steps, final),
                 ("sample", training.sample_every_steps, final),
                 ("save", self.config.checkpoint.every_steps, step == last),
@@ -218,12 +222,14 @@ class Trainer:
                 f"node, then start again from the last checkpoint"
             )
 
-    def _log(self, state: State, loss: StepLoss, *, norm: Tensor, lr: float, positions: range) -> None:
-        text = TextLoss(
-            nats=float(loss.cross_entropy),
-            tokens=int(loss.tokens),
-            bytes_per_token=self.counted.bytes_per_target(positions),
-        )
+    def _log(self, state: State, *, norm: Tensor, lr: float) -> State:
+        """Reports the mean loss since the last regular log; returns the state with no loss unlogged.
+
+        A log at a stop between two regular ones leaves the state as it is, so that the next is that of a whole run.
+        """
+        nats, targets, text_bytes = state.unlogged
+        tokens = max(1, targets)
+        text = TextLoss(nats=nats / tokens, tokens=targets, bytes_per_token=text_bytes / tokens)
         learning = {
             "loss": text.nats,
             "bits_per_byte": text.bits_per_byte,
@@ -234,6 +240,8 @@ class Trainer:
         }
         self.report.metrics(state.step, learning | self.meter.read())
         self.meter.restart(position=state.consumed_sequences)
+        regular = state.step == 1 or state.step % self.config.training.log_every_steps == 0
+        return replace(state, unlogged=State.unlogged) if regular else state
 
     def _validate(self, state: State) -> float:
         sequences = self.config.training.eval_sequences

@@ -28,7 +28,7 @@ class Metric:
     """Formats the value for the console, with name and unit."""
 
 
-_TOKEN_MEAN = "mean over tokens of the global batch"
+_TOKEN_MEAN = "mean over tokens of the global batches since the last log"
 _SAME = "same on all ranks"
 _MAX = "max over ranks"
 

@@ -18,6 +18,8 @@ class State:
     """Positions (start, end) that caused anomalies and are skipped."""
     recent: tuple[tuple[float, float], ...] = ()
     """Loss and gradient norm of the last steps."""
+    unlogged: tuple[float, int, float] = (0.0, 0, 0.0)
+    """Sums over the steps since the last regular log: the loss in nats, targets, and bytes of text that they spell."""
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "State":
@@ -27,6 +29,7 @@ class State:
             step=saved["step"],
             consumed_sequences=saved["consumed_sequences"],
             tokens_seen=saved["tokens_seen"],
+            unlogged=tuple(saved.get("unlogged", cls.unlogged)),
             **tables,
         )
 
@@ -43,6 +46,11 @@ class State:
     def remembering(self, loss: float, gradient_norm: float, steps: int) -> "State":
         """Returns the state with one more step in `recent`, of which the last `steps` are kept."""
         return replace(self, recent=(*self.recent, (loss, gradient_norm))[-steps:])
+
+    def adding(self, loss: float, targets: int, text_bytes: float) -> "State":
+        """Returns the state with the loss of one more step, a mean over `targets`, in `unlogged`."""
+        losses, count, length = self.unlogged
+        return replace(self, unlogged=(losses + loss * targets, count + targets, length + text_bytes))
 
     def _at(self, position: int, sequences: int) -> "State":
         for start, stop in self.skipped:

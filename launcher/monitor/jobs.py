@@ -112,7 +112,7 @@ def may_move(run: RunStatus) -> bool:
 def state_of(run: RunStatus) -> str:
     """Returns the state of the run's job if Slurm knows it, else the state by its lock and last event."""
     if run.done:
-        return "done"
+        return "completed"
     if job := job_of(run.run_dir):
         if job.state == "PENDING":
             return f"job {job.id} PENDING ({job.reason})"
@@ -121,4 +121,4 @@ def state_of(run: RunStatus) -> str:
         return "running"
     if run.last_event is None:
         return "not started"
-    return {"end": "stopped", "failure": "failed"}.get(run.last_event["event"], "died")
+    return {"stopped": "stopped", "failure": "failed"}.get(run.last_event["event"], "died")

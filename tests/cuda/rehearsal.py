@@ -106,11 +106,11 @@ def _run(case: dict[str, Any]) -> None:
             RECORD.phase = "step" if last else ""
             norm = engine.step(1e-4)
             RECORD.phase = "agreement" if last else ""
-            agreement.put(step=step, position=0, stop=0, loss=loss.cross_entropy, gradient_norm=norm)
-            number, position, _, copied = agreement._pending[-1]
+            agreement.put(step=step, position=0, stop=0, loss=loss, bytes_per_target=1.0, gradient_norm=norm)
+            number, position, spelled, _, copied = agreement._pending[-1]
             # Read a step later; a tensor without data has no values.
-            values = SimpleNamespace(tolist=lambda: [0.0, 1.0, 1.0])
-            agreement._pending[-1] = (number, position, values, copied)  # type: ignore[assignment]
+            values = SimpleNamespace(tolist=lambda: [0.0, 1.0, 1.0, 1.0])
+            agreement._pending[-1] = (number, position, spelled, values, copied)  # type: ignore[assignment]
             agreement.take(everything=False)
         RECORD.phase = "snapshot"
         state = list(engine.optimizer.fragments())

@@ -124,7 +124,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_bytes(folder: 
             interrupt(process, folder)
             assert finish(process) == (0, "")
         save, told, end = history(folder)[-3:]
-        assert (save["event"], told["event"], end["event"]) == ("save", "signal", "end")
+        assert (save["event"], told["event"], end["event"]) == ("save", "signal", "stopped")
         assert begin < save["step"] == told["step"] == end["step"] < STEPS
     with started(folder) as process:
         assert finish(process) == (0, "")
@@ -206,7 +206,7 @@ def test_torchrun_starts_the_ranks_again_and_the_first_cause_is_told(kind: str, 
         code, errors = finish(process)
     assert code == 0, errors
     events = [event for event in history(folder) if event["event"] != "save"]
-    assert [event["event"] for event in events] == ["start", "failure", "resume", "end"]
+    assert [event["event"] for event in events] == ["start", "failure", "resume", "completed"]
     (told,) = (line for line in errors.splitlines() if "failed first" in line)
     assert told.startswith(f"triplane: {rank} on {socket.gethostname()} failed first, in step ") and cause in told
     details = events[1]["details"]
@@ -226,4 +226,4 @@ def test_a_rank_that_hangs_is_found_and_all_start_again(folder: Path) -> None:
     assert second.startswith("triplane: starting again from step 50")
     log = (folder / "run/logs/rank_0.1.log").read_text()
     assert "forward_backward in" in log or "all_reduce" in log
-    assert history(folder)[-1]["event"] == "end"
+    assert history(folder)[-1]["event"] == "completed"

@@ -66,7 +66,7 @@ def test_runs_below_a_folder_have_a_line_each(run_dir: Path, capsys: pytest.Capt
     assert line.split()[1:6] == ["died", "12/40", "3.8000", "10", "1"]
     (run_dir / "DONE").write_text("40\n")
     status(run_dir)
-    assert "done" in capsys.readouterr().out
+    assert "completed" in capsys.readouterr().out
 
 
 def test_the_newest_log_is_shown(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
@@ -208,6 +208,6 @@ def test_a_run_on_this_machine_saves_and_leaves(prepared: Prepared, tmp_path: Pa
         finally:
             process.kill()
     last_event = read_status(tmp_path / "run").last_event
-    assert last_event is not None and last_event["event"] == "end"
+    assert last_event is not None and last_event["event"] == "stopped"
     with pytest.raises(LaunchError, match="it is not running: stopped"):
         cancel(tmp_path / "run")

@@ -28,7 +28,7 @@ def test_a_warned_job_leaves_the_run_to_the_next_and_a_cancelled_chain_ends(
 
         assert run.triplane("cancel", "run").returncode == 0
         run.stays("CANCELLED")
-        assert run.events()[-1]["event"] == "end"  # a cancelled run saves too
+        assert run.events()[-1]["event"] == "stopped"  # a cancelled run saves too
         assert run.events("signal")[-1]["details"] == {"name": "SIGTERM"}
         assert cluster.output("squeue", "--noheader") == ""
 

@@ -1,6 +1,8 @@
 """Interrupted after any step and started again, a run ends with the bytes of the uninterrupted one."""
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,9 +42,9 @@ def final_state(config: RunConfig) -> Checkpoint:
     return Checkpoint(newest)
 
 
-def curve(config: RunConfig) -> list[tuple[int, float]]:
+def curve(config: RunConfig, name: str = "loss") -> list[tuple[int, float]]:
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines) if "loss" in entry]
+    return [(entry["step"], entry[name]) for entry in map(json.loads, lines) if name in entry]
 
 
 def assert_equal(a: Checkpoint, b: Checkpoint) -> None:
@@ -92,6 +94,30 @@ def test_checkpoints_come_when_due_and_old_ones_go(prepared: Prepared, tmp_path:
     folder = Path(config.run_dir) / "checkpoints"
     assert [path.name for path in checkpoints(folder)] == ["step_6", "step_8"]
     assert sorted(path.name for path in folder.iterdir()) == ["step_6", "step_8"]
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_one(prepared: Prepared, tmp_path: Path) -> None:
+    """Also where a checkpoint, a stop, another layout or best-fit packing comes between."""
+    data, optimizer = {"packing": "best_fit"}, {"eps": 1e-3}
+    each = small_run(prepared, tmp_path / "each", data=data, optimizer=optimizer)
+    start(each)
+    losses = dict(curve(each))
+    tokens = {step: seen - before for (_, before), (step, seen) in pairwise([(0, 0), *curve(each, "tokens_seen")])}
+    mean = {
+        steps[-1]: sum(losses[step] * tokens[step] for step in steps) / sum(tokens[step] for step in steps)
+        for steps in (range(1, 2), range(2, 5), range(5, 9))
+    }
+    every = {"log_every_steps": 4}
+    for layout in ({}, {"dp": 2}, {"dp": 1, "tp": 2, "pp": 2}):
+        folder = tmp_path / f"run{len(layout)}"
+        for stop in (6, STEPS):  # after a checkpoint at step 3, which a second start reads
+            stopped = every | {"stop_at_step": stop}
+            run = small_run(prepared, folder, data=data, optimizer=optimizer, parallel=layout, training=stopped)
+            start(run)
+        shown = dict(curve(run))
+        assert list(shown) == [1, 4, 6, 8]
+        assert {step: shown[step] for step in mean} == pytest.approx(mean, abs=1e-5)
+        assert dict(curve(run, "perplexity"))[8] == pytest.approx(math.exp(shown[8]))
 
 
 def test_what_is_reported(prepared: Prepared, tmp_path: Path) -> None:
