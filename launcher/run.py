@@ -35,6 +35,8 @@ from triplane.parallel.ranks import Rank
 from triplane.storage.errors import CheckpointError
 from triplane.storage.files import write_whole
 from triplane.storage.location import Location
+from triplane.training.callback import Run
+from triplane.training.callbacks import load_callbacks
 from triplane.training.config import RunConfig
 from triplane.training.corpora import Corpora
 from triplane.training.failure import Story, failure_of, lost_peers
@@ -136,24 +138,21 @@ def _prepare(
     )
     state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start=allow_fresh_start)
     sources = open_sources(config.data, config.folder.corpora)
-    own = {"id": on_rank_0(lambda: own_id(config)), "parent": _parent(config, resumed)}
+    own: dict[str, Any] = {"id": on_rank_0(lambda: own_id(config)), "parent": _parent(config, resumed)}
     record = run_record(config, sources) | own
     corpora = Corpora.of(config, sources)
     if resumed is not None:
         on_rank_0(lambda: _record_change(config, resumed, record))
-    report = Report(
-        Path(config.run_dir),
-        steps=config.training.steps,
-        resume_step=state.step,
-        rank=mesh.rank,
-        prometheus_port=config.training.prometheus_port,
-    )
     choices = flatten(config.model_dump(exclude_none=True))
-    report.choices(
-        state.step,
-        to_toml(config),
-        {key: str(choice) if isinstance(choice, list | tuple) else choice for key, choice in choices.items()},
+    run = Run(
+        config=config,
+        toml=to_toml(config),
+        choices={key: str(choice) if isinstance(choice, list | tuple) else choice for key, choice in choices.items()},
+        id=own["id"],
+        step=state.step,
     )
+    callbacks = load_callbacks(config.tracking)
+    report = Report(run, mesh.rank, callbacks)
     if flash is not None:
         report.message(f"attention by {flash}, which is installed")
     for line in set_aside:
@@ -175,6 +174,7 @@ def _prepare(
         run_record=record,
         report=report,
         watchdog=watchdog,
+        callbacks=callbacks,
         peak_flops_per_s=peak,
     )
     return trainer, state

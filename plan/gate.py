@@ -21,6 +21,7 @@ from triplane.plan.estimate import work_of
 from triplane.plan.memory import peak_memory
 from triplane.plan.shares import pipeline
 from triplane.storage.errors import TriplaneError, counted
+from triplane.training.callbacks import tracking_problems
 from triplane.training.config import RunConfig
 
 _HIGH_LR = 0.1
@@ -49,7 +50,7 @@ def examine(
     config: RunConfig, ranks: int, *, allow_data_change: bool = False, allow_fresh_start: bool = False
 ) -> Findings:
     """Examines a run on `ranks` ranks. Reads files, writes none, and does not tokenize."""
-    problems = [*check(config, ranks), *config.folder.problems()]
+    problems = [*check(config, ranks), *config.folder.problems(), *tracking_problems(config.tracking)]
     warnings = list(_odd_values(config))
     amount = tokenizer = None
     if any(source.is_tars for source in config.data.sources):

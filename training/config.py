@@ -113,6 +113,9 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use
     """Folder of the run: checkpoints, metrics, logs. When started again, the run resumes from its newest checkpoint."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and the order of the data."""
+    tracking: list[str] = []
+    """Trackers and callbacks that follow the run: `wandb`, `trackio`, the name of an entry point in the group
+    `triplane.callbacks`, or the place of a class, `module:Class`."""
     model: ModelConfig
     """The network."""
     data: DataConfig

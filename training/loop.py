@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,6 +15,8 @@ from triplane.model.generate import generate
 from triplane.parallel.engine import Engine
 from triplane.storage.errors import CheckpointError, TrainingError
 from triplane.training.anomaly import Anomaly, judge
+from triplane.training.callback import Callback
+from triplane.training.callbacks import measured
 from triplane.training.config import RunConfig
 from triplane.training.corpora import Corpora
 from triplane.training.evaluation import TextLoss, validation_losses
@@ -50,6 +52,7 @@ class Trainer:
         run_record: dict[str, Any],
         report: Report,
         watchdog: Watchdog,
+        callbacks: Sequence[Callback],
         peak_flops_per_s: float,
     ):
         """`restore` loads the newest checkpoint, or the initial weights if there is none; collective.
@@ -66,6 +69,7 @@ class Trainer:
         self.run_record = run_record
         self.report = report
         self.watchdog = watchdog
+        self.callbacks = callbacks
         self.phase = watchdog.stopwatch.phase
         self.meter = Meter(
             engine,
@@ -154,7 +158,7 @@ class Trainer:
                     self._compare_replicas(step)
             if "log" in due:
                 with work("log", step):
-                    state = self._log(state, norm=norm, lr=lr)
+                    state = self._log(state, micro_batches, norm=norm, lr=lr)
             validation_loss = None
             if "validate" in due:
                 with work("validation", step):
@@ -222,7 +226,7 @@ class Trainer:
                 f"node, then start again from the last checkpoint"
             )
 
-    def _log(self, state: State, *, norm: Tensor, lr: float) -> State:
+    def _log(self, state: State, batches: list[Batch], *, norm: Tensor, lr: float) -> State:
         """Reports the mean loss since the last regular log; returns the state with no loss unlogged.
 
         A log at a stop between two regular ones leaves the state as it is, so that the next is that of a whole run.
@@ -238,7 +242,8 @@ class Trainer:
             "gradient_norm": float(norm),
             "tokens_seen": state.tokens_seen,
         }
-        self.report.metrics(state.step, learning | self.meter.read())
+        their = measured(self.callbacks, batches, self.engine)
+        self.report.metrics(state.step, learning | self.meter.read() | their)
         self.meter.restart(position=state.consumed_sequences)
         regular = state.step == 1 or state.step % self.config.training.log_every_steps == 0
         return replace(state, unlogged=State.unlogged) if regular else state

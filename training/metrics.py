@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from triplane.training.callback import Callback, Run
 from triplane.training.run_folder import RunFolder
 from triplane.training.run_log import cut_log, open_log
 from triplane.training.units import format_count
@@ -62,6 +63,7 @@ METRICS = {
     "checkpoint_stall_time_s": Metric("s", _MAX, "training stalled for {:.3f} s".format),
     "checkpoint_time_s": Metric("s", "until all ranks have written", "{:.3f} s".format),
     "memory_gib": Metric("GiB", "peak so far, max over ranks", "{:.1f} GiB".format),
+    "user": Metric("its own", "quotient of sums over data-parallel ranks", "{:.4g}".format),
 }
 
 _GROUPS = {
@@ -81,7 +83,7 @@ _GROUPS = {
 """The most important metrics, by chart."""
 
 
-class MetricsWriter:
+class MetricsWriter(Callback):
     """Appends to metrics.jsonl, samples.jsonl and TensorBoard events in `run_dir/tensorboard`; for rank 0.
 
     A run that resumes after `resume_step` replaces the records of later steps, so that each curve is one line. Records
@@ -89,19 +91,25 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, resume_step: int):
+        self._run = RunFolder(run_dir)
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
         # A fresh start repeats the validation before the first step, if any.
         first_step = resume_step + 1 if resume_step else 0
-        run = RunFolder(run_dir)
-        for log in (run.metrics, run.samples):
+        for log in (self._run.metrics, self._run.samples):
             cut_log(log, first_step)
-        self._lines, self._samples = open_log(run.metrics), open_log(run.samples)
-        self._open_board = partial(SummaryWriter, str(run.tensorboard))
+        self._lines, self._samples = open_log(self._run.metrics), open_log(self._run.samples)
+        self._open_board = partial(SummaryWriter, str(self._run.tensorboard))
         self._board: SummaryWriter | None = self._open_board(purge_step=first_step)
         if resume_step == 0:
             self._board.add_text("metrics", _legend(), 0)
             self._board.add_custom_scalars(_layout())
+
+    def start(self, run: Run) -> None:
+        self.choices(run.step, run.toml, run.choices)
 
     def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
         """Shows the config as TOML, and its values, numbers or text, as hyperparameters.
@@ -115,9 +123,9 @@ class MetricsWriter:
             # `add_hparams` would create a separate run for them.
             board._get_file_writer().add_summary(hparams_pb(choices))  # type: ignore[no-untyped-call]
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values`, reduced over ranks, under their names in `METRICS`."""
-        names = {name.partition("/")[0] for name in values}  # the source follows the slash
+        names = {name.partition("/")[0] for name in values}  # the source, or the user's name, follows the slash
         assert names <= METRICS.keys(), f"not in METRICS: {names - METRICS.keys()}"
         self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         with self._tensorboard() as board:
@@ -129,6 +137,10 @@ class MetricsWriter:
         self._samples.write(json.dumps({"step": step, "sample": text}) + "\n")
         with self._tensorboard() as board:
             board.add_text("sample", _code_block(text), step)
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        self._open(step)
 
     def close(self) -> None:
         self._lines.close()

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from triplane.training.callback import Callback
 from triplane.training.metrics import METRICS
 
 _BASE_UNITS = {
@@ -18,7 +19,7 @@ _BASE_UNITS = {
 """By unit in `METRICS`: its part of our name, its part of Prometheus's name, and the factor between the units."""
 
 
-class Endpoint(Collector):
+class Endpoint(Collector, Callback):
     """Serves from a thread; for rank 0.
 
     All metrics are gauges, even step and tokens: a rollback decreases them, and Prometheus takes a decreasing counter
@@ -34,12 +35,12 @@ class Endpoint(Collector):
         registry.register(self)
         self._server, self._thread = start_http_server(port, registry=registry)
 
-    def update(self, values: Mapping[str, float]) -> None:
-        """Sets the values of these names in `METRICS`, or of `step`."""
-        self._values = {**self._values, **values}
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        known = {name: value for name, value in values.items() if name in METRICS}
+        logged = {"step": step} if "loss" in known else {}  # a save may be told steps later
+        self._values = {**self._values, **known, **logged}
 
-    def count(self, event: str) -> None:
-        """Counts an event of the run."""
+    def event(self, step: int, event: str, details: Mapping[str, object]) -> None:
         self._events = {**self._events, event: self._events.get(event, 0) + 1}
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:

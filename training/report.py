@@ -1,11 +1,11 @@
-"""Shows and records a run on rank 0: console, `metrics.jsonl`, TensorBoard, Prometheus, `history.jsonl`."""
+"""Shows and records a run on rank 0: console, `metrics.jsonl`, TensorBoard, Prometheus, `history.jsonl`, trackers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from triplane.checkpoint.store import Save
+from triplane.training.callback import Callback, Run
 from triplane.training.evaluation import TextLoss
 from triplane.training.metrics import METRICS, MetricsWriter
 from triplane.training.progress import Progress
@@ -16,28 +16,21 @@ from triplane.training.run_log import record_event
 class Report:
     """Called by the training loop on every rank, with values that are already reduced over ranks."""
 
-    def __init__(self, run_dir: Path, *, steps: int, resume_step: int, rank: int, prometheus_port: int | None = None):
+    def __init__(self, run: Run, rank: int, callbacks: Sequence[Callback] = ()):
         self._first = rank == 0
-        self._run_dir = run_dir
-        self._endpoint: Endpoint | None = None
         if self._first:
-            self._writer = MetricsWriter(run_dir, resume_step)
-            self._progress = Progress(steps)
-            if prometheus_port is not None:
-                self._serve(prometheus_port)
-
-    def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
-        """Records the config that applies from `step` on, as TOML and as values by key."""
-        if self._first:
-            with self._write_errors_shown(step):
-                self._writer.choices(step, config, choices)
+            self._run_dir = run.config.folder.path
+            self._progress = Progress(run.config.training.steps)
+            self._callbacks: list[Callback] = [MetricsWriter(self._run_dir, run.step)]
+            if (port := run.config.training.prometheus_port) is not None:
+                self._callbacks += self._endpoint(port)
+            self._tell(run.step, lambda callback: callback.start(run))
+            self._callbacks += [callback for callback in callbacks if self._starts(callback, run)]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records and shows the metrics of a step."""
         if self._first:
-            self._log(step, values)
-            if self._endpoint is not None:
-                self._endpoint.update({"step": step})
+            self._tell(step, lambda callback: callback.metrics(step, values))
             self._progress.update(step, values)
 
     def validation(self, step: int, loss: TextLoss, by_source: Mapping[str, TextLoss]) -> None:
@@ -50,14 +43,13 @@ class Report:
                 values[f"validation_loss/{name}"] = its.nats
                 values[f"validation_bits_per_byte/{name}"] = its.bits_per_byte
                 shown.append(f"{name} {its.nats:.4f} ({its.bits_per_byte:.4f})")
-            self._log(step, values)
+            self._tell(step, lambda callback: callback.metrics(step, values))
             self._progress.message(f"step {step}: {', '.join(shown)}")
 
     def sample(self, step: int, text: str) -> None:
         """Records generated text."""
         if self._first:
-            with self._write_errors_shown(step):
-                self._writer.sample(step, text)
+            self._tell(step, lambda callback: callback.sample(step, text))
 
     def saved(self, save: Save) -> None:
         """Records and shows the result of a save."""
@@ -68,7 +60,7 @@ class Report:
             self.event(save.step, "save failed", reason=save.error)
             return
         values = {"checkpoint_time_s": save.time_s, "checkpoint_stall_time_s": save.stall_s}
-        self._log(save.step, values)
+        self._tell(save.step, lambda callback: callback.metrics(save.step, values))
         shown = ", ".join(METRICS[name].format(value) for name, value in values.items())
         self._progress.message(f"step {save.step}: saved {save.path} ({shown})")
         self.event(save.step, "save", checkpoint=str(save.path))
@@ -76,16 +68,14 @@ class Report:
     def event(self, step: int, event: str, **details: Any) -> None:
         """Records an event of the run in `history.jsonl`."""
         if self._first:
-            with self._write_errors_shown(step):
+            with self._errors_shown(step):
                 record_event(self._run_dir, event, step, **details)
-            if self._endpoint is not None:
-                self._endpoint.count(event)
+            self._tell(step, lambda callback: callback.event(step, event, details))
 
     def rewind(self, step: int) -> None:
         """Discards the metrics after `step`, to which the run was rolled back."""
         if self._first:
-            self._writer.close()
-            self._writer = MetricsWriter(self._run_dir, step)
+            self._tell(step, lambda callback: callback.rewind(step))
 
     def message(self, text: str) -> None:
         """Shows a line that stays."""
@@ -96,27 +86,34 @@ class Report:
         """Ends the progress line and flushes the records until `step`."""
         if self._first:
             self._progress.close()
-            with self._write_errors_shown(step):
-                self._writer.close()
-            if self._endpoint is not None:
-                self._endpoint.close()
+            self._tell(step, lambda callback: callback.close())
 
-    def _serve(self, port: int) -> None:
+    def _endpoint(self, port: int) -> Iterator[Endpoint]:
         try:
-            self._endpoint = Endpoint(port)
+            yield Endpoint(port)
         except OSError as error:  # `triplane train` has checked the port; a restart must not fail because of it
             self._progress.message(f"NOT SERVED: training.prometheus_port ({port}): {error.strerror}")
 
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        with self._write_errors_shown(step):
-            self._writer.log(step, values)
-        if self._endpoint is not None:
-            self._endpoint.update({name: value for name, value in values.items() if name in METRICS})
+    def _starts(self, callback: Callback, run: Run) -> bool:
+        try:
+            callback.start(run)
+        except Exception as error:  # after a restart nobody may be there to help
+            self._progress.message(f"NOT FOLLOWED BY {type(callback).__name__}: {error}")
+            return False
+        return True
+
+    def _tell(self, step: int, tell: Callable[[Callback], None]) -> None:
+        for callback in self._callbacks:
+            with self._errors_shown(step, callback):
+                tell(callback)
 
     @contextmanager
-    def _write_errors_shown(self, step: int) -> Iterator[None]:
-        """Shows an OSError instead of raising it: a full disk must not end training."""
+    def _errors_shown(self, step: int, callback: Callback | None = None) -> Iterator[None]:
+        """Shows an error instead of raising it: neither a full disk nor a tracker may end training."""
+        ours = callback is None or isinstance(callback, MetricsWriter | Endpoint)
+        expected: type[Exception] = OSError if ours else Exception
         try:
             yield
-        except OSError as error:
-            self._progress.message(f"step {step}: NOT RECORDED: {error}")
+        except expected as error:
+            by = "" if ours else f" BY {type(callback).__name__}"
+            self._progress.message(f"step {step}: NOT RECORDED{by}: {error}")

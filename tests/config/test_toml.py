@@ -49,6 +49,6 @@ def test_it_reads_like_a_config_by_hand() -> None:
         }
     )
     lines = to_toml(config).splitlines()
-    assert lines[:5] == ['run_dir = "runs/a"', "seed = 0", "", "[model]", "vocab_size = 9"]
+    assert lines[:6] == ['run_dir = "runs/a"', "seed = 0", "tracking = []", "", "[model]", "vocab_size = 9"]
     scaling = lines.index("[model.positions.scaling]")
     assert lines[scaling - 1 : scaling + 3] == ["", "[model.positions.scaling]", 'kind = "linear"', "factor = 2.0"]

@@ -23,7 +23,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         record_event(runs / "one", "start", resume_step, layout="dp 2", ranks=2, precision="fp32")
         writer = MetricsWriter(runs / "one", resume_step)
         writer.choices(resume_step, f"[optimizer]\nlr = {lr}\n", {"optimizer.lr": lr, "parallel.cp_method": "ring"})
-        writer.log(resume_step + 2, {"loss": 3.0, "validation_loss": 4.0})
+        writer.metrics(resume_step + 2, {"loss": 3.0, "validation_loss": 4.0})
         writer.close()
     command = [sys.executable, "-m", "triplane", "board", str(runs), "--port", "0"]
     with subprocess.Popen(

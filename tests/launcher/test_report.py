@@ -32,8 +32,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in range(1, 2001):
         spike = 90.0 if step == 777 else 0.0
         loss = float("nan") if step == 5 else 2 + 9 / step + spike
-        writer.log(step, {"loss": loss, "mfu": 0.4, "step_time_s": 0.5, "memory_gib": 3.0})
-    writer.log(2000, {"validation_loss": 2.5})
+        writer.metrics(step, {"loss": loss, "mfu": 0.4, "step_time_s": 0.5, "memory_gib": 3.0})
+    writer.metrics(2000, {"validation_loss": 2.5})
     writer.sample(2000, "if a < b:\n    pass </pre>")
     writer.close()
     record_event(run_dir, "save", 900, checkpoint="step_900")

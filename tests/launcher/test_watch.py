@@ -43,7 +43,7 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
     record_event(tmp_path, "start", 0, layout="dp 2", ranks=2, precision="fp32")
     record_event(tmp_path, "save", 20, checkpoint="step_20")
     writer = MetricsWriter(tmp_path, 0)
-    writer.log(25, {"loss": 3.25, "tokens_per_s": 12_345, "mfu": 0.4123, "step_time_s": 2.0})
+    writer.metrics(25, {"loss": 3.25, "tokens_per_s": 12_345, "mfu": 0.4123, "step_time_s": 2.0})
     with held_by_another(tmp_path):
         child, master = pty.fork()
         if not child:
@@ -51,7 +51,7 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
             os.execv(sys.executable, [sys.executable, "-m", "triplane", "status", str(tmp_path), "--watch"])
         first = shown_by(master, "last update")
         record_event(tmp_path, "resume", 20, layout="dp 4", ranks=4, precision="fp32")
-        writer.log(100, {"loss": 3.0})
+        writer.metrics(100, {"loss": 3.0})
         writer.close()
         write_whole(tmp_path / "DONE", b"100\n")
         last = shown_by(master, "100/100")

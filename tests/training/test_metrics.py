@@ -19,7 +19,7 @@ def log_and_die(run_dir: Path, resume_step: int, steps: range, loss: float) -> N
     if not child:
         writer = MetricsWriter(run_dir, resume_step)
         for step in steps:
-            writer.log(step, {"loss": loss, "tokens_seen": step * 100})
+            writer.metrics(step, {"loss": loss, "tokens_seen": step * 100})
             writer.sample(step, f"# {loss}\n<b>")
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -75,7 +75,7 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
 def test_after_a_full_disk_the_curves_go_on(tmp_path: Path, small_disk: Path) -> None:
     (tmp_path / "tensorboard").symlink_to(small_disk)
     writer = MetricsWriter(tmp_path, 0)
-    writer.log(1, {"loss": 1.0})
+    writer.metrics(1, {"loss": 1.0})
     ballast = small_disk / "ballast"
     with open(ballast, "wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -84,7 +84,7 @@ def test_after_a_full_disk_the_curves_go_on(tmp_path: Path, small_disk: Path) ->
         with pytest.raises(OSError, match="No space left"):
             writer.sample(step, "long " * 2000)
     ballast.unlink()
-    writer.log(4, {"loss": 4.0})
+    writer.metrics(4, {"loss": 4.0})
     writer.close()
     assert read_events(tmp_path, "loss") == [(1, 1.0), (4, 4.0)]
 
@@ -92,7 +92,7 @@ def test_after_a_full_disk_the_curves_go_on(tmp_path: Path, small_disk: Path) ->
 def test_an_undeclared_metric_is_a_mistake_of_ours(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, 0)
     with pytest.raises(AssertionError, match="lost"):
-        writer.log(1, {"lost": 1.0})
+        writer.metrics(1, {"lost": 1.0})
     writer.close()
     assert read_lines(tmp_path) == []
 
