@@ -147,12 +147,15 @@ class Rotary(Positions):
 
         cos, sin = tables
         turning = 2 * cos.shape[-1]
-        wide = x_THK[..., :turning].float()
-        first, second = (wide[..., ::2], wide[..., 1::2]) if self.interleaved else wide.chunk(2, dim=-1)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        out = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
-        out = out.to(x_THK.dtype)
-        return out if turning == x_THK.shape[-1] else torch.cat((out, x_THK[..., turning:]), dim=-1)
+        own = x_THK[..., :turning]
+        halves = (own[..., ::2], own[..., 1::2]) if self.interleaved else own.chunk(2, dim=-1)
+        # Widened when apart and rounded before they are joined, so that compiled code writes no wide tensor.
+        first, second = (half.float() for half in halves)
+        turned = [part.to(x_THK.dtype) for part in (first * cos - second * sin, second * cos + first * sin)]
+        parts = [torch.stack(turned, dim=-1).flatten(-2)] if self.interleaved else turned
+        if turning < x_THK.shape[-1]:
+            parts.append(x_THK[..., turning:])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _turning(self, head_dim: int) -> int:
         return int(head_dim * self.fraction)
