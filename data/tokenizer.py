@@ -42,6 +42,24 @@ class Tokenizer(ABC):
         """Encodes `text` without bos and eos; nothing in `text` becomes a special token."""
         return [id for block in self.blocks([text]) for id in self._encode(block)[1]]
 
+    def decode_each(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields the text of `ids` as they come, each part once later ids cannot change it.
+
+        What a character lacks may follow, and decoders treat spaces by what does: both wait. If the last character
+        stays incomplete, it may be left out.
+        """
+        seen: list[int] = []
+        shown = text = ""
+        for id in ids:
+            seen.append(id)
+            text = self.decode(seen)
+            ready = text.rstrip(" \ufffd")
+            if len(ready) > len(shown) and ready.startswith(shown):
+                yield ready[len(shown) :]
+                shown = ready
+        if text.startswith(shown):
+            yield text[len(shown) :]
+
     def blocks(self, pieces: Iterable[str], block_chars: int = BLOCK_CHARS) -> Iterator[Block]:
         """Cuts the concatenation of `pieces` so that the ids of the blocks are those of the text."""
         return blocks(pieces, self.find_cut, context_chars=self.context_chars, block_chars=block_chars)

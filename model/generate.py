@@ -1,6 +1,6 @@
 """Continues a prompt, one token at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ def generate(
     seed: int,
     eos_id: int | None,
     longest: int | None = None,
-) -> list[int]:
-    """Returns the new tokens, up to and including `eos_id`; a pure function of its arguments.
+) -> Iterator[int]:
+    """Yields the new tokens as they are drawn, up to and including `eos_id`; a pure function of its arguments.
 
     Stops where the network would read more than `longest` tokens (None: any number).
 
@@ -43,9 +43,9 @@ def generate(
     tokens = list(prompt)
     for _ in range(max_new_tokens if longest is None else min(max_new_tokens, longest + 1 - len(prompt))):
         tokens.append(_draw(next_logits(tokens).float().cpu(), temperature, top_k, generator))
+        yield tokens[-1]
         if tokens[-1] == eos_id:
             break
-    return tokens[len(prompt) :]
 
 
 def next_logits(model: Transformer) -> NextLogits:

@@ -268,7 +268,7 @@ class Trainer:
             seed=state.step,
             eos_id=tokenizer.eos_id,
         )
-        self.report.sample(state.step, tokenizer.decode(tokens))
+        self.report.sample(state.step, tokenizer.decode(list(tokens)))
 
     def save(self, state: State, validation_loss: float | None = None) -> None:
         """Starts to write a checkpoint; collective."""

@@ -6,10 +6,12 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_tokenizers import LLAMA3, byte_fallback, byte_level
 from small_corpora import Prepared
 
 from triplane.data.blocks import Block
 from triplane.data.open_tokenizer import open_tokenizer
+from triplane.data.tokenizer import Tokenizer
 from triplane.data.tokenizer_training import train_tokenizer
 from triplane.storage.errors import DataError
 
@@ -90,3 +92,39 @@ def test_text_with_few_spaces_has_a_tokenizer(tmp_path: Path) -> None:
         train_tokenizer(texts, tmp_path / "t.model", vocab_size=270)
     tokenizer = train_tokenizer(texts, tmp_path / "t.model", vocab_size=271)
     assert tokenizer.decode(tokenizer.encode("1 2\n3")) == "1 2\n3"
+
+
+@pytest.fixture(params=["sentencepiece", "byte level", "byte fallback"])
+def decoder(request: pytest.FixtureRequest, prepared: Prepared, tmp_path: Path) -> Tokenizer:
+    """A tokenizer whose characters may take several ids."""
+    if request.param == "sentencepiece":
+        return prepared.tokenizer
+    if request.param == "byte level":
+        return open_tokenizer(byte_level(tmp_path / "tokenizer.json", LLAMA3, prepared.texts))
+    return open_tokenizer(byte_fallback(tmp_path / "tokenizer.json"))
+
+
+def test_text_that_is_decoded_as_it_comes_is_the_whole_text(decoder: Tokenizer) -> None:
+    texts = ["12: some words", "東京 🙂 Straße\n\n  x e\u0301 .", "🙂🙂", " a ", "\ufffd b \ufffd", ""]
+    for text in texts:
+        ids = decoder.encode(text)
+        parts = list(decoder.decode_each(ids))
+        assert "".join(parts) == decoder.decode(ids) == text
+        if "\ufffd" not in text:
+            assert not any("\ufffd" in part for part in parts)
+
+
+def test_text_is_decoded_as_soon_as_it_is_sure(decoder: Tokenizer) -> None:
+    ids, asked = decoder.encode("aeiou 🙂 Straße " * 3), []
+    shown = ""
+    for part in decoder.decode_each(asked.append(id) or id for id in ids):  # type: ignore[func-returns-value]
+        shown += part
+        assert part and decoder.decode(asked).startswith(shown)
+        waiting = decoder.decode(asked).removeprefix(shown)
+        assert waiting.strip(" \ufffd") == "" or len(asked) == len(ids)
+    assert len(asked) == len(ids)
+
+
+def test_a_character_that_ends_early_spoils_nothing(decoder: Tokenizer) -> None:
+    ids = decoder.encode("a 語学")[:-1]
+    assert "".join(decoder.decode_each(ids)).startswith("a 語")

@@ -1,8 +1,10 @@
-"""The commands of docs/guides.md run as they are written."""
+"""The commands and programs of docs/guides.md run as they are written."""
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,8 @@ def folder(prepared: Prepared, tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_guides(folder: Path) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/guides.md").read_text(), flags=re.DOTALL)
+    guides = (ROOT / "docs/guides.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", guides, flags=re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert len(blocks) >= 7 and {program for program, *_ in commands} == {"triplane"}
     for _, *arguments in commands:
@@ -43,3 +46,6 @@ def test_the_commands_of_the_guides(folder: Path) -> None:
         assert ran.returncode == 0, f"{arguments}\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}"
     for published in ("runs/texts/report.html", "exports/more/model.safetensors", "1b.toml"):
         assert (folder / published).exists(), published
+    for program in re.findall(r"```python\n(.*?)```", guides, flags=re.DOTALL):
+        ran = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr

@@ -138,7 +138,7 @@ def test_transformers_generates_the_same_text(publish: Callable[..., Any], token
         seed=0,
         eos_id=None,
     )
-    assert theirs[0, len(prompt) :].tolist() == ours
+    assert theirs[0, len(prompt) :].tolist() == list(ours)
 
 
 def test_the_folder_is_whole_and_says_where_it_came_from(publish: Callable[..., Any], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,22 @@ def test_the_environment_is_checked_before_the_run_folder_is_written(folder: Pat
 
 def test_a_seed_that_no_generator_holds_is_refused(folder: Path) -> None:
     assert "less than or equal to" in refused(triplane("generate", "run", "--seed", 2**64, cwd=folder))
+
+
+def test_a_terminal_shows_the_same_text_as_it_is_sampled(folder: Path) -> None:
+    command = [sys.executable, "-m", "triplane", "generate", "run", "--prompt", "東 :smile: [b]", "--tokens", "40"]
+    piped = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    chunks = []
+    with suppress(OSError):  # Linux's way to say that the terminal is closed
+        while chunk := os.read(ours, 1 << 16):
+            chunks.append(chunk)
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"".join(chunks).decode().replace("\r\n", "\n") == piped
+    assert piped.startswith("東 :smile: [b]") and len(chunks) > 10  # one write for each part
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped(folder: Path) -> None:

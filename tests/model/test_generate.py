@@ -16,7 +16,7 @@ PROMPT = [1, 17, 42, 5]
 
 def sample(prompt: list[int] = PROMPT, **changes: Any) -> list[int]:
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": None, "seed": 0, "eos_id": None}
-    return generate(next_logits(small_model(CONFIG)), prompt, **(options | changes))
+    return list(generate(next_logits(small_model(CONFIG)), prompt, **(options | changes)))
 
 
 def test_greedy_is_transformers_greedy() -> None:
@@ -45,7 +45,7 @@ def test_sampling_follows_the_distribution() -> None:
     likeliest = int(logits_V.argmax())
     scores, n = next_logits(small_model(CONFIG)), 500
     options: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0.5, "top_k": None, "eos_id": None}
-    hits = sum(generate(scores, PROMPT, seed=seed, **options) == [likeliest] for seed in range(n))
+    hits = sum(list(generate(scores, PROMPT, seed=seed, **options)) == [likeliest] for seed in range(n))
     expected = (logits_V / 0.5).softmax(dim=-1)[likeliest].item()
     assert hits / n == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
 
