@@ -106,19 +106,31 @@ def prepare(
 
 
 def read_documents(
-    inputs: Sequence[str], reject: Callable[[Rejection], object], text_field: str = "text"
+    inputs: Sequence[str],
+    reject: Callable[[Rejection], object],
+    text_field: str = "text",
+    *,
+    progress: Callable[[int, int | None], object] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yields name and text of the documents of `inputs` in the order of `prepare`; passes others to `reject`.
 
+    `progress` takes the bytes read and their total, None if a server does not report it.
+
     Raises DataError as `prepare` does; for inputs without documents before the first is asked for.
     """
-    return _texts(find_files(inputs, reject), reject, text_field)
+    return _texts(find_files(inputs, reject), reject, text_field, progress)
 
 
 def _texts(
-    files: Sequence[SourceFile], reject: Callable[[Rejection], object], text_field: str
+    files: Sequence[SourceFile],
+    reject: Callable[[Rejection], object],
+    text_field: str,
+    progress: Callable[[int, int | None], object] | None,
 ) -> Iterator[tuple[str, str]]:
+    total_bytes = _sum_sizes(files)
     for record in read_records(files, text_field, Position()):
+        if progress:
+            progress(record.read_bytes, total_bytes)
         try:
             yield record.name, text_of(record, text_field)
         except ValueError as error:
@@ -179,25 +191,28 @@ class _Build:
         progress: Callable[[Progress], object] | None,
     ) -> None:
         """Adds all documents, and commits after each shard."""
+        if progress:
+            progress(self._progress(0, total_bytes))
         for chunk in chunks:
             for record, outcome in chunk:
                 if self._add(record, outcome):
                     self.state.position = record.end
                     self._journal.commit(self.state)
             if progress:
-                splits = (self.state.train, self.state.validation)
-                documents, tokens, text_bytes = (
-                    sum(getattr(split, key) for split in splits) for key in ("documents", "tokens", "text_bytes")
-                )
-                progress(
-                    Progress(
-                        documents=documents,
-                        text_bytes=text_bytes,
-                        tokens=tokens,
-                        read_bytes=chunk[-1][0].read_bytes,
-                        total_bytes=total_bytes,
-                    )
-                )
+                progress(self._progress(chunk[-1][0].read_bytes, total_bytes))
+
+    def _progress(self, read_bytes: int, total_bytes: int | None) -> Progress:
+        splits = (self.state.train, self.state.validation)
+        documents, tokens, text_bytes = (
+            sum(getattr(split, key) for split in splits) for key in ("documents", "tokens", "text_bytes")
+        )
+        return Progress(
+            documents=documents,
+            text_bytes=text_bytes,
+            tokens=tokens,
+            read_bytes=read_bytes,
+            total_bytes=total_bytes,
+        )
 
     def finish(self, out: Path) -> Report:
         """Publishes the corpus at `out`."""

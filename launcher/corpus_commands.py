@@ -13,7 +13,7 @@ from triplane.data.prepare import prepare as prepare_corpus
 from triplane.data.prepare import read_documents
 from triplane.data.records import Rejection
 from triplane.data.tokenizer_training import train_tokenizer as train_sentencepiece
-from triplane.launcher.progress_bar import PreparationBar, show_report
+from triplane.launcher.progress_bar import PreparationBar, TokenizerBar, show_report
 from triplane.storage.errors import DataError
 
 _SHOWN_REJECTIONS = 10
@@ -25,12 +25,20 @@ def train_tokenizer(inputs: list[str], out: Path, *, vocab_size: int | None, tex
     if out.exists():
         raise DataError(f"{out} exists; remove it or give another --out")
     rejected: list[Rejection] = []
-    documents = read_documents(inputs, rejected.append, text_field)  # raises DataError before there is a folder
+    bar = TokenizerBar(console)
+    # Raises DataError before there is a folder.
+    documents = read_documents(inputs, rejected.append, text_field, progress=bar.read)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with console.status("training the tokenizer"):
-        tokenizer = train_sentencepiece((text for _, text in documents), out, vocab_size)
+    with bar:
+        tokenizer = train_sentencepiece(_texts(documents, bar), out, vocab_size)
     _show_rejections(console, rejected)
     console.print(f"{out}: {tokenizer.vocab_size:,} tokens, lossless on every text", markup=False)
+
+
+def _texts(documents: Iterator[tuple[str, str]], bar: TokenizerBar) -> Iterator[str]:
+    for _, text in documents:
+        yield text
+    bar.train()
 
 
 def prepare(

@@ -1,9 +1,18 @@
-"""Shows a preparation on a console: a bar while it runs, tables at its end."""
+"""Shows the preparation of a corpus or a tokenizer on a console: a bar while it runs, tables at its end."""
 
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -14,23 +23,22 @@ from triplane.plan.tables import plain_table
 _BAR_CELLS = 16
 
 
-class PreparationBar:
-    """Shows the progress of a preparation on a terminal; disappears when it ends."""
+class _Bar:
+    """Shows a label, a bar, figures and a time on a terminal; disappears when it ends."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, label: str, time: ProgressColumn):
         self._is_shown = console.is_interactive  # elsewhere rich would leave an empty line
         self._bar = Progress(
-            TextColumn("tokenizing"),
+            TextColumn("{task.description}"),
             BarColumn(_BAR_CELLS),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
+            time,
             console=console,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=None, figures="")
-        self._resumed_tokens: int | None = None
+        self._task = self._bar.add_task(label, total=None, figures="")
 
-    def __enter__(self) -> "PreparationBar":
+    def __enter__(self) -> Self:
         if self._is_shown:
             self._bar.start()
         return self
@@ -41,14 +49,42 @@ class PreparationBar:
         if self._is_shown:
             self._bar.stop()
 
+
+class PreparationBar(_Bar):
+    """Shows the progress of a preparation."""
+
+    def __init__(self, console: Console):
+        super().__init__(console, "tokenizing", TimeRemainingColumn(compact=True))
+        self._resumed_tokens: int | None = None
+
     def update(self, now: Progressed) -> None:
         """Shows `now`, with the rate since this process started."""
         if self._resumed_tokens is None:
             self._resumed_tokens = now.tokens
         task: Task = self._bar.tasks[0]
         rate = (now.tokens - self._resumed_tokens) / (task.elapsed or 1)
-        figures = f"{now.documents:,} docs  {now.text_bytes / 1e6:,.0f} MB  {_short(rate)} tok/s"
+        figures = f"{now.documents:,} docs  {_read(now.read_bytes, now.total_bytes)}  {_short(rate)} tok/s"
         self._bar.update(self._task, completed=now.read_bytes, total=now.total_bytes, figures=figures)
+
+
+class TokenizerBar(_Bar):
+    """Shows how much text is read to train a tokenizer, then how long the training takes."""
+
+    def __init__(self, console: Console):
+        super().__init__(console, "reading", TimeElapsedColumn())
+
+    def read(self, read_bytes: int, total_bytes: int | None) -> None:
+        """Shows how much of the input is read."""
+        self._bar.update(self._task, completed=read_bytes, total=total_bytes, figures=_read(read_bytes, total_bytes))
+
+    def train(self) -> None:
+        """Shows that the training has begun, which does not tell how far it is."""
+        self._bar.reset(self._task, total=None, description="training the tokenizer", figures="")
+
+
+def _read(read_bytes: int, total_bytes: int | None) -> str:
+    of = "" if total_bytes is None else f" of {total_bytes / 1e6:,.1f}"
+    return f"{read_bytes / 1e6:,.1f}{of} MB"
 
 
 def show_report(console: Console, report: Report) -> None:
