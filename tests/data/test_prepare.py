@@ -171,7 +171,7 @@ def test_a_killed_run_leaves_no_corpus_and_no_process(prepared: Prepared, tmp_pa
     out, model = tmp_path / "out", prepared.folder / "tokenizer.model"
     command = [sys.executable, "-c", _SCRIPT, str(big), str(out), str(model)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None and run.stdout.readline()
+    assert run.stdout is not None and run.stdout.readline() and run.stdout.readline()  # the start, and a chunk
     workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert len(workers) == 2
     run.send_signal(signal.SIGKILL)
