@@ -30,6 +30,7 @@ JsonFile = Annotated[
     Path | None, typer.Option(help="Also write the result to this file as JSON.", dir_okay=False, show_default=False)
 ]
 RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
+RunFolders = Annotated[list[Path], typer.Argument(help="Run folder, or several to compare.")]
 Run = Annotated[str, typer.Argument(help="Run folder, checkpoint folder (newest) or checkpoint; path or URL.")]
 RunTokenizer = Annotated[
     Path | None,

@@ -28,6 +28,7 @@ from triplane.launcher.arguments import (
     RanksPerNode,
     Run,
     RunFolder,
+    RunFolders,
     RunTokenizer,
     TextField,
 )
@@ -317,16 +318,18 @@ def board(
 
 @app.command()
 def report(
-    run: RunFolder,
+    runs: RunFolders,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write, by default RUN/report.html.", show_default=False, dir_okay=False),
+        typer.Option(
+            help="File to write, by default RUN/report.html, or comparison.html.", show_default=False, dir_okay=False
+        ),
     ] = None,
 ) -> None:
-    """Write a self-contained HTML report: curves, throughput, memory, faults, data, samples, config."""
+    """Write a self-contained HTML report: curves, throughput, faults, samples, config; or compare runs."""
     from triplane.launcher.monitor.report import report
 
-    report(run, out)
+    report(runs, out)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from triplane.config.preflight import (
 )
 from triplane.config.toml import to_toml
 from triplane.data.opening import open_sources
+from triplane.launcher.facts import facts
 from triplane.launcher.monitor.report import report_problem
 from triplane.parallel.devices import gpu_number, threads
 from triplane.parallel.engine import Engine
@@ -157,7 +158,15 @@ def _prepare(
         report.message(f"attention by {flash}, which is installed")
     for line in set_aside:
         report.message(line)
-    _announce(report, state.step, config, resumed, mesh)
+    report.event(
+        state.step,
+        "resume" if resumed else "start",
+        layout=config.parallel.describe(),
+        ranks=mesh.world_size,
+        precision=config.training.precision,
+        **(facts(config, sources, mesh.device) if mesh.rank == 0 else {}),
+    )
+    _announce(report, config, resumed, mesh)
     trainer = Trainer(
         config=config,
         engine=engine,
@@ -275,10 +284,8 @@ def _record_change(config: RunConfig, resumed: Resumed, record: dict[str, Any]) 
             record_event(Path(config.run_dir), event, resumed.state["step"], changes=lines)
 
 
-def _announce(report: Report, step: int, config: RunConfig, resumed: Resumed | None, mesh: Mesh) -> None:
-    layout = config.parallel.describe()
+def _announce(report: Report, config: RunConfig, resumed: Resumed | None, mesh: Mesh) -> None:
     weights = config.checkpoint.initial or "initial weights"
     begin = f"resuming from {resumed.path}" if resumed else f"starting from {weights}"
-    event = "resume" if resumed else "start"
-    report.event(step, event, layout=layout, ranks=mesh.world_size, precision=config.training.precision)
-    report.message(f"{config.run_dir}: {layout}, {config.training.precision} on {mesh.device.type}; {begin}")
+    layout, precision = config.parallel.describe(), config.training.precision
+    report.message(f"{config.run_dir}: {layout}, {precision} on {mesh.device.type}; {begin}")

@@ -36,9 +36,9 @@ def take_snapshot(folder: Path, config: RunConfig) -> None:
     shutil.copytree(code, folder / "code" / code.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / CONFIG).write_text(to_toml(config))
     (folder / "environment.txt").write_text(_environment())
-    status = _git("status", "--short", "--branch")
+    status = git("status", "--short", "--branch")
     if status is not None:
-        parts = [_git("log", "-1", "--format=commit %H%n%s"), status, _git("diff", "HEAD")]
+        parts = [git("log", "-1", "--format=commit %H%n%s"), status, git("diff", "HEAD")]
         (folder / "git.txt").write_text("\n".join(part or "" for part in parts))
 
 
@@ -58,7 +58,7 @@ def _environment() -> str:
     )
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
     """Returns git's output; None without git or a repository."""
     where = Path(__file__).resolve().parent
     try:

@@ -27,6 +27,13 @@ class Details(TypedDict, total=False):
     layout: str
     ranks: int
     precision: str
+    device: str
+    host: str
+    versions: str
+    commit: str
+    parameters: int
+    corpus_tokens: int
+    unigram_loss: float
 
 
 class Event(TypedDict):

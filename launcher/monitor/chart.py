@@ -1,16 +1,22 @@
 """Draws a chart as inline SVG, for a page without scripts or network access."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+from triplane.launcher.monitor.axis import Axis, linear, logarithmic, steps
 
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 400, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 392, 10, 176
-_BUCKETS = 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 376, 10, 176
+_APART_X, _APART_Y = 50 / (_RIGHT - _LEFT), 18 / (_BOTTOM - _TOP)
+"""Room for a label, as a share of a logarithmic axis."""
+_BUCKETS = 150
 """Each bucket shows its lowest and highest point, so that no spike is lost."""
+_SMOOTHED_FROM = 30
+"""Points of a curve; the line through fewer shows each."""
 
 
 @dataclass(frozen=True)
@@ -22,51 +28,98 @@ class Mark:
     bad: bool
 
 
-def chart(curves: Sequence[tuple[str, Points]], marks: Sequence[Mark], format_y: Callable[[float], str]) -> str:
-    """Draws curves over the step, each a name and points with finite values; they need at least one point in all."""
-    xs = [x for _, points in curves for x, _ in points]
-    ys = [y for _, points in curves for _, y in points]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    y_ticks = _ticks(min(ys), max(ys))
-    y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
+@dataclass(frozen=True)
+class Curve:
+    """A line over the step."""
 
-    def x_at(x: float) -> str:
-        return f"{_LEFT + (x - x_low) / (x_high - x_low) * (_RIGHT - _LEFT):.1f}"
+    name: str
+    points: Points
+    """With finite values."""
+    style: str
+    """CSS classes of colour and dashes."""
+    smooth: bool = False
+    """Whether the line is the mean around each point, over dots for the points themselves."""
 
-    def y_at(y: float) -> str:
-        return f"{_BOTTOM - (y - y_low) / (y_high - y_low) * (_BOTTOM - _TOP):.1f}"
 
+@dataclass(frozen=True)
+class Level:
+    """A value to compare with, drawn across the chart."""
+
+    name: str
+    value: float
+    style: str
+
+
+def chart(
+    curves: Sequence[Curve],
+    *,
+    last_step: int,
+    marks: Sequence[Mark] = (),
+    levels: Sequence[Level] = (),
+    from_zero: bool = False,
+    log: bool = False,
+) -> str:
+    """Draws curves, which have at least one point in all, on linear axes or, with `log`, on two logarithmic ones."""
+    if log:
+        curves = [Curve(c.name, [(x, y) for x, y in c.points if x > 0 and y > 0], c.style, c.smooth) for c in curves]
+    ys = [y for curve in curves for _, y in curve.points] + [level.value for level in levels]
+    if log:
+        x_axis = logarithmic(1.0, max(2.0, last_step), apart=_APART_X, whole=True)
+        y_axis = logarithmic(min(ys), max(ys), apart=_APART_Y)
+    else:
+        x_axis = steps(last_step)
+        y_axis = linear(min([*ys, 0.0] if from_zero else ys), max(ys))
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
-    for y in y_ticks:
-        parts.append(f'<path class="grid" d="M{_LEFT} {y_at(y)}H{_RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y_at(y)}" dy="4" text-anchor="end">{escape(format_y(y))}</text>')
-    for x in (x for x in _ticks(x_low, x_high) if x_low <= x <= x_high and x == round(x)):
-        anchor = "end" if x == x_high else "middle"
-        parts.append(f'<text x="{x_at(x)}" y="{_BOTTOM + 18}" text-anchor="{anchor}">{x:,.6g}</text>')
-    for mark in (mark for mark in marks if x_low <= mark.step <= x_high):
+    for y, label in y_axis.ticks:
+        parts.append(f'<path class="grid" d="M{_LEFT} {_y(y_axis, y)}H{_RIGHT}"/>')
+        parts.append(f'<text class="y" x="{_LEFT - 6}" y="{_y(y_axis, y)}" dy=".35em" text-anchor="end">{label}</text>')
+    for x, label in x_axis.ticks:
+        parts.append(f'<text class="x" x="{_x(x_axis, x)}" y="{_BOTTOM + 18}" text-anchor="middle">{label}</text>')
+    for mark in (mark for mark in marks if x_axis.low <= mark.step <= x_axis.high):
         style = "mark bad" if mark.bad else "mark"
         title = f"<title>step {mark.step:,}: {escape(mark.text)}</title>"
-        parts.append(f'<path class="{style}" d="M{x_at(mark.step)} {_TOP}V{_BOTTOM}">{title}</path>')
-    for i, (name, points) in enumerate(curves):
-        shown = _thinned(points)
-        title = f"<title>{escape(name)}</title>"
-        if len(shown) == 1:
-            ((x, y),) = shown
-            parts.append(f'<circle class="dot{i}" cx="{x_at(x)}" cy="{y_at(y)}" r="3">{title}</circle>')
-        line = " ".join(f"{x_at(x)},{y_at(y)}" for x, y in shown)
-        parts.append(f'<polyline class="line{i}" points="{line}">{title}</polyline>')
+        parts.append(f'<path class="{style}" d="M{_x(x_axis, mark.step)} {_TOP}V{_BOTTOM}">{title}</path>')
+    for level in levels:
+        title = f"<title>{escape(level.name)}</title>"
+        parts.append(f'<path class="{level.style}" d="M{_LEFT} {_y(y_axis, level.value)}H{_RIGHT}">{title}</path>')
+    parts += [_drawn(curve, x_axis, y_axis) for curve in curves if curve.points]
     return "".join([*parts, "</svg>"])
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Returns three to seven round values that span `low` to `high`; if these are equal, includes zero."""
-    if low == high:
-        low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
-    span = high - low
-    size = 10 ** math.floor(math.log10(span / 4))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= span / 5)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [i * step for i in range(first, last + 1)]
+def _x(axis: Axis, x: float) -> str:
+    return f"{_LEFT + axis.at(x) * (_RIGHT - _LEFT):.1f}"
+
+
+def _y(axis: Axis, y: float) -> str:
+    return f"{_BOTTOM - axis.at(y) * (_BOTTOM - _TOP):.1f}"
+
+
+def _drawn(curve: Curve, x_axis: Axis, y_axis: Axis) -> str:
+    title = f"<title>{escape(curve.name)}</title>"
+    smooth = curve.smooth and len(curve.points) >= _SMOOTHED_FROM
+    places = [(_x(x_axis, x), _y(y_axis, y)) for x, y in _thinned(curve.points)]
+    parts = []
+    if smooth or len(places) < _SMOOTHED_FROM:
+        dots = "".join(f"M{x} {y}h0" for x, y in places)
+        parts.append(f'<path class="dots {"faint " if smooth else ""}{curve.style}" d="{dots}">{title}</path>')
+    if smooth:
+        places = [(_x(x_axis, x), _y(y_axis, y)) for x, y in _thinned(smoothed(curve.points))]
+    line = " ".join(f"{x},{y}" for x, y in places)
+    return "".join([*parts, f'<polyline class="{curve.style}" points="{line}">{title}</polyline>'])
+
+
+def smoothed(points: Points) -> Points:
+    """Returns the mean around each point, over fewer at the start, where a curve falls fast, and at the end."""
+    widest = len(points) // 30
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    means = []
+    for i, (x, _) in enumerate(points):
+        half = min(widest, i // 4)
+        first, end = i - half, min(i + half + 1, len(points))
+        means.append((x, (sums[end] - sums[first]) / (end - first)))
+    return means
 
 
 def _thinned(points: Points) -> Points:
