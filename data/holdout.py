@@ -1,13 +1,40 @@
-"""Holds out a document for a split that small inputs would leave empty."""
+"""Holds out a document, or the end of a single one, for a split that small inputs would leave empty."""
+
+from pathlib import PurePosixPath
 
 import numpy as np
 
+from triplane.data.content import LONG_BYTES
+from triplane.data.decompression import COMPRESSIONS
 from triplane.data.manifest import Tokens, token_dtype
+from triplane.data.readers import is_one_text
 from triplane.data.shards import SplitWriter
+from triplane.data.sources import SourceFile
 from triplane.data.tokenizer import Tokenizer
 
 MOST_TOKENS = 1 << 22
 """Largest single document to cut in two."""
+
+
+def text_and_its_end(file: SourceFile, fraction: float, *, most_bytes: int) -> list[SourceFile]:
+    """Cuts a long local text at the line end before its last `fraction`; returns no files if it cannot.
+
+    `most_bytes` is the limit of a document. A short text, which may be compressed or a row, is cut by `hold_out`.
+    """
+    size, compressed = file.size or 0, PurePosixPath(file.path).suffix.lower() in COMPRESSIONS
+    if "://" in file.path or compressed or not is_one_text(file) or not LONG_BYTES < size <= most_bytes:
+        return []
+    near = round(size * (1 - fraction))
+    with open(file.path, "rb") as content:
+        content.seek(max(0, near - LONG_BYTES))
+        before = content.read(min(near, LONG_BYTES))
+    cut = near - len(before) + before.rfind(b"\n") + 1
+    if not 0 < cut < size or b"\n" not in before:
+        return []
+    return [
+        file._replace(part=range(cut), size=cut),
+        file._replace(name=f"{file.name}, its end", format=".txt", part=range(cut, size), size=size - cut),
+    ]
 
 
 def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, fraction: float) -> bool:

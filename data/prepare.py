@@ -16,7 +16,7 @@ from triplane.data.content import DEFAULT_LIMITS, Limits
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe, Duplicates, check_library
 from triplane.data.encode import Encoding, Outcome, check_open_files, encode_records
-from triplane.data.holdout import MOST_TOKENS, hold_out
+from triplane.data.holdout import MOST_TOKENS, hold_out, text_and_its_end
 from triplane.data.journal import Journal
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.readers import read_records
@@ -90,7 +90,9 @@ def prepare(
         with locked_folder(partial, wait=wait):
             try:
                 if not _is_taken(out):
-                    build = _Build(partial, recipe, model, skipped)
+                    halves = _halves(files, recipe)
+                    files = halves or files
+                    build = _Build(partial, recipe, model, skipped, cut=bool(halves))
                     limits = Limits(max_document_bytes, partial)
                     records = read_records(files, text_field, build.state.position, limits=limits)
                     encoding = Encoding(
@@ -150,9 +152,13 @@ class _State(BaseModel, extra="forbid"):
 class _Build:
     """An unfinished corpus, in its own folder."""
 
-    def __init__(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer, skipped: Sequence[Rejection]):
-        """Resumes from the last commit in `folder`, if any; raises DataError if it has another recipe."""
+    def __init__(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer, skipped: Sequence[Rejection], *, cut: bool):
+        """Resumes from the last commit in `folder`, if any; raises DataError if it has another recipe.
+
+        `cut` means that there are two files, one for each split.
+        """
         self._folder = folder
+        self._cut = cut
         self._tokenizer = tokenizer
         self._journal = Journal(folder)
         self.state = _State(recipe=recipe)
@@ -217,7 +223,7 @@ class _Build:
     def finish(self, out: Path) -> Report:
         """Publishes the corpus at `out`."""
         train, validation, rejected = self.state.train, self.state.validation, self.state.rejected
-        cut = False
+        cut = self._cut
         if not (train.documents and validation.documents):
             cut = hold_out(self._train, self._validation, self._tokenizer, self.state.recipe.validation_fraction)
         if not (train.documents and validation.documents):
@@ -257,7 +263,9 @@ class _Build:
             self._reject(Rejection(name=record.name, reason=duplicate))
             return False
         is_validation = (
-            int.from_bytes(outcome.content_hash[:8], "little") < self.state.recipe.validation_fraction * 2**64
+            record.end.file == 1
+            if self._cut
+            else int.from_bytes(outcome.content_hash[:8], "little") < self.state.recipe.validation_fraction * 2**64
         )
         return (self._validation if is_validation else self._train).add(outcome.parts, outcome.text_bytes)
 
@@ -303,6 +311,12 @@ def _is_taken(out: Path) -> bool:
 def _digest(files: Sequence[SourceFile]) -> str:
     lines = (f"{PurePosixPath(file.path).name} {file.size} {file.version}\n" for file in files)
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _halves(files: Sequence[SourceFile], recipe: Recipe) -> list[SourceFile]:
+    if len(files) > 1:
+        return []
+    return text_and_its_end(files[0], recipe.validation_fraction, most_bytes=recipe.max_document_bytes)
 
 
 def _sum_sizes(files: Sequence[SourceFile]) -> int | None:

@@ -52,7 +52,7 @@ def read_records(
     for number, file in enumerate(files[start.file :], start.file):
         skipped = start.records if number == start.file else 0
         try:
-            with _open(file.path) as raw, closing(decompressed(raw, PurePosixPath(file.path).suffix.lower())) as stream:
+            with _open(file) as raw, closing(decompressed(raw, PurePosixPath(file.path).suffix.lower())) as stream:
                 rows = itertools.islice(_reader(file)(stream, text_field, limits), skipped, None)
                 for count, (suffix, kind, content) in enumerate(rows, skipped + 1):
                     yield Record(
@@ -72,16 +72,38 @@ def read_records(
         before_bytes += file.size or 0
 
 
-def _open(path: str) -> IO[bytes]:
-    if "://" not in path:
+def _open(file: SourceFile) -> IO[bytes]:
+    if "://" not in file.path:
         # O_NONBLOCK: a pipe or device may have replaced the file since it was found, and would block.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise DataError("not a regular file")
-        return open(descriptor, "rb")
-    fs, path = fsspec.url_to_fs(path)
+        whole = os.fdopen(descriptor, "rb")
+        return whole if file.part is None else io.BufferedReader(_Part(whole, file.part))
+    fs, path = fsspec.url_to_fs(file.path)
     return fs.open(path, "rb")
+
+
+class _Part(io.RawIOBase):
+    """Reads some bytes of a file."""
+
+    def __init__(self, whole: BinaryIO, part: range):
+        self._whole, self._part = whole, part
+        whole.seek(part.start)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._whole.readinto(memoryview(buffer)[: self._part.stop - self._whole.tell()])  # type: ignore[attr-defined]
+
+    def tell(self) -> int:
+        return self._whole.tell() - self._part.start
+
+    def close(self) -> None:
+        self._whole.close()
+        super().close()
 
 
 _Reader = Callable[[IO[bytes], str, Limits], Iterator[_Row]]
@@ -305,3 +327,8 @@ _READERS: dict[str, _Reader] = {
     "topics": _topics,
 }
 """By SourceFile.format; any other file is one text document, unless it contains JSON lines."""
+
+
+def is_one_text(file: SourceFile) -> bool:
+    """Returns whether the file is a single text, as far as its name tells."""
+    return _reader(file) in (_text, _unknown)

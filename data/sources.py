@@ -43,6 +43,8 @@ class SourceFile(NamedTuple):
     """Bytes, None if the server does not report it."""
     version: str
     """Changes with the content."""
+    part: range | None = None
+    """Bytes of the file that it consists of; None for all."""
 
 
 def find_files(inputs: Sequence[str], reject: Callable[[Rejection], object]) -> list[SourceFile]:

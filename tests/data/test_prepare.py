@@ -19,6 +19,7 @@ from triplane.data.blocks import BLOCK_CHARS
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe
 from triplane.data.inspect import describe
+from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.prepare import Progress, prepare
 from triplane.data.report import Rejected, Report
 from triplane.storage.errors import DataError
@@ -228,6 +229,34 @@ def test_each_split_has_a_document_of_any_number(prepared: Prepared, tmp_path: P
             assert sum(counts.lengths) == counts.documents
 
 
+@pytest.mark.parametrize("name", ["long.txt", "enwik"])
+def test_the_end_of_a_long_text_is_held_out_however_many_shards_it_fills(
+    name: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    lines = [f"line {i} of a text that is longer than a document which is held in memory\n" for i in range(60_000)]
+    text = "".join(lines)
+    (tmp_path / name).write_text(text)
+    model = open_tokenizer(prepared.folder / "tokenizer.model")
+    report = prepare(
+        [str(tmp_path / name)],
+        tmp_path / "out",
+        prepared.folder / "tokenizer.model",
+        validation_fraction=0.1,
+        shard_tokens=100_000,
+        processes=1,
+    )
+    parts = []
+    for split in ("train", "validation"):
+        corpus = Corpus(tmp_path / "out" / split)
+        assert corpus.manifest.documents == 1
+        parts.append(model.decode(corpus.read(0, corpus.manifest.tokens)[0].tolist()))
+    assert "".join(parts) == text
+    assert parts[0].endswith("\n") and parts[1].startswith("line ")
+    assert 0.1 <= len(parts[1]) / len(text) < 0.1001
+    assert report.validation_is_end and (report.train.documents, report.validation.documents) == (1, 1)
+    assert report.train.text_bytes + report.validation.text_bytes == len(text)
+
+
 def test_a_document_too_long_to_cut_is_told(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,10 +292,10 @@ def test_nothing_is_held_out_of_a_split_with_a_finished_shard(prepared: Prepared
 
 
 def test_a_full_disk_under_a_long_document_is_reported(prepared: Prepared, tmp_path: Path) -> None:
-    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=5m none {tmp_path} && $0"]
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=9m none {tmp_path} && $0"]
     if subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets no user mount a file system")
-    script = f"yes some words | head -c 4400000 > {tmp_path}/long.txt; '{sys.executable}' -c '{_SCRIPT}' "
+    script = f"yes some words | head -c 8400000 > {tmp_path}/long.txt; '{sys.executable}' -c '{_SCRIPT}' "
     script += f"{tmp_path}/long.txt {tmp_path}/out '{prepared.folder}/tokenizer.model'"
     mount[-1] = mount[-1].replace("$0", script)
     done = subprocess.run(mount, capture_output=True, text=True, env=os.environ)
