@@ -137,8 +137,9 @@ def _speed(mesh: Mesh, built: Engine, sequences: int, packed: bool) -> str:
     except torch.OutOfMemoryError as error:
         return f"out of memory: {str(error).splitlines()[0]} | | |"
     tokens_per_s = 2 * STEPS * sequences * SEQ_LEN / (time.perf_counter() - start_s)
-    mfu = tokens_per_s * flops_per_token(built.config, SEQ_LEN) / peak_flops_per_s(mesh.device, torch.bfloat16)
-    return f"{tokens_per_s:,.0f} | {100 * mfu:.1f} % | {peak_memory_gib(mesh.device):.1f} |"
+    peak = peak_flops_per_s(mesh.device, torch.bfloat16)
+    mfu = f"{100 * tokens_per_s * flops_per_token(built.config, SEQ_LEN) / peak:.1f} %" if peak else "-"
+    return f"{tokens_per_s:,.0f} | {mfu} | {peak_memory_gib(mesh.device):.1f} |"
 
 
 if __name__ == "__main__":

@@ -126,8 +126,6 @@ def _prepare(
     config = _resolve(config, folder, mesh)
     dtype = DTYPES[config.training.precision]
     flash = newest_flash_attention(mesh.device)
-    # Only one rank measures: all at once would share the memory bandwidth.
-    peak = on_rank_0(lambda: peak_flops_per_s(mesh.device, dtype))
     engine = Engine(
         config.model,
         config.parallel,
@@ -184,7 +182,7 @@ def _prepare(
         report=report,
         watchdog=watchdog,
         callbacks=callbacks,
-        peak_flops_per_s=peak,
+        peak_flops_per_s=peak_flops_per_s(mesh.device, dtype),
     )
     return trainer, state
 

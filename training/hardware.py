@@ -1,4 +1,4 @@
-"""Measures the device: peak FLOP/s for MFU, the faster precision of a CPU, memory; picks its FlashAttention."""
+"""Knows the device: published peak FLOP/s for MFU, the faster precision of a CPU, memory; picks its FlashAttention."""
 
 import re
 import time
@@ -27,13 +27,14 @@ _PEAK_FLOPS = {
 }
 
 
-def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the peak of one rank: the data sheet's for a known GPU in bf16, else the measured one."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        known = data_sheet_flops_per_s(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known
-    return measure_flops_per_s(device, dtype)
+def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Returns the published peak of one rank; None unless it is a known GPU in bf16.
+
+    A measured one depends on what else runs: on a busy CPU the MFU would be too high.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return data_sheet_flops_per_s(torch.cuda.get_device_name(device))
 
 
 def data_sheet_flops_per_s(name: str) -> float | None:
@@ -48,22 +49,19 @@ def faster_precision(device: torch.device) -> Precision:
     """Returns bf16 on a GPU, and on a CPU whichever multiplies matrices faster."""
     if device.type == "cuda":
         return "bf16"
-    bf16, fp32 = (measure_flops_per_s(device, dtype) for dtype in (torch.bfloat16, torch.float32))
-    return "bf16" if bf16 > fp32 else "fp32"
+    bf16, fp32 = (_time_of_product(dtype) for dtype in (torch.bfloat16, torch.float32))
+    return "bf16" if bf16 < fp32 else "fp32"
 
 
-def measure_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the best of a few matrix products, each large enough to fill the device."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+def _time_of_product(dtype: torch.dtype) -> float:
+    """Returns the best time of a few products of matrices that fill a CPU."""
+    a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
     best_s = float("inf")
     for _ in range(5):
         start_s = time.perf_counter()
         F.linear(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         best_s = min(best_s, time.perf_counter() - start_s)
-    return 2 * n**3 / best_s
+    return best_s
 
 
 def newest_flash_attention(device: torch.device) -> str | None:

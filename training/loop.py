@@ -53,11 +53,11 @@ class Trainer:
         report: Report,
         watchdog: Watchdog,
         callbacks: Sequence[Callback],
-        peak_flops_per_s: float,
+        peak_flops_per_s: float | None,
     ):
         """`restore` loads the newest checkpoint, or the initial weights if there is none; collective.
 
-        `peak_flops_per_s` is one rank's, for MFU.
+        `peak_flops_per_s` is one rank's, for MFU; None if it is not published.
         """
         self.config = config
         self.engine = engine

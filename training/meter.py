@@ -15,7 +15,12 @@ class Meter:
     """Counts tokens and steps since the last `restart`."""
 
     def __init__(
-        self, engine: Engine, *, seq_len_at: Callable[[int], int], peak_flops_per_s: float, stopwatch: Stopwatch
+        self,
+        engine: Engine,
+        *,
+        seq_len_at: Callable[[int], int],
+        peak_flops_per_s: float | None,
+        stopwatch: Stopwatch,
     ):
         self._config = engine.config
         self._mesh = engine.mesh
@@ -51,7 +56,13 @@ class Meter:
             "padding": 1 - self._tokens / self._positions,
             "tokens_per_s": tokens_per_s_per_rank * self._mesh.world_size,
             "tokens_per_s_per_rank": tokens_per_s_per_rank,
-            "mfu": tokens_per_s_per_rank * flops_per_token(self._config, self._seq_len) / self._peak_flops_per_s,
+            **self._mfu(tokens_per_s_per_rank),
             "step_time_s": step_time_s,
             **values,
         }
+
+    def _mfu(self, tokens_per_s_per_rank: float) -> dict[str, float]:
+        if self._peak_flops_per_s is None:
+            return {}
+        flops_per_s = tokens_per_s_per_rank * flops_per_token(self._config, self._seq_len)
+        return {"mfu": flops_per_s / self._peak_flops_per_s}

@@ -55,7 +55,7 @@ METRICS = {
     "tokens_per_s_per_rank": Metric(
         "tokens/s", "mean over ranks", lambda rate: f"{format_count(rate)} tokens/s per rank"
     ),
-    "mfu": Metric("fraction of peak", "mean over ranks", lambda fraction: f"MFU {100 * fraction:.1f} %"),
+    "mfu": Metric("fraction of published peak", "mean over ranks", lambda fraction: f"MFU {100 * fraction:.1f} %"),
     "step_time_s": Metric("s", _MAX, "step {:.3f} s".format),
     "data_time_s": Metric("s", _MAX, "data {:.3f} s".format),
     "forward_backward_time_s": Metric("s", _MAX, "forward and backward {:.3f} s".format),

@@ -14,7 +14,7 @@ _BASE_UNITS = {
     "s": ("_s", "_seconds", 1),
     "GiB": ("_gib", "_bytes", 2**30),
     "tokens/s": ("_per_s", "_per_second", 1),
-    "fraction of peak": ("mfu", "mfu_ratio", 1),
+    "fraction of published peak": ("mfu", "mfu_ratio", 1),
 }
 """By unit in `METRICS`: its part of our name, its part of Prometheus's name, and the factor between the units."""
 

@@ -20,6 +20,7 @@ from triplane.parallel import zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
 from triplane.prove.forked import run_ranks
 from triplane.training.config import RunConfig
+from triplane.training.prometheus import Endpoint
 from triplane.training.report import Report
 
 
@@ -69,16 +70,26 @@ def test_a_scrape_has_the_newest_metrics_in_base_units(prepared: Prepared, tmp_p
         ("validation_loss", "validation_loss", 1),
         ("tokens_seen", "tokens_seen", 1),
         ("tokens_per_second_per_rank", "tokens_per_s_per_rank", 1),
-        ("mfu_ratio", "mfu", 1),
         ("step_time_seconds", "step_time_s", 1),
         ("checkpoint_stall_time_seconds", "checkpoint_stall_time_s", 1),
         ("memory_bytes", "memory_gib", 2**30),
     ):
         assert found[f"triplane_{theirs}"] == pytest.approx(newest[ours] * factor), theirs
     assert len(found) == len(newest.keys() - {"time"})
-    assert families["triplane_loss"].documentation == "nats/token, mean over tokens of the global batch"
+    assert (
+        families["triplane_loss"].documentation
+        == "nats/token, mean over tokens of the global batches since the last log"
+    )
     events = {sample.labels["event"]: sample.value for sample in families["triplane_events"].samples}
     assert events == {"start": 1, "save": 2}
+
+
+def test_mfu_is_a_ratio(port: int) -> None:
+    endpoint = Endpoint(port)
+    endpoint.metrics(5, {"loss": 2.0, "mfu": 0.4, "user/mine": 1.0})
+    found = {family.name: family.samples[0].value for family in endpoint.collect() if family.samples}
+    endpoint.close()
+    assert found == {"triplane_step": 5, "triplane_loss": 2.0, "triplane_mfu_ratio": 0.4}
 
 
 def test_a_port_that_is_taken_is_refused_at_the_start_and_told_later(
