@@ -71,7 +71,8 @@ def _read(path: Path) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+        text = "" if path.suffix == ".toml" else "; to train on a text, let its name end in .txt"
+        raise ConfigError(f"{path}: not TOML: {error}{text}") from None
 
 
 def _near(path: Path) -> str:

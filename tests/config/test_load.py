@@ -138,6 +138,12 @@ def test_bad_toml_is_placed_and_told_with_bad_overrides(write: Callable[..., Pat
     assert override.startswith("override 'x'")
 
 
+def test_a_text_without_a_suffix_is_told_from_a_config(tmp_path: Path) -> None:
+    (tmp_path / "enwik8").write_text("<mediawiki> a text")
+    (problem,) = problems(tmp_path / "enwik8")
+    assert "not TOML: " in problem and problem.endswith("; to train on a text, let its name end in .txt")
+
+
 def test_an_absent_file_brings_near_names(write: Callable[..., Path]) -> None:
     write(GOOD)
     assert problems(Path("b.toml")) == ["b.toml: no such file; did you mean a.toml?"]
