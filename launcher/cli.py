@@ -310,7 +310,7 @@ def board(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 to serve other machines.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 6006,
 ) -> None:
-    """Start TensorBoard on runs: Custom Scalars has the main metrics, Text the config."""
+    """Start TensorBoard on runs: Time Series has the metrics, Text the config, HParams what differs."""
     from triplane.launcher.monitor.board import board
 
     raise typer.Exit(board(folder, host, port))

@@ -2,20 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from triplane.training.board import Board
 from triplane.training.callback import Callback, Run
 from triplane.training.run_folder import RunFolder
 from triplane.training.run_log import cut_log, open_log
 from triplane.training.units import format_count
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass(frozen=True)
@@ -66,22 +61,6 @@ METRICS = {
     "user": Metric("its own", "quotient of sums over data-parallel ranks", "{:.4g}".format),
 }
 
-_GROUPS = {
-    "learning": (
-        ("loss", "validation_loss"),
-        ("bits_per_byte", "validation_bits_per_byte"),
-        ("gradient_norm",),
-        ("learning_rate",),
-    ),
-    "speed": (
-        ("tokens_per_s",),
-        ("mfu",),
-        ("step_time_s", "data_time_s", "forward_backward_time_s", "optimizer_time_s"),
-    ),
-    "machine": (("memory_gib",), ("checkpoint_time_s", "checkpoint_stall_time_s")),
-}
-"""The most important metrics, by chart."""
-
 
 class MetricsWriter(Callback):
     """Appends to metrics.jsonl, samples.jsonl and TensorBoard events in `run_dir/tensorboard`; for rank 0.
@@ -95,48 +74,34 @@ class MetricsWriter(Callback):
         self._open(resume_step)
 
     def _open(self, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second
-
         # A fresh start repeats the validation before the first step, if any.
         first_step = resume_step + 1 if resume_step else 0
         for log in (self._run.metrics, self._run.samples):
             cut_log(log, first_step)
         self._lines, self._samples = open_log(self._run.metrics), open_log(self._run.samples)
-        self._open_board = partial(SummaryWriter, str(self._run.tensorboard))
-        self._board: SummaryWriter | None = self._open_board(purge_step=first_step)
+        self._board = Board(self._run.tensorboard, first_step)
         if resume_step == 0:
-            self._board.add_text("metrics", _legend(), 0)
-            self._board.add_custom_scalars(_layout())
+            self._board.text(0, "metrics", _legend())
 
     def start(self, run: Run) -> None:
         self.choices(run.step, run.toml, run.choices)
 
     def choices(self, step: int, config: str, choices: Mapping[str, object]) -> None:
-        """Shows the config as TOML, and its values, numbers or text, as hyperparameters.
-
-        TensorBoard shows the first hyperparameters that a run had.
-        """
-        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-
-        with self._tensorboard() as board:
-            board.add_text("config", _code_block(config), step)
-            # `add_hparams` would create a separate run for them.
-            board._get_file_writer().add_summary(hparams_pb(choices))  # type: ignore[no-untyped-call]
+        """Shows the config as TOML, and its values, numbers or text, as hyperparameters."""
+        self._board.text(step, "config", _code_block(config))
+        self._board.choices(str(self._run.path), choices)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values`, reduced over ranks, under their names in `METRICS`."""
         names = {name.partition("/")[0] for name in values}  # the source, or the user's name, follows the slash
         assert names <= METRICS.keys(), f"not in METRICS: {names - METRICS.keys()}"
         self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        with self._tensorboard() as board:
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
+        self._board.scalars(step, values)
 
     def sample(self, step: int, text: str) -> None:
         """Records generated text, shown in TensorBoard verbatim."""
         self._samples.write(json.dumps({"step": step, "sample": text}) + "\n")
-        with self._tensorboard() as board:
-            board.add_text("sample", _code_block(text), step)
+        self._board.text(step, "sample", _code_block(text))
 
     def rewind(self, step: int) -> None:
         self.close()
@@ -145,25 +110,7 @@ class MetricsWriter(Callback):
     def close(self) -> None:
         self._lines.close()
         self._samples.close()
-        if self._board is not None:
-            self._board.close()
-
-    @contextmanager
-    def _tensorboard(self) -> Iterator["SummaryWriter"]:
-        """Yields the writer, then flushes it. A writer that failed is unusable: the next one opens a new file."""
-        board = self._board or self._open_board()
-        self._board = None
-        yield board
-        board.flush()
-        self._board = board
-
-
-def _layout() -> dict[str, dict[str, list[object]]]:
-    """Returns the layout of TensorBoard's Custom Scalars, which takes tags as regular expressions."""
-    return {
-        group: {", ".join(names): ["Multiline", [f"^{name}$" for name in names]] for names in charts}
-        for group, charts in _GROUPS.items()
-    }
+        self._board.close()
 
 
 def _code_block(text: str) -> str:

@@ -84,7 +84,7 @@ def _weights(victim: Victim, reference: Victim, tolerance: float) -> None:
 
 def _tensorboard(victim: Victim) -> None:
     events = EventAccumulator(str(victim.run / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    shown = [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors("loss")]
+    shown = [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors("1 loss/loss")]
     logged = [(line["step"], line["loss"]) for line in victim.metrics("loss")]
     if [step for step, _ in shown] != [step for step, _ in logged]:
         raise BrokenError(f"TensorBoard has the steps {[step for step, _ in shown]}")

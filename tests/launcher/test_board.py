@@ -17,13 +17,15 @@ from triplane.training.run_log import record_event
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a TensorBoard on a folder with one run, resumed with another learning rate."""
+    """Address of a TensorBoard on a folder with two runs, one resumed with another learning rate; one has variants."""
     runs = tmp_path_factory.mktemp("runs")
-    for resume_step, lr in ((0, 0.5), (2, 0.25)):
-        record_event(runs / "one", "start", resume_step, layout="dp 2", ranks=2, precision="fp32")
-        writer = MetricsWriter(runs / "one", resume_step)
-        writer.choices(resume_step, f"[optimizer]\nlr = {lr}\n", {"optimizer.lr": lr, "parallel.cp_method": "ring"})
-        writer.metrics(resume_step + 2, {"loss": 3.0, "validation_loss": 4.0})
+    for run, resume_step, lr in (("one", 0, 0.5), ("one", 2, 0.25), ("two", 0, 0.125), ("one/sweep/two", 0, 0.125)):
+        toml = f"[optimizer]\nlr = {lr}\n[parallel]\ncp_method = 'ring'\n"
+        record_event(runs / run, "start", resume_step, layout="dp 2", ranks=2, precision="fp32")
+        (runs / run / "config.toml").write_text(toml)
+        writer = MetricsWriter(runs / run, resume_step)
+        writer.choices(resume_step, toml, {"optimizer.lr": lr, "parallel.cp_method": "ring"})
+        writer.metrics(resume_step + 2, {"loss": 3.0, "validation_loss": 4.0, "tokens_per_s": 9.0})
         writer.close()
     command = [sys.executable, "-m", "triplane", "board", str(runs), "--port", "0"]
     with subprocess.Popen(
@@ -48,32 +50,31 @@ def ask(address: str, path: str, body: dict | None = None) -> str:
         return answer.read().decode()
 
 
-def test_curves_are_grouped(address: str) -> None:
-    layout = json.loads(ask(address, "custom_scalars/layout"))
-    groups = {group["title"]: [chart["title"] for chart in group["chart"]] for group in layout["category"]}
-    assert list(groups) == ["learning", "speed", "machine"]
-    assert groups["learning"] == [
-        "loss, validation_loss",
-        "bits_per_byte, validation_bits_per_byte",
-        "gradient_norm",
-        "learning_rate",
-    ]
-    curves = json.loads(ask(address, "custom_scalars/scalars?run=one/tensorboard&tag=%5Eloss%24"))
-    assert curves["regex_valid"]
-    assert {tag: [value for _, _, value in points] for tag, points in curves["tag_to_events"].items()} == {
-        "loss": [3.0, 3.0]
+def test_runs_have_the_names_of_their_folders_and_charts_have_both_lines(address: str) -> None:
+    tags = json.loads(ask(address, "timeseries/tags"))["scalars"]["runTagInfo"]
+    runs = ("one", "one-sweep-two", "two")
+    assert tags == {
+        **{run: ["1 loss/loss", "3 speed/tokens_per_s"] for run in runs},
+        **{f"{run}/validation": ["1 loss/loss"] for run in runs},
     }
+    for run, loss in (("one", 3.0), ("one/validation", 4.0)):
+        points = json.loads(ask(address, f"scalars/scalars?run={run}&tag=1%20loss%2Floss"))
+        assert [(step, value) for _, step, value in points] == [(2, loss), (4, loss)]
 
 
 def test_the_config_is_text(address: str) -> None:
-    texts = json.loads(ask(address, "text/text?run=one/tensorboard&tag=config/text_summary"))
+    texts = json.loads(ask(address, "text/text?run=one&tag=config/text_summary"))
     assert [text["step"] for text in texts] == [0, 2]
     assert "lr = 0.25" in texts[1]["text"]
 
 
-def test_the_first_choices_are_hyperparameters(address: str) -> None:
+def test_hyperparameters_are_those_that_differ(address: str) -> None:
+    experiment = json.loads(ask(address, "hparams/experiment", {}))
+    assert [info["name"] for info in experiment["hparamInfos"]] == ["optimizer.lr"]
     statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
     request = {"allowedStatuses": statuses, "startIndex": 0, "sliceSize": 10, "colParams": []}
-    answer = json.loads(ask(address, "hparams/session_groups", request))
-    (group,) = answer["sessionGroups"]
-    assert group["hparams"] == {"optimizer.lr": 0.5, "parallel.cp_method": "ring"}
+    groups = json.loads(ask(address, "hparams/session_groups", request))["sessionGroups"]
+    found = {group["name"].rpartition("runs0/")[2]: group["hparams"]["optimizer.lr"] for group in groups}
+    assert found == {"one": 0.5, "two": 0.125, "one/sweep/two": 0.125}  # the first of each run
+    (one,) = (group for group in groups if group["name"].endswith("/one"))
+    assert {metric["name"]["group"]: metric["value"] for metric in one["metricValues"]} == {"": 3.0, "validation": 4.0}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+from triplane.training.board import tag
 from triplane.training.metrics import METRICS, MetricsWriter
 
 
@@ -29,10 +31,10 @@ def read_lines(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def read_events(run_dir: Path, tag: str) -> list[tuple[int, object]]:
+def read_events(run_dir: Path, name: str, of: str = "") -> list[tuple[int, object]]:
     """Steps and values as TensorBoard shows them."""
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    return [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)]
+    events = EventAccumulator(str(run_dir / "tensorboard" / of), size_guidance={"tensors": 0}).Reload()
+    return [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(name)]
 
 
 def test_a_killed_and_resumed_run_leaves_one_curve(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_a_killed_and_resumed_run_leaves_one_curve(tmp_path: Path) -> None:
     assert [line["tokens_seen"] for line in lines] == [100 * step for step in range(1, 9)]
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
-    assert read_events(tmp_path, "loss") == expected
+    assert read_events(tmp_path, "1 loss/loss") == expected
     texts = [(step, f"    # {loss}\n    <b>\n".encode()) for step, loss in expected]
     assert read_events(tmp_path, "sample/text_summary") == texts
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -60,7 +62,7 @@ def test_a_start_from_nothing_keeps_nothing(tmp_path: Path) -> None:
     log_and_die(tmp_path, 0, range(3), loss=1.0)
     log_and_die(tmp_path, 0, range(2), loss=2.0)
     assert [(line["step"], line["loss"]) for line in read_lines(tmp_path)] == [(0, 2.0), (1, 2.0)]
-    assert read_events(tmp_path, "loss") == [(0, 2.0), (1, 2.0)]
+    assert read_events(tmp_path, "1 loss/loss") == [(0, 2.0), (1, 2.0)]
 
 
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_after_a_full_disk_the_curves_go_on(tmp_path: Path, small_disk: Path) ->
     ballast.unlink()
     writer.metrics(4, {"loss": 4.0})
     writer.close()
-    assert read_events(tmp_path, "loss") == [(1, 1.0), (4, 4.0)]
+    assert read_events(tmp_path, "1 loss/loss") == [(1, 1.0), (4, 4.0)]
 
 
 def test_an_undeclared_metric_is_a_mistake_of_ours(tmp_path: Path) -> None:
@@ -97,8 +99,20 @@ def test_an_undeclared_metric_is_a_mistake_of_ours(tmp_path: Path) -> None:
     assert read_lines(tmp_path) == []
 
 
+def test_validation_is_a_line_of_its_own_in_the_chart_of_training(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    writer.metrics(1, {"loss": 2.0, "user/accuracy": 0.5})
+    writer.metrics(1, {"validation_loss": 3.0, "validation_loss/web": 4.0})
+    writer.close()
+    assert read_events(tmp_path, "1 loss/loss") == [(1, 2.0)]
+    assert read_events(tmp_path, "5 user/accuracy") == [(1, 0.5)]
+    for name, value in (("1 loss/loss", 3.0), ("1 loss/loss web", 4.0)):
+        assert read_events(tmp_path, name, "validation") == [(1, value)]
+
+
 def test_every_metric_says_what_it_is() -> None:
     for name, metric in METRICS.items():
+        assert re.fullmatch(r"\d [a-z]+/[a-z_]+", tag(f"{name}/own" if name == "user" else name))
         assert metric.unit and metric.reduction, name
     shown = {name: METRICS[name].format(value) for name, value in {"mfu": 0.4123, "tokens_per_s": 12_345}.items()}
     assert shown == {"mfu": "MFU 41.2 %", "tokens_per_s": "12.3 k tokens/s"}
