@@ -39,16 +39,18 @@ def read_runs(folder: Path) -> tuple[list[RunStatus], dict[Path, str]]:
 
 def status(folder: Path) -> None:
     """Prints a line for each run at or below `folder`, with the columns that fit on the terminal."""
-    rows = [("run", "state", "step", "loss", "checkpoint", "restarts", "last update")]
+    head = ("run", "state", "step", "loss", "checkpoint", "restarts", "last update")
+    rows: dict[Path, tuple[str, ...]] = {}
     runs, unreadable = read_runs(folder)
     for run in runs:
         loss = f"{run.metrics['loss']:.4f}" if "loss" in run.metrics else "-"
         checkpoint = "-" if run.checkpoint_step is None else str(run.checkpoint_step)
         age = "-" if run.updated_s is None else f"{format_duration(time.time() - run.updated_s)} ago"
         progress = f"{run.step}/{run.steps}"
-        rows.append((str(run.run_dir), state_of(run), progress, loss, checkpoint, str(run.restarts), age))
-    if runs:
-        print_table(rows)
+        rows[run.run_dir] = (str(run.run_dir), state_of(run), progress, loss, checkpoint, str(run.restarts), age)
+    for run_dir in unreadable:
+        rows[run_dir] = (str(run_dir), unread_state(run_dir), *["-"] * (len(head) - 2))
+    print_table([head, *(rows[run_dir] for run_dir in sorted(rows))])
     for line in unreadable.values():
         print(line)
 
@@ -107,6 +109,11 @@ def cancel(run_dir: Path) -> None:
 def may_move(run: RunStatus) -> bool:
     """Returns whether the run is running or queued."""
     return not run.done and (RunFolder(run.run_dir).is_running() or active_job(run.run_dir) is not None)
+
+
+def unread_state(run_dir: Path) -> str:
+    """Returns the state of a run whose files cannot be read: its first seconds, or a fault."""
+    return "starting" if RunFolder(run_dir).is_running() else "unreadable"
 
 
 def state_of(run: RunStatus) -> str:

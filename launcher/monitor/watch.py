@@ -1,7 +1,7 @@
 """`triplane status --watch`: shows a live table of runs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from triplane.launcher.monitor.jobs import may_move, read_runs, state_of
+from triplane.launcher.monitor.jobs import may_move, read_runs, state_of, unread_state
 from triplane.launcher.monitor.run_status import RunStatus
 from triplane.training.run_folder import RunFolder
 from triplane.training.units import format_count, format_duration
@@ -23,6 +23,12 @@ _METRICS = (
     ("MFU", "mfu", "{:.1%}".format),
     ("validation loss", "validation_loss", "{:.4f}".format),
 )
+_COLUMNS = (
+    *("run", "state", "step", "time left"),
+    *(label for label, _, _ in _METRICS),
+    *("checkpoint", "restarts", "ranks", "last update"),
+)
+_UNKNOWN = "-"
 _PADDING = 3
 """Cells added to a column."""
 
@@ -33,8 +39,8 @@ def watch(folder: Path) -> None:
         try:
             while True:
                 runs, unreadable = read_runs(folder)
-                shown = [_table(runs, live.console.width)] if runs else []
-                live.update(Group(*shown, *map(Text, unreadable.values())), refresh=True)
+                table = _table(runs, unreadable, live.console.width)
+                live.update(Group(table, *map(Text, unreadable.values())), refresh=True)
                 if not any(map(may_move, runs)) and not any(RunFolder(run_dir).is_running() for run_dir in unreadable):
                     return
                 time.sleep(_REFRESH_S)
@@ -42,9 +48,12 @@ def watch(folder: Path) -> None:
             return
 
 
-def _table(runs: list[RunStatus], width: int) -> Table:
+def _table(runs: Sequence[RunStatus], unreadable: Iterable[Path], width: int) -> Table:
     """Returns a table with a column per run or, if that is too wide, a row per run with as many facts as fit."""
-    facts = [_facts(run, time.time()) for run in runs]
+    by_run = {run.run_dir: _facts(run, time.time()) for run in runs}
+    for run_dir in unreadable:
+        by_run[run_dir] = dict.fromkeys(_COLUMNS, _UNKNOWN) | {"run": str(run_dir), "state": unread_state(run_dir)}
+    facts = [by_run[run_dir] for run_dir in sorted(by_run)]
     columns = [tuple(facts[0]), *(tuple(of_run.values()) for of_run in facts)]
     if sum(map(_width, columns)) >= width:
         rows = list(zip(*columns))
@@ -61,7 +70,7 @@ def _width(texts: Sequence[str]) -> int:
 
 
 def _facts(run: RunStatus, now_s: float) -> dict[str, str]:
-    values, unknown = run.metrics, "-"
+    values, unknown = run.metrics, _UNKNOWN
     left_s = values["step_time_s"] * (run.steps - run.step) if "step_time_s" in values else None
     saved = unknown
     if run.checkpoint_step is not None and run.checkpoint_s is not None:

@@ -57,7 +57,7 @@ def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_run_leaves_a_report(folder: Path) -> None:
     written = (folder / "run/report.html").read_text()
     assert "<b>8</b><span>of 8 steps" in written
-    assert "; done; written" in written
+    assert "; completed; written" in written
     assert triplane("report", "run", "--out", "again.html", cwd=folder).stdout == "again.html\n"
     assert (folder / "again.html").exists()
     assert "not a run folder" in refused(triplane("report", ".", cwd=folder))

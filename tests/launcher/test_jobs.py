@@ -160,8 +160,11 @@ def test_what_cannot_be_read_is_told_beside_the_other_runs(run_dir: Path, capsys
     (run_dir / "DONE").write_bytes(b"\xff")
     status(run_dir.parent)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines[:2]] == ["state", "died"]
-    assert [line.split(":")[0].removeprefix(f"{run_dir.parent}/") for line in lines[2:]] == [
+    assert [line.split()[:2] for line in lines[1:6]] == [
+        [str(run_dir.parent / name), "died" if name == run_dir.name else "unreadable"]
+        for name in sorted([*configs, run_dir.name])
+    ]
+    assert [line.split(":")[0].removeprefix(f"{run_dir.parent}/") for line in lines[6:]] == [
         "garbage/config.toml",
         "odd/config.toml",
         "other/config.toml",

@@ -51,7 +51,7 @@ def test_variants_are_trained_once_and_compared(prepared: Prepared, folder: Path
     assert first.returncode == 0, first.stderr
     names = {"lr=1e-4,zero=0", "lr=1e-4,zero=1", "lr=1e-2,zero=0", "lr=1e-2,zero=1"}
     table = rows(first.stdout)
-    assert {row[0] for row in table} == names and {row[-1] for row in table} == {"done"}
+    assert {row[0] for row in table} == names and {row[-1] for row in table} == {"completed"}
     assert [row[0][:7] for row in table] == ["lr=1e-2"] * 2 + ["lr=1e-4"] * 2  # by validation loss
     assert [float(row[2]) for row in table] == sorted(float(row[2]) for row in table)
     assert all(0 < float(row[3]) < float(row[2]) for row in table)  # bits a byte, nats a token
@@ -92,7 +92,7 @@ def test_a_failure_does_not_stop_the_others(folder: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1] + b"x")  # found only when it is read
     result = triplane("sweep", "small.toml", "seed=1,2", cwd=folder)
     assert result.returncode == 1
-    assert [row[0] for row in rows(result.stdout) if row[-1] == "done"] == ["seed=2"]
+    assert [row[0] for row in rows(result.stdout) if row[-1] == "completed"] == ["seed=2"]
     assert [row[-3:] for row in rows(result.stdout) if row[0] == "seed=1"] == [["exit", "code", "2"]]
 
 

@@ -32,7 +32,7 @@ def test_many_runs_are_rows_of_what_has_room(tmp_path: Path) -> None:
         record_event(run, "start", 0, layout="dp 2", ranks=2, precision="fp32")
         (run / "config.toml").write_text("training = { steps = 100 }\n")
     with contextlib.chdir(tmp_path):
-        table = _table([read_status(Path(run.name)) for run in sorted(tmp_path.iterdir())], width=60)
+        table = _table([read_status(Path(run.name)) for run in sorted(tmp_path.iterdir())], [], width=60)
     assert table.row_count == 6
     headers = [column.header for column in table.columns]
     assert headers == ["run", "state", "step", "time left", "loss", "tokens/s", "MFU"]
@@ -67,7 +67,7 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
         ("ranks", "2"),
     ):
         assert re.search(rf"│ {name} +│ {value} +│", first), f"{name} {value}: {first}"
-    assert re.search(r"│ state +│ done +│", last)
+    assert re.search(r"│ state +│ completed +│", last)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
