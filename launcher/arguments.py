@@ -68,6 +68,12 @@ Chain = Annotated[
 ]
 Gpus = Annotated[int | None, typer.Option(help="Number of GPUs; by default a run on CPUs.", min=1, show_default=False)]
 GpuKind = Annotated[str | None, typer.Option(help="Kind of GPU, as `triplane plan` takes it.", show_default=False)]
+Price = Annotated[
+    float | None, typer.Option(help="Price of a GPU hour; a rough guess by default.", min=0, show_default=False)
+]
+Currency = Annotated[
+    str | None, typer.Option(help="Currency of --price, by default USD.", metavar="CODE", show_default=False)
+]
 Initial = Annotated[
     str | None,
     typer.Option(help="Checkpoint or run whose network and weights the run starts from.", show_default=False),

@@ -14,6 +14,7 @@ from triplane.launcher.arguments import (
     AllowFreshStart,
     Chain,
     Container,
+    Currency,
     Device,
     GpuKind,
     Gpus,
@@ -25,6 +26,7 @@ from triplane.launcher.arguments import (
     Nodes,
     Overrides,
     Partition,
+    Price,
     RanksPerNode,
     Run,
     RunFolder,
@@ -222,9 +224,8 @@ def plan(
     search: Annotated[
         bool, typer.Option("--search", help="Rank every layout that fits, and explain why others do not.")
     ] = False,
-    price: Annotated[
-        float | None, typer.Option(help="Price of a GPU hour; a rough guess by default.", min=0, show_default=False)
-    ] = None,
+    price: Price = None,
+    currency: Currency = None,
     time_limit_days: Annotated[
         float | None, typer.Option(help="Fail if the run needs longer.", min=0, metavar="N", show_default=False)
     ] = None,
@@ -244,6 +245,7 @@ def plan(
             gpu_name=gpu,
             searching=search,
             price=price,
+            currency=currency,
             time_limit_days=time_limit_days,
             json_path=json,
         )

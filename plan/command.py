@@ -16,6 +16,7 @@ from triplane.plan.gate import Findings, examine
 from triplane.plan.gpus import GPUS, RESERVED_GIB, Gpu, find_gpu
 from triplane.plan.search import Found, changes, nearest, search
 from triplane.plan.show import Show
+from triplane.storage.errors import ConfigError
 from triplane.storage.files import write_whole
 from triplane.training.config import RunConfig
 from triplane.training.exits import Exit
@@ -31,10 +32,13 @@ def plan(
     gpu_name: str,
     searching: bool,
     price: float | None,
+    currency: str | None,
     time_limit_days: float | None,
     json_path: Path | None,
 ) -> int:
     """Prints the plan, then all problems; returns the exit code, 1 if there are any."""
+    if currency is not None and price is None:
+        raise ConfigError(f"--currency {currency}: give the price of a GPU hour in it, by --price")
     config, gpu = load_config(path, overrides), find_gpu(gpu_name)
     gate = examine(config, gpus)
     found = gate.problems
@@ -48,14 +52,15 @@ def plan(
     record |= _figures(config, done)
     answer = estimate(config, gpus, gpu, done_steps=done) if valid_layout else None
     if answer is not None:
-        per_hour = gpu.price_per_hour if price is None else price
+        per_hour, unit = (gpu.price_per_hour, gpu.currency) if price is None else (price, currency or "USD")
         cost = answer.total_s / 3600 * gpus * per_hour
         source = ", a guess: set yours with --price" if price is None and gpu_name.lower() in GPUS else ""
         show.memory(answer, gpu)
         show.speed(answer)
         show.text()
-        show.facts(_outcome(answer, gpus) | {"cost": f"{cost:,.0f} at {per_hour:g} for a GPU hour{source}"})
-        record["estimate"] = _record(answer) | {"cost": cost}
+        at = f"at {_money(f'{per_hour:g}', unit)} for a GPU hour{source}"
+        show.facts(_outcome(answer, gpus) | {"cost": f"{_money(f'{cost:,.0f}', unit)} {at}"})
+        record["estimate"] = _record(answer) | {"cost": cost, "currency": unit}
         found += _limits(answer, gpu, time_limit_days)
         capability = (8, 0) if gpu.fp8_tflops is None else (8, 9)
         found += device_problems(config.parallel, config.training.precision, Devices(gpus, capability))
@@ -111,6 +116,10 @@ def _outcome(answer: Estimate, gpus: int) -> dict[str, str]:
         "tokens/s": f"{speed.tokens_per_s:,.0f}, {speed.tokens_per_s / gpus:,.0f} per GPU",
         "to the end": f"{_duration(answer.total_s)}, {hours * gpus:,.0f} GPU hours",
     }
+
+
+def _money(amount: str, currency: str) -> str:
+    return f"${amount}" if currency == "USD" else f"{amount} {currency}"
 
 
 def _limits(answer: Estimate, gpu: Gpu, time_limit_days: float | None) -> list[str]:

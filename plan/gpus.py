@@ -3,7 +3,7 @@
 import tomllib
 from pathlib import Path
 
-from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from triplane.config.explain import explain
 from triplane.storage.errors import ConfigError
@@ -28,7 +28,9 @@ class Gpu(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True)
     """Bandwidth of the machine's network, one way, per GPU."""
     gpus_per_node: PositiveInt = 8
     price_per_hour: NonNegativeFloat
-    """Default price, in any currency. Those below are guesses."""
+    """Default price. Those below are guesses."""
+    currency: str = Field(default="USD", min_length=1)
+    """Of the price."""
 
 
 GPUS = {

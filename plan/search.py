@@ -44,7 +44,10 @@ class Search:
 
 
 def search(config: RunConfig, gpus: int, gpu: Gpu) -> Search:
-    """Tries all axes that divide the GPUs, ZeRO stages, recomputation modes and micro-batch sizes; keeps other keys."""
+    """Tries all axes that divide the GPUs, ZeRO stages, recomputation modes, compiling and micro-batch sizes.
+
+    Keeps other keys.
+    """
     found: list[Found] = []
     refused: dict[str, Refusal] = defaultdict(lambda: Refusal(""))
     other_problems = beyond_layout(config)
@@ -88,9 +91,10 @@ def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
         _STAGES,
         (0, 1, 2, 3) if config.training.precision == "fp32" else (1, 2, 3),
         ("none", "selective", "full"),
+        (False, True),
         _MICRO_BATCHES,
     ]
-    for tp, pp, cp, virtual, zero, recompute, micro in product(*axes):
+    for tp, pp, cp, virtual, zero, recompute, compiled, micro in product(*axes):
         if gpus % (tp * pp * cp) or (pp == 1 and virtual > 1) or pp * virtual > layers or (zero == 3 and pp > 1):
             continue
         keys = {
@@ -102,6 +106,7 @@ def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
             "virtual_stages": virtual,
             "zero": zero,
             "recompute": recompute,
+            "compile": compiled,
         }
         yield config.model_copy(
             update={

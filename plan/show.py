@@ -68,6 +68,9 @@ class Show:
             figures = (f"{100 * speed.mfu:.1f} %", f"{speed.tokens_per_s:,.0f}", f"{layout.estimate.peak_gib:,.1f}")
             table.add_row(*figures, " ".join(keys) or "(unchanged)")
         self._console.print(table)
+        if results.found:
+            self.text("\nthe overrides of the fastest, to copy:")
+            self.text(" ".join(changed[0]) or "(none)")
         if results.refused:
             self.text("\nlayouts that do not fit, with the first one's reason:")
         for refusal in results.refused:

@@ -1,6 +1,7 @@
 """`triplane plan` as a user runs it: what it prints, what it refuses, what it finds."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -86,6 +87,27 @@ def test_a_gpu_that_a_file_describes(tmp_path: Path) -> None:
     )
     result = plan(CONFIGS / "125m.toml", "--gpus", 1, "--gpu", "mine.toml", cwd=tmp_path)
     assert "of 21.0 available per GPU" in result.stdout
+    assert "at $0.3 for a GPU hour\n" in result.stdout
+    with (tmp_path / "mine.toml").open("a") as file:
+        file.write('currency = "CHF"\n')
+    result = plan(CONFIGS / "125m.toml", "--gpus", 1, "--gpu", "mine.toml", cwd=tmp_path)
+    assert re.search(r"\ncost +[\d,]+ CHF at 0\.3 CHF for a GPU hour\n", result.stdout)
+
+
+def test_costs_have_a_currency(tmp_path: Path) -> None:
+    config = CONFIGS / "125m.toml"
+    ours, theirs = (
+        plan(config, *given, "--json", "plan.json", cwd=tmp_path) for given in ([], ["--price", 2, "--currency", "EUR"])
+    )
+    guess = r"\ncost +\$[\d,]+ at \$2\.5 for a GPU hour, a guess: set yours with --price\n"
+    assert re.search(guess, ours.stdout)
+    assert re.search(r"\ncost +[\d,]+ EUR at 2 EUR for a GPU hour\n", theirs.stdout)
+    assert json.loads((tmp_path / "plan.json").read_text())["estimate"]["currency"] == "EUR"
+    alone = plan(config, "--currency", "EUR", cwd=tmp_path)
+    assert (alone.returncode, alone.stderr) == (
+        2,
+        "triplane: --currency EUR: give the price of a GPU hour in it, by --price\n",
+    )
 
 
 def test_all_problems_come_together(prepared: Prepared, tmp_path: Path) -> None:
@@ -172,7 +194,12 @@ def test_a_search_is_printed_and_written(tmp_path: Path) -> None:
     result = plan(CONFIGS / "8b.toml", "--gpus", 16, "--search", "--json", "plan.json", cwd=tmp_path)
     assert "layouts fit; the fastest:" in result.stdout
     assert "GiB of 76.2" in result.stdout  # why others do not
-    first, *_ = json.loads((tmp_path / "plan.json").read_text())["search"]
+    first, *others = json.loads((tmp_path / "plan.json").read_text())["search"]
+    lines = result.stdout.splitlines()
+    assert lines[lines.index("the overrides of the fastest, to copy:") + 1] == " ".join(first["overrides"])
+    assert len({"parallel.compile=false" in one["overrides"] for one in (first, *others)}) == 2
+    recomputed = {word for one in others for word in one["overrides"] if word.startswith("parallel.recompute=")}
+    assert len(recomputed) == 2  # besides the config's own
     best = plan(CONFIGS / "8b.toml", *first["overrides"], "--gpus", 16, "--json", "best.json", cwd=tmp_path)
     assert best.returncode == 1  # the corpus is not there
     found = json.loads((tmp_path / "best.json").read_text())["estimate"]
