@@ -194,6 +194,17 @@ def test_a_terminal_shows_the_same_text_as_it_is_sampled(folder: Path) -> None:
     assert piped.startswith("東 :smile: [b]") and len(chunks) > 10  # one write for each part
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--version",), ("status", "run"), ("config", "--schema"), ("train", "small.toml", "run_dir=full")]
+)
+def test_output_to_a_full_disk_is_one_line(folder: Path, arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "triplane", *arguments]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = "triplane: standard output cannot be written: No space left on device; write it elsewhere\n"
+    assert (result.returncode, result.stderr) == (2, said)
+
+
 def test_text_that_the_terminal_cannot_show_is_escaped(folder: Path) -> None:
     command = [sys.executable, "-m", "triplane", "generate", "run", "--prompt", "東", "--tokens", "1"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
