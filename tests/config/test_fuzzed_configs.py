@@ -88,6 +88,7 @@ def test_what_nobody_means_is_refused_in_lines(
                 gpu_name="h100",
                 searching=False,
                 price=None,
+                currency=None,
                 time_limit_days=None,
                 json_path=None,
             )
