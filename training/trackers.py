@@ -42,6 +42,8 @@ class Wandb(Callback):
         )
         # Its own steps may not decrease, which ours do after a rollback.
         self._run.define_metric("*", step_metric="step")
+        # It says so itself on standard error, which of a rank is a file.
+        print(f"wandb: {self._run.url or Path(self._run.dir).parent}", flush=True)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})

@@ -192,7 +192,7 @@ def test_a_metric_of_the_user_is_the_same_under_every_layout(prepared: Prepared,
 
 @pytest.mark.slow
 def test_wandb_and_trackio_follow_a_run_and_resume_it(
-    prepared: Prepared, here: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(here / "trackio"))
@@ -206,6 +206,8 @@ def test_wandb_and_trackio_follow_a_run_and_resume_it(
     assert losses.keys() == {1, 2, 4, 6, 8}
     own = (run_dir / "run_id").read_text().strip()
 
+    shown = re.findall(r"^wandb: (/.*)$", capfd.readouterr().out, re.MULTILINE)
+    assert [Path(folder).parent for folder in shown] == [run_dir / "wandb"] * 2
     first, second = sorted((run_dir / "wandb").glob(f"offline-run-*/run-{own}.wandb"))
     for path, steps in ((first, {1, 2, 4}), (second, {6, 8})):
         (started,) = (record.run for record in offline_records(path) if record.HasField("run"))
