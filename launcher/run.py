@@ -151,6 +151,7 @@ def _prepare(
         step=state.step,
     )
     callbacks = load_callbacks(config.tracking)
+    known = facts(config, sources, mesh.device) if mesh.rank == 0 else {}
     report = Report(run, mesh.rank, callbacks)
     if flash is not None:
         report.message(f"attention by {flash}, which is installed")
@@ -162,7 +163,7 @@ def _prepare(
         layout=config.parallel.describe(),
         ranks=mesh.world_size,
         precision=config.training.precision,
-        **(facts(config, sources, mesh.device) if mesh.rank == 0 else {}),
+        **known,
     )
     _announce(report, config, resumed, mesh)
     trainer = Trainer(

@@ -6,6 +6,7 @@ from typing import Any
 
 from triplane.config.preflight import flatten
 from triplane.launcher.monitor.recorded import Recorded
+from triplane.storage.errors import counted
 from triplane.training.units import format_count, format_duration
 
 _RESULTS = (
@@ -27,8 +28,9 @@ def _facts(run: Recorded) -> Iterator[tuple[str, str]]:
     start, table = run.start, run.table if run.config else {}
     model, training, data = (table.get(name, {}) for name in ("model", "training", "data"))
     parameters = f"{format_count(start['parameters'])} parameters" if "parameters" in start else ""
-    known = (("n_layers", "layers"), ("dim", "wide"), ("n_heads", "heads"), ("vocab_size", "tokens in the vocabulary"))
-    shape = [f"{model[key]:,} {name}" for key, name in known if key in model]
+    shape = [counted(model[key], name) for key, name in (("n_layers", "layer"), ("n_heads", "head")) if key in model]
+    known = (("dim", "{:,} wide"), ("vocab_size", "{:,} tokens in the vocabulary"))
+    shape += [form.format(model[key]) for key, form in known if key in model]
     yield "model", "; ".join(filter(None, [parameters, ", ".join(shape)]))
     if "global_batch_size" in training and "seq_len" in data:
         sequences, length = training["global_batch_size"], data["seq_len"]
@@ -36,7 +38,7 @@ def _facts(run: Recorded) -> Iterator[tuple[str, str]]:
     corpora = ", ".join(source["corpus"] for source in data.get("sources", []) if "corpus" in source)
     tokens = f"; {format_count(start['corpus_tokens'])} tokens" if "corpus_tokens" in start else ""
     yield "corpus", f"{corpora}{tokens}"
-    yield "baselines", ", ".join(f"{name} {value:.3f}" for name, value in baselines(run).items())
+    yield "baselines", ", ".join(f"{name} = {value:.3f}" for name, value in baselines(run).items())
     yield "machine", ", ".join(filter(None, [start.get("device", ""), start.get("host", "")]))
     yield "versions", start.get("versions", "")
     yield "commit", start.get("commit", "")

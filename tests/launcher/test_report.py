@@ -125,10 +125,10 @@ def test_it_says_what_happened_and_escapes_it(report: Path) -> None:
 def test_it_says_what_the_run_is(pages: dict[str, Path]) -> None:
     html = unescape(pages["plain"].read_text())
     for name, fact in {
-        "model": "1.90 M parameters; 4 layers, 128 wide, 2 heads, 4,096 tokens in the vocabulary",
+        "model": "1.90 M parameters; 4 layers, 2 heads, 128 wide, 4,096 tokens in the vocabulary",
         "batch": "4,096 tokens a step: 16 sequences of 256",
         "corpus": "a<b, web; 4.00 M tokens",
-        "baselines": "ln 4,096 8.318, unigram model 6.500",
+        "baselines": "ln 4,096 = 8.318, unigram model = 6.500",
         "machine": "Abacus 9, desk",
         "versions": "torch 2",
         "commit": "c0ffee",
@@ -267,6 +267,7 @@ for (const tile of shown(page, ".tiles .card")) {
   rows[top] = (rows[top] ?? 0) + 1;
 }
 found.rows = Object.values(rows);
+found.swatches = shown(page, ".beside svg, .runs svg").map(one => one.getBoundingClientRect().width);
 found.wide = page.documentElement.scrollWidth - page.documentElement.clientWidth;
 found.logarithmic = shown(page, ".log svg").length;
 found.charts = shown(page, ".cards svg polyline").filter(line => line.closest(".key") === null).length;
@@ -291,4 +292,5 @@ def test_nothing_overlaps_repeats_or_stands_alone(
         assert found["overlaps"] == found["repeats"] == found["outside"] == [], name
         assert all(count > 1 for count in found["rows"]), name
         assert found["wide"] <= 0, name
+        assert set(found["swatches"]) <= {16}, name
         assert found["charts"] > 5 and found["logarithmic"] == (0 if axes == "linear" else 3 if "comp" in name else 2)

@@ -102,7 +102,7 @@ def test_a_signal_saves_the_variant_that_trains_and_starts_no_other(prepared: Pr
     metrics = folder / "run/sweep/seed=1/metrics.jsonl"
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         deadline_s = time.monotonic() + 60
-        while not metrics.exists() and time.monotonic() < deadline_s:
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         busy = triplane("sweep", "small.toml", "seed=1,2", cwd=folder)
         process.send_signal(signal.SIGTERM)
