@@ -1,12 +1,13 @@
 """Writes configs as TOML; the standard library only reads it."""
 
 import tomli_w
-from pydantic import BaseModel
+
+from triplane.training.config import RunConfig
 
 
-def to_toml(config: BaseModel) -> str:
+def to_toml(config: RunConfig) -> str:
     """Formats the resolved config with every default; omits None, as TOML has no null."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
+    return tomli_w.dumps(config.model_dump(exclude_none=True) | {"model": config.model.as_tables()})
 
 
 def format_value(value: object) -> str:

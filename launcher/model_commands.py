@@ -110,7 +110,7 @@ def import_folder(folder: Path, out: Path) -> None:
     if imported.no_tokenizer:
         _print(f"without a tokenizer: {imported.no_tokenizer}")
     _print(f'To train from it:\n\n[checkpoint]\ninitial = "{out}"\n')
-    _print(tomli_w.dumps({"model": imported.model.model_dump(exclude_none=True)}))
+    _print(tomli_w.dumps({"model": imported.model.as_tables()}))
 
 
 def show_checkpoint(console: Console, path: str, verify: bool) -> None:

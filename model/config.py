@@ -55,6 +55,10 @@ _SHORT_KEYS = {
 """Keys of `[model]` that stand for a key of a part, so that a Llama needs no further tables."""
 
 
+_UNSET = "unset"
+"""Stands for None in `layers`, since TOML has no null."""
+
+
 class Layer(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Changes that some layers make: tables with only the keys that differ from the model's."""
 
@@ -101,7 +105,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
     """Multiplies what each branch adds (Granite)."""
     layers: Annotated[tuple[Layer, ...], Field(strict=False), BeforeValidator(_as_tuple)] = ()
     """Changes layer by layer, repeated over the depth: [{ attention = { window = 4096 } }, {}] gives every other layer
-    a window. Empty: all layers are equal."""
+    a window. "unset" takes away what the model has. Empty: all layers are equal."""
     embedding_scale: PositiveFloat = 1.0
     """Multiplies the embeddings; sqrt(dim) in Vaswani et al. 2017 and Gemma."""
     embedding_norm: AnyNorm | None = None
@@ -137,6 +141,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
         if isinstance(values.get("layers"), list | tuple):
             values["layers"] = [_completed(layer, values) for layer in values["layers"]]
         return values
+
+    def as_tables(self) -> dict[str, Any]:
+        """Returns the values as a TOML file says them: without None, and of layers only what they change."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return values | ({"layers": [_changes(layer, self) for layer in self.layers]} if self.layers else {})
 
     @property
     def stream(self) -> Axis:
@@ -233,5 +242,21 @@ def _completed(layer: Any, values: dict[str, Any]) -> Any:
         if isinstance(changes, dict) and isinstance(base, dict):
             kind = base.get("kind", _DEFAULT_KINDS.get(key))
             changes = {**base, **changes} if changes.get("kind", kind) == kind else changes
+            changes = {name: None if value == _UNSET else value for name, value in changes.items()}
         whole[key] = changes
     return whole
+
+
+def _changes(layer: Layer, model: ModelConfig) -> dict[str, Any]:
+    """Returns the tables from which `_completed` makes this layer."""
+    changes: dict[str, Any] = {"repeat": layer.repeat} if layer.repeat > 1 else {}
+    for key in ("attention", "feed_forward", "positions"):
+        own, usual = getattr(layer, key), getattr(model, key)
+        if own is None or own == usual:
+            continue
+        table = own.model_dump(mode="json", exclude_none=True)
+        if own.kind == usual.kind:
+            fields = [name for name in type(own).model_fields if getattr(own, name) != getattr(usual, name)]
+            table = {name: table.get(name, _UNSET) for name in fields}
+        changes[key] = table
+    return changes

@@ -92,7 +92,7 @@ def _of_size(text: Text, size: str | None, *, first: bool) -> tuple[str, Table, 
 
 def _of_checkpoint(start: Start) -> tuple[str, Table, Choice]:
     """Returns the name and table of its network, and the length of sequences."""
-    own = start.model.model_dump(mode="json", exclude_none=True)
+    own = start.model.as_tables()
     table = {key: Choice(value, f"of {start.checkpoint}") for key, value in own.items()}
     windows = [layer.attention.window or 0 for layer in start.model.pattern if layer.attention]
     wanted = max(_CONTINUED_SEQ_LEN, *windows)

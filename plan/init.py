@@ -39,8 +39,7 @@ def init(corpus: str, out: Path, *, size: str | None, initial: str | None, gpus:
     start = None if initial is None else _start(initial, text)
     tables = choose(text, f"runs/{out.stem}", size=size, start=start, cluster=cluster)
     config = RunConfig.model_validate(values(tables))
-    if start is not None and config.model != start.model:
-        raise ConfigError(f"{initial}: some layers unset what others have, which TOML cannot say: give no --initial")
+    assert start is None or config.model == start.model
     if problems := check(config, gpus or 1):
         raise ConfigError("\n".join(problems))
     out.parent.mkdir(parents=True, exist_ok=True)

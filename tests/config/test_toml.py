@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from triplane.config.load import load_config
 from triplane.config.toml import format_value, to_toml
+from triplane.model.config import ModelConfig
 from triplane.training.config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -28,6 +29,32 @@ def test_every_config_is_read_back(tmp_path: Path) -> None:
         config = load_config(path, [*scaling, "schedule.final_lr_fraction=1e-7"])
         (tmp_path / "a.toml").write_text(to_toml(config))
         assert load_config(tmp_path / "a.toml") == config
+
+
+def test_what_a_layer_unsets_is_read_back(tmp_path: Path) -> None:
+    """Gemma 3 scales the positions of its full layers alone, gpt-oss windows every other."""
+    gemma = load_config(CONFIGS[0], ["model.rope_scaling={kind='linear', factor=8}"]).model
+    assert gemma.attention.qk_norm is None and gemma.n_layers % 4 == 0
+    values = gemma.model_dump()
+    values["attention"] |= {"window": 64, "qk_norm": {"kind": "rms"}, "sinks": True}
+    full = {"window": None, "qk_norm": None, "sinks": False}
+    values["layers"] = [
+        {"repeat": 2, "positions": values["positions"] | {"base": 5e3, "scaling": None}},
+        {"attention": values["attention"] | full},
+        {"positions": {"kind": "none"}, "feed_forward": {"kind": "plain", "hidden_dim": 99, "activation": "none"}},
+    ]
+    model = ModelConfig.model_validate(values)
+    config = load_config(CONFIGS[0]).model_copy(update={"model": model})
+    (tmp_path / "a.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "a.toml") == config
+    assert tomllib.loads(to_toml(config))["model"]["layers"] == [
+        {"repeat": 2, "positions": {"base": 5e3, "scaling": "unset"}},
+        {"attention": {"window": "unset", "qk_norm": "unset", "sinks": False}},
+        {
+            "positions": {"kind": "none"},
+            "feed_forward": {"kind": "plain", "hidden_dim": 99, "activation": "none", "bias": True},
+        },
+    ]
 
 
 def test_it_reads_like_a_config_by_hand() -> None:

@@ -1,10 +1,12 @@
 """Every Hugging Face family, there and back: logits, gradients, training and config, beside transformers' own class."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from hf_families import CASES, EQUAL, GPT, SMALL, SQUARE, VARIANTS, their_logits, their_model
 from safetensors.torch import load_file, save_file
@@ -77,6 +79,7 @@ def test_a_family_computes_what_transformers_does_and_comes_back(
     theirs = their_model(name, keys)
     theirs.save_pretrained(tmp_path / "hf")
     (family, config, _), ours = _read(tmp_path / "hf")
+    assert ModelConfig.model_validate(tomllib.loads(tomli_w.dumps(config.as_tables()))) == config
     for length in LENGTHS:
         tokens_S = _tokens(length)
         logits_SV, theirs_SV = ours.logits(_batch(tokens_S)), their_logits(theirs, tokens_S)
