@@ -53,6 +53,7 @@ def logarithmic(low: float, high: float, *, apart: float, whole: bool = False) -
     choices = [[10.0**k for k in decades], [m * 10.0**k for k in decades for m in (1, 2, 5)]]
     within = [[value for value in values if low <= value <= high] for values in choices]
     values = next((found for found in within if len(found) > 2), None)
+    step = None
     if values is None:
         step = _step(high - low)
         values = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -61,7 +62,8 @@ def logarithmic(low: float, high: float, *, apart: float, whole: bool = False) -
     for value in values:
         if (not whole or value == round(value)) and (not kept or axis.at(value) - axis.at(kept[-1]) >= apart):
             kept.append(value)
-    return Axis(low, high, [(value, f"{value:,.10g}") for value in kept], log=True)
+    labelled = _labelled(kept, step) if step and kept else [(value, f"{value:,.10g}") for value in kept]
+    return Axis(low, high, labelled, log=True)
 
 
 def _step(span: float) -> float:
