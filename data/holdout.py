@@ -17,7 +17,9 @@ MOST_TOKENS = 1 << 22
 
 
 def text_and_its_end(file: SourceFile, fraction: float, *, most_bytes: int) -> list[SourceFile]:
-    """Cuts a long local text at the line end before its last `fraction`; returns no files if it cannot.
+    """Cuts a long local text before its last `fraction`: at a line end, else a space, else a character.
+
+    Returns no files if it cannot.
 
     `most_bytes` is the limit of a document. A short text, which may be compressed or a row, is cut by `hold_out`.
     """
@@ -28,13 +30,19 @@ def text_and_its_end(file: SourceFile, fraction: float, *, most_bytes: int) -> l
     with open(file.path, "rb") as content:
         content.seek(max(0, near - LONG_BYTES))
         before = content.read(min(near, LONG_BYTES))
-    cut = near - len(before) + before.rfind(b"\n") + 1
-    if not 0 < cut < size or b"\n" not in before:
+    ends = (before.rfind(b"\n") + 1, before.rfind(b" "), _last_start(before))
+    cut = near - len(before) + next((end for end in ends if end > 0), 0)
+    if not 0 < cut < size:
         return []
     return [
         file._replace(part=range(cut), size=cut),
         file._replace(name=f"{file.name}, its end", format=".txt", part=range(cut, size), size=size - cut),
     ]
+
+
+def _last_start(content: bytes) -> int:
+    """Returns where the last character begins in UTF-8; 0 if there is none."""
+    return next((at for at in range(len(content) - 1, 0, -1) if content[at] & 0xC0 != 0x80), 0)
 
 
 def hold_out(train: SplitWriter, validation: SplitWriter, tokenizer: Tokenizer, fraction: float) -> bool:

@@ -54,11 +54,10 @@ class Tokenizer(ABC):
             seen.append(id)
             text = self.decode(seen)
             ready = text.rstrip(" \ufffd")
-            if len(ready) > len(shown) and ready.startswith(shown):
-                yield ready[len(shown) :]
+            if len(ready) > len(shown):
+                yield _beyond(shown, ready)
                 shown = ready
-        if text.startswith(shown):
-            yield text[len(shown) :]
+        yield _beyond(shown, text)
 
     def blocks(self, pieces: Iterable[str], block_chars: int = BLOCK_CHARS) -> Iterator[Block]:
         """Cuts the concatenation of `pieces` so that the ids of the blocks are those of the text."""
@@ -86,3 +85,10 @@ class Tokenizer(ABC):
         ids = self.encode_whole(block.context + block.text)
         assert ids[: len(before)] == before, (block.context, block.text[:20])
         return before, ids[len(before) :]
+
+
+def _beyond(shown: str, text: str) -> str:
+    """Returns the end of `text` from where it differs from what was shown: some decoders change spaces later."""
+    if text.startswith(shown):
+        return text[len(shown) :]
+    return text[next((at for at, (a, b) in enumerate(zip(text, shown)) if a != b), len(text)) :]

@@ -2,7 +2,7 @@
 
 import platform
 import socket
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from triplane.data.baseline import unigram_loss
 from triplane.data.opening import Sources
 from triplane.model.count import count_parameters
-from triplane.slurm.snapshot import git
+from triplane.slurm.snapshot import commit_of_code
 from triplane.training.config import RunConfig
 
 _UNIGRAM_TOKENS = 1 << 22
@@ -20,18 +20,26 @@ _UNIGRAM_TOKENS = 1 << 22
 
 def facts(config: RunConfig, sources: Sources, device: torch.device) -> dict[str, Any]:
     """Returns the facts by name, as details of the event `start` or `resume`."""
-    commit = git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    counted = [number for number, source in enumerate(config.data.sources) if source.weight > 0]
+    commit = commit_of_code()
+    weights = [weights for _, weights, _ in config.data.timeline()]
+    counted = [number for number in range(len(config.data.sources)) if any(each[number] > 0 for each in weights)]
     train, validation = ([corpora[number] for number in counted] for corpora in (sources.train, sources.validation))
     return {
         "device": _device_name(device),
         "host": socket.gethostname(),
-        "versions": f"triplane {version('triplane')}, torch {torch.__version__}, Python {platform.python_version()}",
-        **({"commit": commit.strip()} if commit else {}),
+        "versions": f"{_own_version()}torch {torch.__version__}, Python {platform.python_version()}",
+        **({"commit": commit} if commit else {}),
         "parameters": count_parameters(config.model),
         "corpus_tokens": sum(corpus.tokens for corpus in train),
         "unigram_loss": unigram_loss(train, validation, most_tokens=_UNIGRAM_TOKENS),
     }
+
+
+def _own_version() -> str:
+    try:
+        return f"triplane {version('triplane')}, "
+    except PackageNotFoundError:  # its code stands beside its dependencies, as in a container
+        return ""
 
 
 def _device_name(device: torch.device) -> str:

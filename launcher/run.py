@@ -154,7 +154,7 @@ def _prepare(
     known = facts(config, sources, mesh.device) if mesh.rank == 0 else {}
     report = Report(run, mesh.rank, callbacks)
     if flash is not None:
-        report.message(f"attention by {flash}, which is installed")
+        report.message(flash)
     for line in set_aside:
         report.message(line)
     report.event(
@@ -185,6 +185,7 @@ def _prepare(
         callbacks=callbacks,
         peak_flops_per_s=peak_flops_per_s(mesh.device, dtype),
     )
+    on_rank_0(lambda: None)  # the others wait here, within the limit of a start, while rank 0 connects to trackers
     return trainer, state
 
 

@@ -242,6 +242,7 @@ def _completed(layer: Any, values: dict[str, Any]) -> Any:
         if isinstance(changes, dict) and isinstance(base, dict):
             kind = base.get("kind", _DEFAULT_KINDS.get(key))
             changes = {**base, **changes} if changes.get("kind", kind) == kind else changes
+        if isinstance(changes, dict):
             changes = {name: None if value == _UNSET else value for name, value in changes.items()}
         whole[key] = changes
     return whole
@@ -252,7 +253,7 @@ def _changes(layer: Layer, model: ModelConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {"repeat": layer.repeat} if layer.repeat > 1 else {}
     for key in ("attention", "feed_forward", "positions"):
         own, usual = getattr(layer, key), getattr(model, key)
-        if own is None or own == usual:
+        if own is None:
             continue
         table = own.model_dump(mode="json", exclude_none=True)
         if own.kind == usual.kind:

@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -42,7 +43,7 @@ def run_ranks(
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     with TemporaryDirectory() as folder:
         queue = context.Queue()
-        shared = {"world_size": world_size, "device": device, "folder": Path(folder), "timeout_s": timeout_s}
+        shared = {"world_size": world_size, "device": device, "folder": Path(folder)}
         ranks = [
             context.Process(
                 target=_rank, args=(queue, function, args), kwargs={"layout": layout, "rank": rank} | shared
@@ -67,7 +68,7 @@ def run_ranks(
 
 def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
     """Returns the next answer; raises RanksFailedError if a rank was killed, Empty on timeout."""
-    end_s = time.monotonic() + timeout_s + _STACKS_S
+    end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
         killed = [
             f"rank {rank}: exit code {process.exitcode}" for rank, process in enumerate(ranks) if process.exitcode
@@ -81,8 +82,11 @@ def _next(answers: Any, ranks: list[Any], timeout_s: float) -> bytes:
 
 
 def _stacks(folder: Path, ranks: list[Any]) -> str:
-    """Returns where the ranks that still run stood when their time was over."""
+    """Returns where the ranks that still run stand."""
     files = {rank: folder / f"stack-{rank}" for rank, process in enumerate(ranks) if process.is_alive()}
+    for rank in files:
+        os.kill(ranks[rank].pid, signal.SIGUSR2)
+    time.sleep(_STACKS_S)
     return "\n".join(f"rank {rank}:\n{file.read_text()}" for rank, file in files.items() if file.exists())
 
 
@@ -96,9 +100,9 @@ def _rank(
     world_size: int,
     device: str,
     folder: Path,
-    timeout_s: float,
 ) -> None:
-    faulthandler.dump_traceback_later(timeout_s, file=(folder / f"stack-{rank}").open("w"))
+    stacks = (folder / f"stack-{rank}").open("w")
+    faulthandler.register(signal.SIGUSR2, file=stacks)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers default to TF32, which is less exact than fp32
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)

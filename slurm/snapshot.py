@@ -15,6 +15,8 @@ from triplane.training.config import RunConfig
 from triplane.training.run_folder import CONFIG, RunFolder
 
 JOB_ID = "job_id"
+_CODE, _GIT = "code", "git.txt"
+_COMMIT_DIGITS = 12
 SCRIPT = "train.sbatch"
 
 
@@ -33,13 +35,13 @@ def take_snapshot(folder: Path, config: RunConfig) -> None:
     """Writes `code/`, `config.toml`, `environment.txt`, and `git.txt` if the code is in a repository."""
     code = Path(triplane.__file__).parent
     # The rooms may be links into a checkout; what is copied stands by itself.
-    shutil.copytree(code, folder / "code" / code.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(code, folder / _CODE / code.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / CONFIG).write_text(to_toml(config))
     (folder / "environment.txt").write_text(_environment())
-    status = git("status", "--short", "--branch")
+    status = _git("status", "--short", "--branch")
     if status is not None:
-        parts = [git("log", "-1", "--format=commit %H%n%s"), status, git("diff", "HEAD")]
-        (folder / "git.txt").write_text("\n".join(part or "" for part in parts))
+        parts = [_git("log", "-1", "--format=commit %H%n%s"), status, _git("diff", "HEAD")]
+        (folder / _GIT).write_text("\n".join(part or "" for part in parts))
 
 
 def _environment() -> str:
@@ -58,7 +60,18 @@ def _environment() -> str:
     )
 
 
-def git(*arguments: str) -> str | None:
+def commit_of_code() -> str | None:
+    """Returns the commit of the code that runs, also of a snapshot; None if it is in no repository."""
+    folder = Path(triplane.__file__).parent.parent
+    if folder.name == _CODE and (folder.parent / _GIT).exists():
+        return (folder.parent / _GIT).read_text().partition("\n")[0].removeprefix("commit ")[:_COMMIT_DIGITS]
+    if _git("ls-files", "--error-unmatch", __file__) is None:  # the repository around is another's
+        return None
+    commit = _git("describe", "--always", "--dirty", f"--abbrev={_COMMIT_DIGITS}", "--exclude=*")
+    return None if commit is None else commit.strip()
+
+
+def _git(*arguments: str) -> str | None:
     """Returns git's output; None without git or a repository."""
     where = Path(__file__).resolve().parent
     try:

@@ -41,7 +41,7 @@ class Callback:
         yield from ()
 
     def start(self, run: Run) -> None:
-        """Called before the first step of a start or resume. After an error nothing else is called."""
+        """Called before the first step of a start or resume. After an error nothing else is called but `measure`."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Takes metrics of a step by their names in `METRICS`; those from `measure` are named `user/NAME`."""
@@ -60,6 +60,8 @@ class Callback:
 
     def measure(self, batches: "Sequence[Batch]", evaluate: "Evaluate") -> Mapping[str, Sums]:
         """Called on every rank after logged steps, with the step's micro-batches of its data-parallel rank.
+
+        It cannot rely on `start`, which is called on rank 0 alone.
 
         Returns sums by name, the same names on every rank. They are added over the data-parallel ranks, and the metric
         is their quotient, so that it is exact under every layout. `evaluate` returns the loss over the batches of all

@@ -1,6 +1,7 @@
 """Finds the trackers and callbacks that `tracking` names, and adds up what they measure."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -38,16 +39,22 @@ def measured(callbacks: Sequence[Callback], batches: "Sequence[Batch]", engine: 
     """Returns the metrics that the callbacks measure, by `user/NAME`; collective."""
     sums: dict[str, Sums] = {}
     for callback in callbacks:
-        sums |= callback.measure(batches, engine.evaluate)
+        own = callback.measure(batches, engine.evaluate)
+        if twice := sorted(sums.keys() & own.keys()):
+            raise ConfigError(
+                f"tracking: {type(callback).__name__}: another callback measures {twice[0]} too; rename it"
+            )
+        sums |= own
     if not sums:
         return {}
     import torch
     import torch.distributed as dist
 
-    pairs = [(float(numerator), float(denominator)) for numerator, denominator in sums.values()]
+    names = sorted(sums)  # each rank may have them in an order of its own
+    pairs = [(float(numerator), float(denominator)) for numerator, denominator in map(sums.__getitem__, names)]
     totals = torch.tensor(pairs, dtype=torch.float64, device=engine.mesh.device)
     dist.all_reduce(totals, group=engine.mesh.dp.group)
-    return {f"user/{name}": over / under for name, (over, under) in zip(sums, totals.tolist()) if under}
+    return {f"user/{name}": over / under for name, (over, under) in zip(names, totals.tolist()) if under}
 
 
 def _load(name: str) -> Callback:
@@ -55,7 +62,8 @@ def _load(name: str) -> Callback:
     try:
         callback = entry.load()()
     except Exception as error:  # in code that is not ours, anything may happen
-        raise ConfigError(f"tracking: {name} cannot be loaded: {type(error).__name__}: {error}") from error
+        own = f"; put its file into {os.getcwd()}, or install it" if isinstance(error, ModuleNotFoundError) else ""
+        raise ConfigError(f"tracking: {name} cannot be loaded: {type(error).__name__}: {error}{own}") from error
     if not isinstance(callback, Callback):
         raise ConfigError(f"tracking: {name}: {entry.value} is not a subclass of triplane.training.callback.Callback")
     return callback
@@ -67,9 +75,9 @@ def _find(name: str) -> EntryPoint:
         return EntryPoint(name, _OURS[name], GROUP)
     if name in installed.names:
         return installed[name]
-    if ":" not in name:
+    if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
         known = ", ".join([*_OURS, *sorted(installed.names)])
         raise ConfigError(f"tracking: {name} is unknown; give {known}, or module:Class")
     if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # a module beside the config
+        sys.path.append(here)
     return EntryPoint(name, name, GROUP)

@@ -65,7 +65,9 @@ def _time_of_product(dtype: torch.dtype) -> float:
 
 
 def newest_flash_attention(device: torch.device) -> str | None:
-    """Activates the newest FlashAttention that is installed and runs on this GPU; returns None for torch's own.
+    """Activates the newest FlashAttention that is installed and runs on this GPU.
+
+    Returns a line that says so, or why one that is installed cannot be used; None if there is only torch's own.
 
     Call it before the first attention: what is compiled keeps the kernel that it was compiled with.
     """
@@ -75,17 +77,22 @@ def newest_flash_attention(device: torch.device) -> str | None:
 
     major, _ = torch.cuda.get_device_capability(device)
     for name, module, majors in (("FA4", "flash_attn.cute", (9, 10)), ("FA3", "flash_attn_interface", (9,))):
-        if major in majors and _installed(module):
-            activate_flash_attention_impl(name)
-            return name
+        if major not in majors:
+            continue
+        try:
+            if find_spec(module) is not None:
+                activate_flash_attention_impl(name)
+                return f"attention runs on {name}, which is installed here"
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:  # its package is there
+                return _unusable(name, error)
+        except Exception as error:  # built for another torch, or without what it is built on
+            return _unusable(name, error)
     return None
 
 
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # its package is not there
-        return False
+def _unusable(name: str, error: Exception) -> str:
+    return f"{name} is installed but cannot be used: {type(error).__name__}: {error}; attention runs on torch's own"
 
 
 def room_for_weights(parameters: int, free_bytes: int | None) -> tuple[str, Precision, str | None]:

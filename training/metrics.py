@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +77,12 @@ class MetricsWriter(Callback):
     def _open(self, resume_step: int) -> None:
         # A fresh start repeats the validation before the first step, if any.
         first_step = resume_step + 1 if resume_step else 0
-        for log in (self._run.metrics, self._run.samples):
-            cut_log(log, first_step)
-        self._lines, self._samples = open_log(self._run.metrics), open_log(self._run.samples)
-        self._board = Board(self._run.tensorboard, first_step)
+        try:
+            for log in (self._run.metrics, self._run.samples):
+                cut_log(log, first_step)
+        finally:  # a full disk, at a rollback, must not leave them closed
+            self._lines, self._samples = open_log(self._run.metrics), open_log(self._run.samples)
+            self._board = Board(self._run.tensorboard, first_step)
         if resume_step == 0:
             self._board.text(0, "metrics", _legend())
 
@@ -108,9 +111,9 @@ class MetricsWriter(Callback):
         self._open(step)
 
     def close(self) -> None:
-        self._lines.close()
-        self._samples.close()
-        self._board.close()
+        with ExitStack() as stack:  # closes all, even if one cannot be written
+            for each in (self._lines, self._samples, self._board):
+                stack.callback(each.close)
 
 
 def _code_block(text: str) -> str:

@@ -34,7 +34,7 @@ def test_every_config_is_read_back(tmp_path: Path) -> None:
 def test_what_a_layer_unsets_is_read_back(tmp_path: Path) -> None:
     """Gemma 3 scales the positions of its full layers alone, gpt-oss windows every other."""
     gemma = load_config(CONFIGS[0], ["model.rope_scaling={kind='linear', factor=8}"]).model
-    assert gemma.attention.qk_norm is None and gemma.n_layers % 4 == 0
+    assert gemma.attention.qk_norm is None and gemma.n_layers % 5
     values = gemma.model_dump()
     values["attention"] |= {"window": 64, "qk_norm": {"kind": "rms"}, "sinks": True}
     full = {"window": None, "qk_norm": None, "sinks": False}
@@ -42,6 +42,7 @@ def test_what_a_layer_unsets_is_read_back(tmp_path: Path) -> None:
         {"repeat": 2, "positions": values["positions"] | {"base": 5e3, "scaling": None}},
         {"attention": values["attention"] | full},
         {"positions": {"kind": "none"}, "feed_forward": {"kind": "plain", "hidden_dim": 99, "activation": "none"}},
+        {"attention": values["attention"]},
     ]
     model = ModelConfig.model_validate(values)
     config = load_config(CONFIGS[0]).model_copy(update={"model": model})
@@ -54,6 +55,7 @@ def test_what_a_layer_unsets_is_read_back(tmp_path: Path) -> None:
             "positions": {"kind": "none"},
             "feed_forward": {"kind": "plain", "hidden_dim": 99, "activation": "none", "bias": True},
         },
+        {"attention": {}},
     ]
 
 

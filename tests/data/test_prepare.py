@@ -18,10 +18,12 @@ from triplane.data import content, encode
 from triplane.data.blocks import BLOCK_CHARS
 from triplane.data.corpus import Corpus
 from triplane.data.dedupe import Dedupe
+from triplane.data.holdout import text_and_its_end
 from triplane.data.inspect import describe
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.prepare import Progress, prepare
 from triplane.data.report import Rejected, Report
+from triplane.data.sources import find_files
 from triplane.storage.errors import DataError
 
 
@@ -255,6 +257,19 @@ def test_the_end_of_a_long_text_is_held_out_however_many_shards_it_fills(
     assert 0.1 <= len(parts[1]) / len(text) < 0.1001
     assert report.validation_is_end and (report.train.documents, report.validation.documents) == (1, 1)
     assert report.train.text_bytes + report.validation.text_bytes == len(text)
+
+
+@pytest.mark.parametrize(("unit", "first"), [("ein Wort ", " "), ("語", "語")])
+def test_the_end_of_a_long_text_without_line_ends_begins_with_a_word_or_character(
+    unit: str, first: str, tmp_path: Path
+) -> None:
+    (tmp_path / "long").write_text(unit * (5_000_000 // len(unit.encode())))
+    (file,) = find_files([str(tmp_path / "long")], print)
+    text, end = text_and_its_end(file, 0.1, most_bytes=1 << 28)
+    assert text.part is not None and end.part is not None and text.part.stop == end.part.start
+    content = (tmp_path / "long").read_bytes()[end.part.start :]
+    assert content.decode().startswith(first)
+    assert 0 <= len(content) - 500_000 < 20
 
 
 def test_a_document_too_long_to_cut_is_told(

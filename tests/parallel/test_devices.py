@@ -177,6 +177,13 @@ def test_compiling_without_pythons_headers_is_refused(monkeypatch: pytest.Monkey
     assert missing_to_compile(on_gpu=True) is missing_to_compile(on_gpu=False) is None
 
 
+@pytest.fixture
+def nothing_imported() -> None:
+    """Forgets the packages of another test."""
+    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+        del sys.modules[name]
+
+
 _FLASH_3 = """
 from torch.library import Library
 library = Library("flash_attn_3", "DEF")
@@ -185,6 +192,23 @@ for name in ("fwd", "bwd"):
 """
 
 
+@pytest.mark.usefixtures("nothing_imported")
+@pytest.mark.parametrize("where", ["flash_attn/__init__.py", "flash_attn/cute/__init__.py", "flash_attn/cute.py"])
+def test_flash_attention_that_cannot_be_used_is_told(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / where).parent.mkdir(parents=True)
+    (tmp_path / "flash_attn/__init__.py").touch()
+    (tmp_path / where).write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    said = newest_flash_attention(torch.device("cuda", 0))
+    assert said is not None and said.startswith("FA4 is installed but cannot be used: ")
+    assert said.endswith("; attention runs on torch's own")
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+@pytest.mark.usefixtures("nothing_imported")
 @pytest.mark.parametrize(("capability", "expected"), [((8, 0), None), ((9, 0), "FA3"), ((10, 0), None)])
 def test_flash_attention_is_the_newest_that_is_installed_and_fits(
     capability: tuple[int, int], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +219,8 @@ def test_flash_attention_is_the_newest_that_is_installed_and_fits(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     try:
-        assert newest_flash_attention(torch.device("cuda", 0)) == expected
+        said = f"attention runs on {expected}, which is installed here" if expected else None
+        assert newest_flash_attention(torch.device("cuda", 0)) == said
         assert torch.nn.attention.current_flash_attention_impl() == expected
         assert newest_flash_attention(torch.device("cpu")) is None
     finally:

@@ -1,5 +1,6 @@
 """The record of a run that was killed and resumed is that of one run."""
 
+import errno
 import json
 import os
 import re
@@ -89,6 +90,25 @@ def test_after_a_full_disk_the_curves_go_on(tmp_path: Path, small_disk: Path) ->
     writer.metrics(4, {"loss": 4.0})
     writer.close()
     assert read_events(tmp_path, "1 loss/loss") == [(1, 1.0), (4, 4.0)]
+
+
+def test_a_rollback_on_a_full_disk_leaves_records_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    writer.metrics(1, {"loss": 1.0})
+    writer.metrics(2, {"loss": 2.0})
+    with monkeypatch.context() as full:
+
+        def no_space(path: Path, first_step: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr("triplane.training.metrics.cut_log", no_space)
+        with pytest.raises(OSError, match="No space"):
+            writer.rewind(1)
+    writer.metrics(2, {"loss": 3.0})
+    writer.close()
+    assert [line["loss"] for line in read_lines(tmp_path)] == [1.0, 2.0, 3.0]
 
 
 def test_an_undeclared_metric_is_a_mistake_of_ours(tmp_path: Path) -> None:

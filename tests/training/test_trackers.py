@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import small_run
@@ -15,11 +16,13 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from triplane.launcher.run import train_on
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.plan.gate import examine
 from triplane.prove.forked import run_ranks
 from triplane.storage.errors import ConfigError
-from triplane.training.callbacks import load_callbacks, tracking_problems
+from triplane.training.callback import Callback
+from triplane.training.callbacks import load_callbacks, measured, tracking_problems
 from triplane.training.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +177,22 @@ def test_a_rollback_is_told(prepared: Prepared, here: Path) -> None:
     assert [record["loss"] for record in records(here / "run")] == [2.0]
 
 
+def _orders(mesh: Mesh) -> dict[str, float]:
+    class Two(Callback):
+        def measure(self, batches: object, evaluate: object) -> dict[str, tuple[float, float]]:
+            sums = {"a": (1.0 + mesh.rank, 1.0), "b": (10.0, 5.0)}
+            return sums if mesh.rank else dict(reversed(sums.items()))
+
+    engine = SimpleNamespace(mesh=mesh, evaluate=None)
+    with pytest.raises(ConfigError, match="Two: another callback measures a too; rename it"):
+        measured([Two(), Two()], [], engine)  # type: ignore[arg-type]
+    return measured([Two()], [], engine)  # type: ignore[arg-type]
+
+
+def test_metrics_are_added_by_name_whatever_their_order_on_a_rank() -> None:
+    assert run_ranks(ParallelConfig(dp=2), 2, _orders) == [{"user/a": 1.5, "user/b": 2.0}] * 2
+
+
 @pytest.mark.slow
 def test_a_metric_of_the_user_is_the_same_under_every_layout(prepared: Prepared, here: Path) -> None:
     found = []
@@ -231,12 +250,16 @@ def test_wandb_and_trackio_follow_a_run_and_resume_it(
 def test_what_cannot_be_called_is_one_line_before_a_rank_starts(
     prepared: Prepared, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tracked(small_run(prepared, here / "run"), "wandbb", "notes:Note", "notes:Odd", "absent:Metric", "wandb")
+    config = tracked(
+        small_run(prepared, here / "run"), "wandbb", "notes:Note", "notes:Odd", "absent:Metric", "wandb", "a-b:C"
+    )
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert examine(config, 1).problems == [
-        "tracking: absent:Metric cannot be loaded: ModuleNotFoundError: No module named 'absent'",
+        "tracking: a-b:C is unknown; give wandb, trackio, or module:Class",
+        f"tracking: absent:Metric cannot be loaded: ModuleNotFoundError: No module named 'absent'; put its file into "
+        f"{here}, or install it",
         "tracking: notes:Note cannot be loaded: AttributeError: module 'notes' has no attribute 'Note'",
         "tracking: notes:Odd: notes:Odd is not a subclass of triplane.training.callback.Callback",
         "tracking: wandb: no API key; give one by `wandb login`, or set WANDB_MODE=offline",
