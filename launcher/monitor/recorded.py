@@ -4,7 +4,6 @@ import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from triplane.training.run_log import EVENTS, METRICS_RECORDS, SAMPLES, Details,
 
 FAULTS = ("failure", "rollback", "skip", "save failed", "checkpoint set aside")
 STARTS = ("start", "resume")
+STOPS = ("stopped", "completed", "end")
+"""What was meant; `end` is of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,14 @@ class Recorded:
 
     def _losses(self) -> Iterator[float]:
         reached: dict[int, float] = {}
-        for before, event in pairwise([None, *self.events]):
-            assert event is not None
-            stopped = before is None or before["event"] in ("stopped", "completed")
-            if event["event"] == "rollback" or (event["event"] == "resume" and not stopped):
+        stopped = True
+        for event in self.events:
+            if event["event"] == "rollback" or (event["event"] in STARTS and not stopped):
                 yield event["time"] - reached.get(event["step"], event["time"])
             if event["event"] in (*STARTS, "save", "rollback"):
                 reached[event["step"]] = event["time"]
+            if event["event"] in (*STARTS, *STOPS):  # others may stand between a stop and the resume
+                stopped = event["event"] in STOPS
 
 
 def _state(status: RunStatus) -> str:

@@ -143,13 +143,16 @@ def test_it_says_what_the_run_is(pages: dict[str, Path]) -> None:
 def test_time_lost_is_from_the_state_saved_to_the_return(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(CONFIG)
     events = [
-        (0, "start", 0),
+        (-50, "start", 0),
+        (0, "start", 0),  # died before it saved: 50 s
         (100, "save", 50),
         (130, "failure", 60),
         (200, "resume", 50),  # 100 s
         (210, "rollback", 50),  # 10 s
         (300, "save", 100),
         (310, "stopped", 100),
+        (8900, "checkpoint set aside", 100),
+        (8950, "data appended", 100),
         (9000, "resume", 100),
         (9100, "resume", 100),  # died without a word: 100 s
     ]
@@ -157,7 +160,7 @@ def test_time_lost_is_from_the_state_saved_to_the_return(tmp_path: Path) -> None
     lines = [{"time": now + after, "event": event, "step": step, "details": {}} for after, event, step in events]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report([tmp_path], tmp_path / "report.html")
-    assert "<b>3 m 30 s</b><span>lost to faults" in (tmp_path / "report.html").read_text()
+    assert "<b>4 m 20 s</b><span>lost to faults" in (tmp_path / "report.html").read_text()
 
 
 def test_runs_are_compared(runs: Path, pages: dict[str, Path]) -> None:
