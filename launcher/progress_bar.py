@@ -79,7 +79,8 @@ class TokenizerBar(_Bar):
 
     def train(self) -> None:
         """Shows that the training has begun, which does not tell how far it is."""
-        self._bar.reset(self._task, total=None, description="training the tokenizer", figures="")
+        self._bar.remove_task(self._task)  # rich keeps the total of a task that is reset
+        self._task = self._bar.add_task("training the tokenizer", total=None, figures="")
 
 
 def _read(read_bytes: int, total_bytes: int | None) -> str:
