@@ -2,8 +2,10 @@
 
 import threading
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,7 +46,8 @@ def board(folder: Path, host: str, port: int) -> int:
 class _Links:
     """A folder of links to the events of runs, since TensorBoard calls a run by its path.
 
-    A run is called by its folder or, where several have folders of one name, by its path.
+    A run is called by its folder or, where several have folders of one name, by its path; by a number too, where
+    that is another's name.
     """
 
     def __init__(self, folder: Path, shown: Path):
@@ -55,12 +58,16 @@ class _Links:
     def refresh(self) -> None:
         """Links what has been written since the last time, also by new runs."""
         found = find_runs(self._folder)
-        folders = [run_dir.resolve().name for run_dir in found]
-        for run_dir, name in zip(found, folders):
+        folders = Counter(run_dir.resolve().name for run_dir in found)
+        for run_dir in found:
             if run_dir not in self.names:
-                taken = folders.count(name) > 1 or name in self.names.values()
-                whole = "-".join(run_dir.relative_to(self._folder).parts)
-                self.names[run_dir] = whole if taken and whole else name
+                name = run_dir.resolve().name
+                whole = "-".join(run_dir.relative_to(self._folder).parts) or name
+                alone = [name] if folders[name] == 1 else []
+                others = {other for other, runs in folders.items() if runs == 1} - {name}
+                taken = {*self.names.values(), *others}
+                numbered = (f"{whole}-{number}" for number in count(2))
+                self.names[run_dir] = next(free for free in chain(alone, [whole], numbered) if free not in taken)
             events = RunFolder(run_dir).tensorboard
             for path in events.rglob("events.out.*"):
                 link = self._shown / self.names[run_dir] / path.relative_to(events)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 
+from triplane.launcher.monitor.board import _Links
 from triplane.training.metrics import MetricsWriter
 from triplane.training.run_log import record_event
 
@@ -60,6 +62,19 @@ def test_runs_have_the_names_of_their_folders_and_charts_have_both_lines(address
     for run, loss in (("one", 3.0), ("one/validation", 4.0)):
         points = json.loads(ask(address, f"scalars/scalars?run={run}&tag=1%20loss%2Floss"))
         assert [(step, value) for _, step, value in points] == [(2, loss), (4, loss)]
+
+
+def test_no_two_runs_share_a_name(tmp_path: Path) -> None:
+    runs = [tmp_path / "runs" / run for run in ("a-b", "a/b", "c/b", "d/e-f/g", "d-e/f/g", "d/e/f/g")]
+    for run in runs:
+        record_event(run, "start", 0, layout="dp 1", ranks=1, precision="fp32")
+        MetricsWriter(run, 0).close()
+    links = _Links(tmp_path / "runs", tmp_path / "shown")
+    links.refresh()
+    names = {str(run.relative_to(tmp_path / "runs")): name for run, name in links.names.items()}
+    assert [names[run] for run in ("a-b", "a/b", "c/b")] == ["a-b", "a-b-2", "c-b"]
+    assert sorted(names[run] for run in names if "g" in run) == ["d-e-f-g", "d-e-f-g-2", "d-e-f-g-3"]
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == set(names.values())
 
 
 def test_the_config_is_text(address: str) -> None:
