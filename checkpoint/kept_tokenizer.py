@@ -10,6 +10,9 @@ from triplane.storage.errors import DamagedError, TriplaneError
 from triplane.storage.foreign import FileName
 from triplane.storage.location import Location, read, writing
 
+TOKENIZER_OPTION = "--tokenizer (tokenizer= in Python)"
+"""How to give another tokenizer than the kept one."""
+
 
 class KeptTokenizer(BaseModel, strict=True):
     """The tokenizer's entry in the state."""
@@ -36,10 +39,12 @@ def read_tokenizer(checkpoint: Location, kept: KeptTokenizer) -> Tokenizer:
     try:
         tokenizer = tokenizer_of({name: read(checkpoint / name) for name in kept.files}, checkpoint)
     except TriplaneError as error:
-        raise DamagedError(f"{checkpoint}: its tokenizer is damaged ({error}); give another by --tokenizer") from error
+        raise DamagedError(
+            f"{checkpoint}: its tokenizer is damaged ({error}); give another by {TOKENIZER_OPTION}"
+        ) from error
     if tokenizer.digest != kept.digest:
         raise DamagedError(
             f"{checkpoint}: its tokenizer is damaged ({tokenizer.digest[:12]}, written as {kept.digest[:12]}); give "
-            f"another by --tokenizer"
+            f"another by {TOKENIZER_OPTION}"
         )
     return tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from triplane.checkpoint.kept_tokenizer import read_tokenizer
+from triplane.checkpoint.kept_tokenizer import TOKENIZER_OPTION, read_tokenizer
 from triplane.checkpoint.parent import Parent
 from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights
@@ -53,16 +53,14 @@ class TrainedModel:
         if given is not None:
             tokenizer = open_tokenizer(given)
             if kept is not None and kept.digest != tokenizer.digest:
-                raise CheckpointError(
-                    f"{given}: not the tokenizer that {where} was trained with; leave out --tokenizer"
-                )
+                raise CheckpointError(f"{given}: not the tokenizer that {where} was trained with; leave it out")
         elif self.config is None:
-            raise CheckpointError(f"{where}: contains no tokenizer; give one by --tokenizer")
+            raise CheckpointError(f"{where}: contains no tokenizer; give one by {TOKENIZER_OPTION}")
         else:
             try:
                 tokenizer = find_tokenizer(self.config.data, self.config.folder.corpora)
             except TriplaneError as error:
-                raise CheckpointError(f"{error}; or give the tokenizer by --tokenizer") from error
+                raise CheckpointError(f"{error}; or give the tokenizer by {TOKENIZER_OPTION}") from error
         if (size := tokenizer.vocab_size) > self.model.vocab_size:
             raise CheckpointError(f"{where}: of {self.model.vocab_size} tokens, but the tokenizer has {size}")
         return tokenizer

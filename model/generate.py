@@ -27,9 +27,9 @@ def generate(
     eos_id: int | None,
     longest: int | None = None,
 ) -> Iterator[int]:
-    """Yields the new tokens as they are drawn, up to and including `eos_id`; a pure function of its arguments.
+    """Returns the new tokens, up to and including `eos_id`; a pure function of its arguments.
 
-    Stops where the network would read more than `longest` tokens (None: any number).
+    Each is drawn when it is asked for. Stops where the network would read more than `longest` tokens (None: any number).
 
     Temperature 0 takes the likeliest token; otherwise draws from the `top_k` likeliest (None: all).
     Keeps no cache: each token costs a forward pass over all previous ones, which suits samples during
@@ -39,13 +39,18 @@ def generate(
         raise ModelError("The prompt has no tokens; give at least one, such as the beginning-of-sequence id.")
     if longest is not None and len(prompt) > longest:
         raise ModelError(f"The prompt has {len(prompt)} tokens, but the positions of this network end at {longest}.")
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(max_new_tokens if longest is None else min(max_new_tokens, longest + 1 - len(prompt))):
-        tokens.append(_draw(next_logits(tokens).float().cpu(), temperature, top_k, generator))
-        yield tokens[-1]
-        if tokens[-1] == eos_id:
-            break
+    most = max_new_tokens if longest is None else min(max_new_tokens, longest + 1 - len(prompt))
+
+    def drawn() -> Iterator[int]:  # a generator would not refuse the prompt before the first token is asked for
+        generator = torch.Generator().manual_seed(seed)
+        tokens = list(prompt)
+        for _ in range(most):
+            tokens.append(_draw(next_logits(tokens).float().cpu(), temperature, top_k, generator))
+            yield tokens[-1]
+            if tokens[-1] == eos_id:
+                break
+
+    return drawn()
 
 
 def next_logits(model: Transformer) -> NextLogits:

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import triplane
 from triplane.checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.launcher.cli import app
@@ -117,8 +118,10 @@ def test_a_damaged_or_absent_tokenizer_is_a_line_and_can_be_given(
     del manifest.state["run"]["tokenizer"]
     (folder / MANIFEST).unlink()
     write_manifest(folder, Manifest(manifest.state, manifest.boxes, manifest.file_bytes))
-    with pytest.raises(CheckpointError, match="contains no tokenizer; give one by --tokenizer"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer; give one by --tokenizer \(tokenizer= in Python\)"):
         _call("generate", folder)
+    given = triplane.load(str(folder), tokenizer=str(tmp_path / "tokenizer.model"))
+    assert given.tokenizer.digest == prepared.tokenizer.digest
     _call("export", folder, tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.model")
 
 

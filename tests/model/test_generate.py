@@ -60,6 +60,20 @@ def test_an_empty_prompt_is_refused() -> None:
         sample(prompt=[])
 
 
+def test_a_prompt_is_refused_before_a_token_is_asked_for() -> None:
+    with pytest.raises(ModelError, match="4 tokens, but the positions of this network end at 3"):
+        generate(
+            next_logits(small_model(CONFIG)),
+            PROMPT,
+            max_new_tokens=1,
+            temperature=0,
+            top_k=None,
+            seed=0,
+            eos_id=None,
+            longest=3,
+        )
+
+
 def test_lengths_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each is a plan of its own for attention, and a graph if the model is compiled."""
     lengths = set()
