@@ -29,7 +29,8 @@ def generate(
 ) -> Iterator[int]:
     """Returns the new tokens, up to and including `eos_id`; a pure function of its arguments.
 
-    Each is drawn when it is asked for. Stops where the network would read more than `longest` tokens (None: any number).
+    Each is drawn when it is asked for. Stops where the network would read more than `longest` tokens (None: any
+    number).
 
     Temperature 0 takes the likeliest token; otherwise draws from the `top_k` likeliest (None: all).
     Keeps no cache: each token costs a forward pass over all previous ones, which suits samples during
