@@ -1,8 +1,15 @@
 """Prepares standard input, output and error, which a caller may have closed or opened with another encoding."""
 
+import errno
 import io
 import os
 import sys
+from typing import TYPE_CHECKING
+
+from triplane.storage.errors import StorageError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def prepare_streams() -> None:
@@ -16,3 +23,33 @@ def prepare_streams() -> None:
             setattr(sys, name, os.fdopen(opened, "w" if number else "r"))
         elif number and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if stream is sys.__stdout__:
+                sys.stdout = _told_if_full(stream)
+
+
+def _told_if_full(stdout: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Returns standard output anew, with a user's mistake as the error if the disk is full."""
+    raw = _Output(stdout.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stdout.write_through else io.BufferedWriter(raw),
+        encoding=stdout.encoding,
+        errors=stdout.errors,
+        line_buffering=stdout.line_buffering,
+        write_through=stdout.write_through,
+    )
+
+
+class _OutputFullError(StorageError, OSError):
+    """A mistake to who reads it, and an OSError to who writes on without the output."""
+
+
+class _Output(io.FileIO):
+    def write(self, content: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise _OutputFullError(
+                f"standard output cannot be written: {error.strerror}; write it elsewhere"
+            ) from error
