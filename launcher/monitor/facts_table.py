@@ -38,7 +38,7 @@ def _facts(run: Recorded) -> Iterator[tuple[str, str]]:
     corpora = ", ".join(source["corpus"] for source in data.get("sources", []) if "corpus" in source)
     tokens = f"; {format_count(start['corpus_tokens'])} tokens" if "corpus_tokens" in start else ""
     yield "corpus", f"{corpora}{tokens}"
-    yield "baselines", ", ".join(f"{name} = {value:.3f}" for name, value in baselines(run).items())
+    yield "baselines", "; ".join(f"{name} = {value:.3f}" for name, value in baselines(run).items())
     yield "machine", ", ".join(filter(None, [start.get("device", ""), start.get("host", "")]))
     yield "versions", start.get("versions", "")
     yield "commit", start.get("commit", "")
@@ -48,7 +48,7 @@ def baselines(run: Recorded) -> dict[str, float]:
     """Returns losses, in nats a token, with which to compare the run's."""
     vocab_size = run.table.get("model", {}).get("vocab_size") if run.config else None
     found = {f"ln {vocab_size:,}": math.log(vocab_size)} if vocab_size else {}
-    return found | ({"unigram model": run.unigram_loss} if run.unigram_loss is not None else {})
+    return found | ({"unigram, first 4 M tokens": run.unigram_loss} if run.unigram_loss is not None else {})
 
 
 def differences(runs: Sequence[Recorded]) -> list[list[str]]:

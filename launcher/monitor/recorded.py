@@ -54,9 +54,8 @@ class Recorded:
 
     @property
     def unigram_loss(self) -> float | None:
-        """Nats a token of a model that knows only how frequent each token is; None if it was not measured."""
-        measured = (event["details"]["unigram_loss"] for event in self.events if "unigram_loss" in event["details"])
-        return next(measured, None)
+        """Nats a token of a model that knows only token frequencies; None if the last start did not measure it."""
+        return self.start.get("unigram_loss")
 
     @property
     def table(self) -> dict[str, Any]:

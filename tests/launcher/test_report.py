@@ -61,6 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (runs / name / "config.toml").write_text(config)
         record_event(runs / name, "start", 0, **FACTS, **MEASURED)
         log(runs / name, steps)
+    record_event(runs / "plain", "resume", 20, **FACTS | MEASURED | {"unigram_loss": 6.25})
     record_event(runs / "plain", "stopped", 40, steps_left=4960)
     record_event(runs / "faulty", "save", 900, checkpoint="step_900")
     record_event(runs / "faulty", "failure", 950, rank=1, host="desk", where="step", error="killed")
@@ -128,7 +129,7 @@ def test_it_says_what_the_run_is(pages: dict[str, Path]) -> None:
         "model": "1.90 M parameters; 4 layers, 2 heads, 128 wide, 4,096 tokens in the vocabulary",
         "batch": "4,096 tokens a step: 16 sequences of 256",
         "corpus": "a<b, web; 4.00 M tokens",
-        "baselines": "ln 4,096 = 8.318, unigram model = 6.500",
+        "baselines": "ln 4,096 = 8.318; unigram, first 4 M tokens = 6.250",
         "machine": "Abacus 9, desk",
         "versions": "torch 2",
         "commit": "c0ffee",
@@ -137,7 +138,7 @@ def test_it_says_what_the_run_is(pages: dict[str, Path]) -> None:
     assert "<b>0.041</b><span>epochs" in html
     assert "<b>12.5</b><span>perplexity" in html  # exp(2.525)
     assert "; stopped; written" in html
-    assert "unigram model = 6.50" in html and "ln 4,096 = 8.32" in html
+    assert "unigram, first 4 M tokens = 6.25" in html and "ln 4,096 = 8.32" in html
 
 
 def test_time_lost_is_from_the_state_saved_to_the_return(tmp_path: Path) -> None:
