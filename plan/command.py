@@ -37,6 +37,8 @@ def plan(
     json_path: Path | None,
 ) -> int:
     """Prints the plan, then all problems; returns the exit code, 1 if there are any."""
+    if currency is not None and not currency.strip():
+        raise ConfigError(f'--currency "{currency}": empty; give a code, such as EUR')
     if currency is not None and price is None:
         raise ConfigError(f"--currency {currency}: give the price of a GPU hour in it, by --price")
     config, gpu = load_config(path, overrides), find_gpu(gpu_name)

@@ -128,4 +128,7 @@ def state_of(run: RunStatus) -> str:
         return "running"
     if run.last_event is None:
         return "not started"
-    return {"stopped": "stopped", "failure": "failed"}.get(run.last_event["event"], "died")
+    last = run.last_event
+    if last["event"] == "end":  # of earlier versions
+        return "completed" if last["step"] >= run.steps else "stopped"
+    return {"stopped": "stopped", "failure": "failed"}.get(last["event"], "died")

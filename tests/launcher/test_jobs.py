@@ -15,7 +15,7 @@ from runs import held_by_another, small_run
 from small_corpora import Prepared
 
 from triplane.config.toml import to_toml
-from triplane.launcher.monitor.jobs import cancel, logs, status
+from triplane.launcher.monitor.jobs import cancel, logs, state_of, status
 from triplane.launcher.monitor.run_status import read_status
 from triplane.slurm.jobs import resume
 from triplane.storage.errors import LaunchError
@@ -67,6 +67,12 @@ def test_runs_below_a_folder_have_a_line_each(run_dir: Path, capsys: pytest.Capt
     (run_dir / "DONE").write_text("40\n")
     status(run_dir)
     assert "completed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("step", "state"), [(12, "stopped"), (40, "completed")])
+def test_the_end_of_a_run_of_an_earlier_version_is_no_death(step: int, state: str, run_dir: Path) -> None:
+    record_event(run_dir, "end", step)
+    assert state_of(read_status(run_dir)) == state
 
 
 def test_the_newest_log_is_shown(run_dir: Path, capsys: pytest.CaptureFixture) -> None:

@@ -108,6 +108,8 @@ def test_costs_have_a_currency(tmp_path: Path) -> None:
         2,
         "triplane: --currency EUR: give the price of a GPU hour in it, by --price\n",
     )
+    empty = plan(config, "--price", 2, "--currency", "", cwd=tmp_path)
+    assert (empty.returncode, empty.stderr) == (2, 'triplane: --currency "": empty; give a code, such as EUR\n')
 
 
 def test_all_problems_come_together(prepared: Prepared, tmp_path: Path) -> None:
