@@ -97,7 +97,7 @@ def _nothing_lost(victim: Victim, every_steps: int) -> None:
     """A start goes on from a checkpoint at most a save in flight before what was trained."""
     batches = victim.batches()
     begins = [line for line in victim.history() if line["event"] in _BEGINS]
-    if not victim.history() or victim.history()[-1]["event"] != "completed" or begins[0]["event"] != "start":
+    if not victim.history() or victim.history()[-1]["event"] != "stopped" or begins[0]["event"] != "start":
         raise BrokenError(f"the history is {victim.history()}")
     for before, begin in pairwise(begins):
         trained = [line["step"] for line in batches if before["time"] < line["time"] < begin["time"]]

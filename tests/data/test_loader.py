@@ -411,12 +411,14 @@ def test_few_open_files_are_an_error_in_a_line(files: int, prepared: Prepared) -
 
 def test_a_worker_that_cannot_open_a_file_to_send_a_batch_is_an_error_in_a_line(prepared: Prepared) -> None:
     program = """
-import resource
+import multiprocessing.queues
 from triplane.data import loader
 start = loader._start_worker
+def no_file(batch):
+    raise OSError(24, "Too many open files")
 def start_with_few_files(worker):
     start(worker)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    multiprocessing.queues._ForkingPickler.dumps = no_file
 loader._start_worker = start_with_few_files
 """
     done = subprocess.run(

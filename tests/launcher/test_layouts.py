@@ -78,9 +78,9 @@ def test_what_the_machine_cannot_run_is_left_out_and_its_pairs_are_not_missed() 
     ("name", "expected"),
     [
         ("quickstart", "dp 2, zero 1"),
-        ("qwen3-0.6b", "dp 2, zero 1, tied, bf16"),
-        ("8b", "tp 2 + sequence x dp 2, zero 1, recompute selective, bf16"),
-        ("70b", "tp 2 + sequence x pp 2 x 2 stages x dp 2, zero 1, recompute selective, bf16"),
+        ("qwen3-0.6b", "dp 2, zero 1, compile, tied, bf16"),
+        ("8b", "tp 2 + sequence x dp 2, zero 1, recompute selective, compile, bf16"),
+        ("70b", "tp 2 + sequence x pp 2 x 2 stages x dp 2, zero 1, recompute selective, compile, bf16"),
     ],
 )
 def test_a_runs_own_layout_comes_with_two_ranks_on_each_axis(name: str, expected: str) -> None:

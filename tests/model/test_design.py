@@ -16,7 +16,11 @@ UNIONS = {"model/config.py", "model/parts/softmax.py"}
 """Hold the unions and their default kinds."""
 OUTSIDE = {"prove/networks.py"}
 """Names kinds to cover them, as `hf/` does to translate them."""
-OTHER_MEANINGS = {"scale": {"model/flash.py"}, "linear": {"training/config.py"}}
+OTHER_MEANINGS = {
+    "scale": {"model/flash.py"},
+    "linear": {"training/config.py", "launcher/monitor/curves.py"},
+    "layer": {"launcher/monitor/facts_table.py"},
+}
 COMMON = {"none"}
 """Too common a word to search for."""
 CHOICES = {name: {"model/config.py"} for name in ("pre", "post", "output", "sandwich", "parallel_shared_norm")}

@@ -419,10 +419,10 @@ def test_a_rank_that_hangs_after_a_step_is_found(name: str, prepared: Prepared, 
         method = getattr(Trainer, name)
         calls = count(1)
 
-        def hang(*args: object, **named: object) -> None:
+        def hang(*args: object, **named: object) -> object:
             if next(calls) == 2:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            method(*args, **named)
+            return method(*args, **named)
 
         if mesh.rank == 1:
             setattr(Trainer, name, hang)
