@@ -1,5 +1,6 @@
-"""Imports libraries that decorate functions with `torch.compile` at import."""
+"""Imports libraries without what they do at import: `torch.compile` of functions, loading of Weights & Biases."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,8 +14,13 @@ import torch
 def importing_uncompiled() -> Iterator[None]:
     """Silences imports in this block and leaves their functions uncompiled.
 
-    Decorating one loads the compiler's backend, a second of a rank's start; none is used here.
+    Decorating one loads the compiler's backend, a second of a rank's start; none is used here. megatron-core loads
+    Weights & Biases where it is installed, another second, whose temporary folders a killed rank would leave.
     """
+    tracker = "wandb"
+    hidden = tracker not in sys.modules
+    if hidden:
+        sys.modules[tracker] = None  # type: ignore[assignment] # an import of it fails as if it were not installed
     compiled = torch.compile
     torch.compile = _as_written  # type: ignore[assignment]
     try:
@@ -24,6 +30,8 @@ def importing_uncompiled() -> Iterator[None]:
             yield
     finally:
         torch.compile = compiled
+        if hidden:
+            del sys.modules[tracker]
 
 
 def _as_written(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:

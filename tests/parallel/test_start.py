@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 
-def test_the_adapters_do_not_load_the_compiler_and_leave_it_as_it_was() -> None:
+def test_the_adapters_load_neither_compiler_nor_tracker_and_leave_them_as_they_were() -> None:
     program = (
         "import sys, torch; compiled = torch.compile; from triplane.parallel import megatron, zero; "
-        "assert torch.compile is compiled; assert 'torch._inductor.compile_fx' not in sys.modules"
+        "assert torch.compile is compiled; assert 'torch._inductor.compile_fx' not in sys.modules; "
+        "assert 'wandb' not in sys.modules; import wandb"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
