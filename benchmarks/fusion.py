@@ -1,4 +1,4 @@
-"""What torch's compiler leaves of a layer's work beside its products: kernels, and bytes that they move.
+"""Counts the kernels that torch's compiler makes of a layer, and the bytes that those beside products move.
 
 Counts, not times, so they need no GPU: forward and backward of a layer of configs/1b.toml in bf16. It compiles for a
 CPU; kernels for a GPU read and write the same tensors.

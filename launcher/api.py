@@ -1,4 +1,4 @@
-"""What `import triplane` offers: a trained model, to generate and to measure."""
+"""The Python interface, `import triplane`: a trained model that generates and measures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a start records about itself, for the report: machine, versions, model and corpus."""
+"""The facts that a start records for the report: machine, versions, model and corpus."""
 
 import platform
 import socket

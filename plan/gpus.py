@@ -30,7 +30,7 @@ class Gpu(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True)
     price_per_hour: NonNegativeFloat
     """Default price. Those below are guesses."""
     currency: str = Field(default="USD", min_length=1)
-    """Of the price."""
+    """Currency of the price."""
 
 
 GPUS = {

@@ -70,9 +70,9 @@ def _load(name: str) -> Callback:
 
 
 def _find(name: str) -> EntryPoint:
-    installed = entry_points(group=GROUP)
     if name in _OURS:
         return EntryPoint(name, _OURS[name], GROUP)
+    installed = entry_points(group=GROUP)
     if name in installed.names:
         return installed[name]
     if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):

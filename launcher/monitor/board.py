@@ -3,7 +3,7 @@
 import threading
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from triplane.config.preflight import flatten
+from triplane.launcher.monitor.facts_table import differing
 from triplane.launcher.monitor.jobs import runs_in
 from triplane.launcher.monitor.run_status import find_runs
 from triplane.storage.foreign import refuse_unprintable
@@ -90,7 +91,7 @@ def _write_hyperparameters(names: Mapping[Path, str], shown: Path) -> None:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     configs = [config for run_dir in names if (config := _config(run_dir))]
-    hyperparameters = [HParam(key) for key in _differing(configs)]
+    hyperparameters = [HParam(key) for key in differing(configs)]
     results = [Metric(tag(name), group=group, display_name=name.replace("_", " ")) for group, name in _RESULTS]
     writer = EventFileWriter(str(shown / next(iter(names.values()))))
     writer.add_event(Event(summary=hparams_config_pb(hyperparameters, results)))
@@ -102,8 +103,3 @@ def _config(run_dir: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         return flatten(tomllib.loads(RunFolder(run_dir).config.read_text()))
     return {}
-
-
-def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if key != "run_dir" and len({str(config.get(key)) for config in configs}) > 1]

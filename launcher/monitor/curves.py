@@ -10,7 +10,7 @@ from triplane.launcher.monitor.facts_table import baselines
 from triplane.launcher.monitor.recorded import FAULTS, Recorded
 
 COLOURS = 8
-"""Of the style sheet; with more runs they come again, dashed."""
+"""Colours of the style sheet; with more runs they come again, dashed."""
 _SAME = 1.01
 """Ratio up to which bytes a token are those of one tokenizer."""
 

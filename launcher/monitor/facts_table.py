@@ -1,7 +1,7 @@
-"""What a run is, and in what several differ, as tables of the report."""
+"""Tables of the report: the facts of a run, and the differences between several."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from triplane.config.preflight import flatten
@@ -64,11 +64,13 @@ def differences(runs: Sequence[Recorded]) -> list[list[str]]:
     settings: list[dict[str, Any]] = [flatten(run.table) if run.config else {} for run in runs]
     started = ("parameters", "device", "host", "versions", "commit")
     settings = [flat | {key: run.start.get(key) for key in started} for flat, run in zip(settings, runs)]
-    for key in dict.fromkeys(key for flat in settings for key in flat):
-        texts = [_text(flat.get(key)) for flat in settings]
-        if key != "run_dir" and len(set(texts)) > 1:
-            rows.append([key, *texts])
-    return rows
+    return rows + [[key, *(_text(flat.get(key)) for flat in settings)] for key in differing(settings)]
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the keys in which settings of several runs differ, besides the run folder."""
+    keys = dict.fromkeys(key for flat in settings for key in flat)
+    return [key for key in keys if key != "run_dir" and len({str(flat.get(key)) for flat in settings}) > 1]
 
 
 def _text(value: Any) -> str:
