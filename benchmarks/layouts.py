@@ -10,7 +10,6 @@ import argparse
 import statistics
 import sys
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 
 import torch
@@ -23,8 +22,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.prove.forked import run_ranks
-from triplane.training.config import OptimizerConfig
-from triplane.training.optimizer import adamw
+from triplane.training.optimizer import OptimizerConfig
 
 _MODEL = ModelConfig.model_validate(
     {
@@ -90,8 +88,7 @@ def _tokens_per_s(mesh: Mesh, row: Row, sequences: int, steps: int) -> float:
         mesh,
         dtype=torch.float32,
         seq_len=_SEQ_LEN,
-        grad_clip=_OPTIMIZER.grad_clip,
-        make_optimizer=partial(adamw, _OPTIMIZER),
+        optimizer=_OPTIMIZER,
     )
     engine.initialize(0)
     for step in range(_WARMUP_STEPS + steps):

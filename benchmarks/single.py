@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from environments import python, set_up
@@ -46,9 +45,8 @@ def triplane(seconds: float, precision: str, compiled: bool) -> list[float]:
     from triplane.parallel.config import ParallelConfig
     from triplane.parallel.engine import Engine
     from triplane.parallel.groups import connected
-    from triplane.training.config import OptimizerConfig
     from triplane.training.hardware import DTYPES
-    from triplane.training.optimizer import adamw
+    from triplane.training.optimizer import OptimizerConfig
 
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,
@@ -59,7 +57,6 @@ def triplane(seconds: float, precision: str, compiled: bool) -> list[float]:
         n_kv_heads=N_KV_HEADS,
         head_dim=HEAD_DIM,
     )
-    optimizer = OptimizerConfig(grad_clip=GRAD_CLIP)
     layout = ParallelConfig(compile=compiled)
     with connected(layout, torch.device("cpu"), rank=0, world_size=1) as mesh:
         engine = Engine(
@@ -68,8 +65,7 @@ def triplane(seconds: float, precision: str, compiled: bool) -> list[float]:
             mesh,
             dtype=DTYPES[precision],
             seq_len=SEQ_LEN,
-            grad_clip=GRAD_CLIP,
-            make_optimizer=partial(adamw, optimizer),
+            optimizer=OptimizerConfig(grad_clip=GRAD_CLIP),
         )
         engine.initialize(seed=0)
         bounds = range(0, SEQUENCES * SEQ_LEN + 1, SEQ_LEN)

@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from triplane.config.load import load_config
 from triplane.model.batch import Batch
 from triplane.parallel.engine import Engine
 from triplane.parallel.groups import connected
+from triplane.parallel.update import Described, Piece
 from triplane.plan.estimate import work_of
 from triplane.plan.shares import RankKind, Work, rank_kinds
 from triplane.storage.errors import ConfigError
@@ -48,6 +50,18 @@ def dry_run(path: Path, overrides: list[str], ranks: int | None) -> None:
             print(pool.apply(_step, (config, work, kind, rank, ranks)), flush=True)
 
 
+class _Unused:
+    """An optimizer for meta tensors, on which the fused ones refuse to work; no step is taken."""
+
+    grad_clip = 1.0
+
+    def moments(self, weight: Described) -> tuple[str, ...]:
+        return ()
+
+    def build(self, pieces: Sequence[Piece]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([piece.weight for piece in pieces])
+
+
 def _step(config: RunConfig, work: Work, kind: RankKind, rank: int, ranks: int) -> str:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
@@ -64,8 +78,7 @@ def _step(config: RunConfig, work: Work, kind: RankKind, rank: int, ranks: int) 
         mesh,
         dtype=dtype,
         seq_len=config.data.seq_len,
-        grad_clip=config.optimizer.grad_clip,
-        make_optimizer=lambda placed: torch.optim.SGD([parameter for parameter, _ in placed]),
+        optimizer=_Unused(),
     )
     engine.forward_backward([_batch(work)] * micro_batches)
     parameters = sum(parameter.numel() for parameter in engine.local.module.parameters())

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +49,6 @@ from triplane.training.hardware import (
     peak_flops_per_s,
 )
 from triplane.training.loop import Trainer
-from triplane.training.optimizer import adamw
 from triplane.training.report import Report
 from triplane.training.run_log import record_event
 from triplane.training.state import State
@@ -132,8 +130,7 @@ def _prepare(
         mesh,
         dtype=dtype,
         seq_len=config.data.seq_len,
-        grad_clip=config.optimizer.grad_clip,
-        make_optimizer=partial(adamw, config.optimizer),
+        optimizer=config.optimizer,
     )
     state, resumed, set_aside = _restore(engine, config, folder, allow_fresh_start=allow_fresh_start)
     sources = open_sources(config.data, config.folder.corpora)

@@ -20,12 +20,10 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, LocalModel
 from triplane.parallel.rules import token_multiple
+from triplane.parallel.update import OptimizerKind
 
 Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
 """Maps (module, micro-batch number, the previous stage's output) to this stage's output or scaled loss."""
-
-MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, str]]], torch.optim.Optimizer]
-"""Takes each parameter of this rank with its role."""
 
 
 class Optimizer(Protocol):
@@ -36,7 +34,7 @@ class Optimizer(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None: ...
     def accumulation(self) -> AbstractContextManager[None]: ...
     def gradient(self, parameter: nn.Parameter) -> Tensor: ...
-    def step(self) -> Tensor: ...
+    def step(self, learning_rate: float) -> Tensor: ...
     def fragments(self) -> Iterable[Fragment]: ...
     def loaded(self, step: int) -> None: ...
 
@@ -66,16 +64,14 @@ class Engine:
         *,
         dtype: torch.dtype,
         seq_len: int,
-        grad_clip: float,
-        make_optimizer: MakeOptimizer,
+        optimizer: OptimizerKind,
     ):
         """`seq_len` sets the cost of attention, which balances the pipeline's stages."""
         self.config = config
         self.layout = layout
         self.mesh = mesh
         self.local = build_local_model(config, layout, mesh, dtype=dtype, seq_len=seq_len)
-        self._torch_optimizer = make_optimizer((placed.parameter, placed.role) for placed in self.local.placements)
-        self.optimizer = _wrap(self.local, self._torch_optimizer, layout, mesh, grad_clip=grad_clip)
+        self.optimizer = _wrap(self.local, optimizer, layout, mesh)
         if mesh.pp.size > 1:
             from triplane.parallel import megatron
 
@@ -109,9 +105,7 @@ class Engine:
 
     def step(self, learning_rate: float) -> Tensor:
         """Updates the weights; returns the gradient's global norm before clipping, a scalar."""
-        for group in self._torch_optimizer.param_groups:
-            group["lr"] = learning_rate
-        return self.optimizer.step()
+        return self.optimizer.step(learning_rate)
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Returns the scores of the token that follows `tokens`, (V,) fp32, equal on all ranks; collective."""
@@ -198,13 +192,11 @@ class Engine:
         dist.all_reduce(self.optimizer.gradient(end.weight), group=self.mesh.embedding)
 
 
-def _wrap(
-    local: LocalModel, optimizer: torch.optim.Optimizer, layout: ParallelConfig, mesh: Mesh, *, grad_clip: float
-) -> Optimizer:
+def _wrap(local: LocalModel, kind: OptimizerKind, layout: ParallelConfig, mesh: Mesh) -> Optimizer:
     if not layout.uses_deepspeed(mesh.replicas.size):
         from triplane.parallel.replicated import ReplicatedOptimizer
 
-        return ReplicatedOptimizer(local, optimizer, mesh, grad_clip=grad_clip)
+        return ReplicatedOptimizer(local, kind, mesh)
     from triplane.parallel.zero import ZeroOptimizer
 
-    return ZeroOptimizer(local, optimizer, layout, mesh, grad_clip=grad_clip)
+    return ZeroOptimizer(local, kind, layout, mesh)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.norm import squared_norm
-from triplane.parallel.placement import Fragment, LocalModel, fragments
+from triplane.parallel.placement import Fragment, LocalModel
+from triplane.parallel.update import OptimizerKind, Piece, Update
 
 _BUCKET_ELEMENTS = 32 * 1024**2
 """Gradients reduced at once: few collectives, bounded extra memory."""
@@ -26,11 +26,8 @@ class ReplicatedOptimizer:
     Weights in bf16 have a master in fp32, which is updated and rounded to them; their gradients add up in fp32.
     """
 
-    def __init__(self, local: LocalModel, optimizer: torch.optim.Optimizer, mesh: Mesh, *, grad_clip: float):
+    def __init__(self, local: LocalModel, kind: OptimizerKind, mesh: Mesh):
         self.module = local.module
-        self.optimizer = optimizer
-        self.placements = local.placements
-        self.grad_clip = grad_clip
         self.mesh = mesh
         self.parameters = [placement.parameter for placement in local.placements]
         self.masters = self.parameters
@@ -39,14 +36,15 @@ class ReplicatedOptimizer:
             for parameter, master in zip(self.parameters, self.masters):
                 parameter.register_post_accumulate_grad_hook(partial(_hand_over, master))  # type: ignore[no-untyped-call]
         self._master = dict(zip(self.parameters, self.masters))
-        for group in optimizer.param_groups:
-            group["params"] = [self._master[parameter] for parameter in group["params"]]
-        for master in self.masters:
-            optimizer.state[master] = {
-                "step": torch.zeros((), device=master.device),  # the fused update requires it there
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+        replicas = mesh.replicas
+        self.update = Update(
+            kind,
+            [
+                # The replicas take turns in writing parameters.
+                Piece(placement, master, copies=replicas.size, writes=number % replicas.size == replicas.rank)
+                for number, (placement, master) in enumerate(zip(local.placements, self.masters))
+            ],
+        )
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulates the gradients of `loss`."""
@@ -62,20 +60,15 @@ class ReplicatedOptimizer:
         assert gradient is not None, "every parameter takes part in every step"
         return gradient
 
-    def step(self) -> Tensor:
+    def step(self, learning_rate: float) -> Tensor:
         """Applies and clears the gradients; returns their global norm before clipping.
 
         Applies nothing if the norm is not finite.
         """
         if self.mesh.replicas.size > 1:
             self._average_gradients()
-        norm = self._gradient_norm()
-        # The fused update divides gradients by the one, so that clipping takes no pass of its own, and obeys the other.
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        norm = self.update.apply(learning_rate, self.mesh.device)
         self._round_masters()
-        self.optimizer.zero_grad()
         return norm
 
     def _round_masters(self) -> None:
@@ -100,32 +93,13 @@ class ReplicatedOptimizer:
         for gradient, averaged in zip(bucket, torch.split(flat, [gradient.numel() for gradient in bucket])):
             gradient.copy_(averaged.view_as(gradient))
 
-    def _gradient_norm(self) -> Tensor:
-        """Returns the norm over the whole model: sums shards over tp and pp, counts copies once."""
-        primary = [placed.parameter for placed in self.placements if placed.primary]
-        squared = squared_norm(map(self.gradient, primary), self.mesh.device)
-        if self.mesh.model is not None:
-            dist.all_reduce(squared, group=self.mesh.model)
-        return squared.sqrt().float()
-
     def fragments(self) -> Iterator[Fragment]:
-        """Yields the state on this rank; the dp x cp ranks take turns in writing parameters."""
-        for number, placement in enumerate(self.placements):
-            primary = number % self.mesh.replicas.size == self.mesh.replicas.rank
-            master = self.masters[number]
-            state = self.optimizer.state[master]
-            tensors = {
-                "weight": master.detach(),
-                "exp_avg": state["exp_avg"],
-                "exp_avg_sq": state["exp_avg_sq"],
-            }
-            for kind, tensor in tensors.items():
-                yield from fragments(placement, kind, tensor.view(-1), start=0, primary=primary)
+        """Yields the state on this rank."""
+        return self.update.fragments()
 
     def loaded(self, step: int) -> None:
         """Adopts fragments that were filled with the state after `step` updates."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+        self.update.loaded(step)
         self._round_masters()
 
 

@@ -21,6 +21,7 @@ from triplane.parallel.config import BUCKET_ELEMENTS, ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, LocalModel, Placement, fragments
 from triplane.parallel.uncompiled import importing_uncompiled
+from triplane.parallel.update import OptimizerKind, Piece
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -65,12 +66,11 @@ class ZeroOptimizer:
     def __init__(
         self,
         local: LocalModel,
-        optimizer: torch.optim.Optimizer,
+        kind: OptimizerKind,
         layout: ParallelConfig,
         mesh: Mesh,
-        *,
-        grad_clip: float,
     ):
+        optimizer = kind.build([Piece(placement, placement.parameter) for placement in local.placements])
         self.placements = local.placements
         self.stage = layout.zero
         self.pipelined = mesh.pp.size > 1
@@ -98,7 +98,7 @@ class ZeroOptimizer:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "managed_gradient_accumulation": not self._step_reduces,
-                "gradient_clipping": grad_clip,
+                "gradient_clipping": kind.grad_clip,
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",
                 "zero_optimization": {
@@ -150,11 +150,13 @@ class ZeroOptimizer:
         assert isinstance(gradient, Tensor), "every parameter takes part in every step"
         return gradient
 
-    def step(self) -> Tensor:
+    def step(self, learning_rate: float) -> Tensor:
         """Applies and clears the gradients; returns their global norm before clipping.
 
         Applies nothing if the norm is not finite.
         """
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = learning_rate
         before = self.engine.global_steps
         self.engine.step()
         assert self.engine.global_steps == before + 1, "DeepSpeed skipped the step"

@@ -6,7 +6,6 @@ apart by 1e-3 although the gradients agree.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -25,14 +24,12 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
-from triplane.training.config import OptimizerConfig
-from triplane.training.optimizer import adamw
+from triplane.training.optimizer import OptimizerConfig, adamw
 
 SEQUENCES, SEQ_LEN = 8, 48
 SEED = 3
 """Seed of the initial weights and of the data."""
-_CLIP = 0.5
-_OPTIMIZER = OptimizerConfig(eps=1e-3)
+_OPTIMIZER = OptimizerConfig(eps=1e-3, grad_clip=0.5)
 _MICRO_BATCH_SIZE = 2
 
 
@@ -132,7 +129,7 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
         loss.backward()
         norm = _norm(model.parameters())
         norms.append(float(norm))
-        nn.utils.clip_grads_with_norm_(model.parameters(), _CLIP, norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), _OPTIMIZER.grad_clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step)
         optimizer.step()
@@ -156,8 +153,7 @@ def proof_engine(
         mesh,
         dtype=dtype,
         seq_len=SEQ_LEN,
-        grad_clip=_CLIP,
-        make_optimizer=partial(adamw, _OPTIMIZER),
+        optimizer=_OPTIMIZER,
     )
     engine.initialize(seed)
     return engine

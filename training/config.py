@@ -3,31 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from triplane.checkpoint.config import CheckpointConfig
 from triplane.data.config import DataConfig
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 from triplane.storage.foreign import Place
+from triplane.training.optimizer import OptimizerConfig
 from triplane.training.run_folder import RunFolder
-
-
-class OptimizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """AdamW (Loshchilov and Hutter 2019)."""
-
-    lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Applied to matrices, not to norms."""
-    grad_clip: PositiveFloat = 1.0
-    """Maximum global gradient norm."""
 
 
 class ScheduleConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):

@@ -13,7 +13,6 @@ import sys
 import traceback
 import warnings
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,9 +63,8 @@ def _run(case: dict[str, Any]) -> None:
     from triplane.parallel.engine import Engine
     from triplane.parallel.groups import connected
     from triplane.parallel.rules import layout_problems
-    from triplane.training.config import OptimizerConfig
     from triplane.training.hardware import DTYPES
-    from triplane.training.optimizer import adamw
+    from triplane.training.optimizer import OptimizerConfig
     from triplane.training.verdicts import Agreement
 
     layout = ParallelConfig(**({"dp": 1} | case["layout"]))
@@ -88,8 +86,7 @@ def _run(case: dict[str, Any]) -> None:
             mesh,
             dtype=DTYPES[precision],
             seq_len=_SEQ_LEN,
-            grad_clip=1.0,
-            make_optimizer=partial(adamw, OptimizerConfig()),
+            optimizer=OptimizerConfig(),
         )
         list(engine.optimizer.fragments())
         engine.optimizer.loaded(step=0)

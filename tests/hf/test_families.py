@@ -29,8 +29,7 @@ from triplane.model.describe import model_weights
 from triplane.model.head import Loss
 from triplane.model.transformer import Transformer
 from triplane.storage.errors import CheckpointError, ModelError
-from triplane.training.config import OptimizerConfig
-from triplane.training.optimizer import adamw
+from triplane.training.optimizer import OptimizerConfig, adamw
 
 LENGTHS = (1, 17, 300)
 """The windows of the models are 48 tokens."""

@@ -15,7 +15,7 @@ import torch
 
 from triplane.model.batch import Batch
 from triplane.model.modules import WeightsModule, unchanged
-from triplane.parallel import engine, megatron, replicated, ring, stages, tensor, ulysses
+from triplane.parallel import engine, megatron, ring, stages, tensor, ulysses, update
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
@@ -151,7 +151,7 @@ def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
 
 def _with_decay_of_vectors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        "triplane.prove.reference.adamw", lambda config, placed: adamw(config, ((p, "matrix") for p, _ in placed))
+        "triplane.training.optimizer.adamw", lambda config, placed: adamw(config, ((p, "matrix") for p, _ in placed))
     )
 
 
@@ -176,16 +176,14 @@ def _with_overwritten_products(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_a_norm_in_fp32(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        replicated, "squared_norm", lambda tensors, device: torch.nn.utils.get_total_norm(list(tensors)).square()
-    )
+    patch.setattr(update, "squared_norm", lambda tensors, device: torch.nn.utils.get_total_norm(list(tensors)).square())
 
 
 def _without_fp32_masters(patch: pytest.MonkeyPatch) -> None:
     right = ReplicatedOptimizer.step
 
-    def step(self: Any) -> torch.Tensor:
-        norm = right(self)
+    def step(self: Any, learning_rate: float) -> torch.Tensor:
+        norm = right(self, learning_rate)
         for master in self.masters:
             master.data.copy_(master.data.bfloat16())
         return norm
@@ -196,8 +194,8 @@ def _without_fp32_masters(patch: pytest.MonkeyPatch) -> None:
 def _without_fp32_weights(patch: pytest.MonkeyPatch) -> None:
     right = ZeroOptimizer.step
 
-    def step(self: Any) -> torch.Tensor:
-        norm = right(self)
+    def step(self: Any, learning_rate: float) -> torch.Tensor:
+        norm = right(self, learning_rate)
         for share in self._shares:
             share.data.copy_(share.data.bfloat16())
         return norm

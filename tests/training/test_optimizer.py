@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from triplane.training.config import OptimizerConfig
-from triplane.training.optimizer import adamw
+from triplane.training.optimizer import OptimizerConfig, adamw
 
 
 def test_without_gradient_only_matrices_shrink() -> None:

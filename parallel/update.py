@@ -1,0 +1,109 @@
+"""Updates this rank's pieces of the parameters, in fp32, whichever way the parameters are spread over ranks.
+
+Shards of any kind become pieces; clipping, the update, its state and checkpoints work on pieces alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from triplane.parallel.norm import squared_norm
+from triplane.parallel.placement import Fragment, Placement, fragments
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of the elements of a flattened local parameter, which this rank updates."""
+
+    placement: Placement
+    weight: Tensor
+    """fp32, the live master; a step reads its `grad`. Has the parameter's shape if it is all of it, else one dim."""
+    start: int = 0
+    """Its first element in the flattened parameter."""
+    copies: int = 1
+    """Ranks that hold the same elements and update them alike."""
+    writes: bool = True
+    """True on the one of them that writes checkpoints."""
+
+
+class Described(Protocol):
+    """A weight as the network describes it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+
+
+class OptimizerKind(Protocol):
+    """How weights are updated: a table of the config."""
+
+    @property
+    def grad_clip(self) -> float: ...
+    def moments(self, weight: Described) -> tuple[str, ...]:
+        """Returns the names of the tensors that an update of `weight` keeps, each of its size."""
+        ...
+
+    def build(self, pieces: Sequence[Piece]) -> torch.optim.Optimizer:
+        """Builds the optimizer of `pieces`; it divides gradients by its `grad_scale` and does nothing if `found_inf`
+        is 1, as torch's fused optimizers do.
+        """
+        ...
+
+
+class Update:
+    """Clips gradients by the global norm and updates the pieces."""
+
+    def __init__(self, kind: OptimizerKind, pieces: Sequence[Piece]):
+        self.kind = kind
+        self.pieces = pieces
+        self.optimizer = kind.build(pieces)
+        for piece in pieces:
+            # Now rather than in the first step, so that a checkpoint can fill it.
+            moments = {name: torch.zeros_like(piece.weight) for name in kind.moments(piece.placement)}
+            step = torch.zeros((), device=piece.weight.device)  # the fused update requires it there
+            self.optimizer.state[piece.weight] = {"step": step, **moments}
+
+    def apply(self, learning_rate: float, device: torch.device) -> Tensor:
+        """Applies and clears the pieces' gradients; returns their global norm before clipping. Collective.
+
+        Applies nothing if the norm is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._gradient_norm(device)
+        # The fused update divides gradients by the one, so that clipping takes no pass of its own, and obeys the other.
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.kind.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _gradient_norm(self, device: torch.device) -> Tensor:
+        """Returns the norm over the whole model: sums over all ranks, and counts copies once."""
+        squared = torch.zeros((), dtype=torch.float64, device=device)
+        for copies in {piece.copies for piece in self.pieces}:
+            alike = [piece for piece in self.pieces if piece.copies == copies and piece.placement.primary]
+            gradients = [piece.weight.grad for piece in alike]
+            assert all(gradient is not None for gradient in gradients), "every parameter takes part in every step"
+            squared += squared_norm((gradient for gradient in gradients if gradient is not None), device) / copies
+        dist.all_reduce(squared)
+        return squared.sqrt().float()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yields the state on this rank."""
+        for piece in self.pieces:
+            state = self.optimizer.state[piece.weight]
+            tensors = {"weight": piece.weight.detach()}
+            tensors |= {name: state[name] for name in self.kind.moments(piece.placement)}
+            for name, tensor in tensors.items():
+                yield from fragments(piece.placement, name, tensor.view(-1), start=piece.start, primary=piece.writes)
+
+    def loaded(self, step: int) -> None:
+        """Adopts fragments that were filled with the state after `step` updates."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
