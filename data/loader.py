@@ -58,6 +58,7 @@ class MicroBatch:
     """(T,) int64, the next tokens, or IGNORED_TARGET."""
     bounds: tuple[int, ...]
     """0, the start of each further sequence, piece or document, and T."""
+    sequences: int
 
 
 class SequenceDataset(Dataset[MicroBatch]):
@@ -110,7 +111,7 @@ class SequenceDataset(Dataset[MicroBatch]):
             (starts,) = is_start.nonzero()
             targets[starts] = IGNORED_TARGET
             bounds.update((starts + 1).tolist())
-        return MicroBatch(tokens_T, targets_T, tuple(sorted(bounds)))
+        return MicroBatch(tokens_T, targets_T, tuple(sorted(bounds)), len(positions))
 
     def seq_len_at(self, position: int) -> int:
         """Returns the tokens in the sequence at `position`."""

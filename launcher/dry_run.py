@@ -18,11 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from triplane.config.checks import check
 from triplane.config.load import load_config
 from triplane.model.batch import Batch
-from triplane.model.weights import Weight
 from triplane.parallel.engine import Engine
 from triplane.parallel.groups import connected
-from triplane.parallel.mesh import Mesh
-from triplane.parallel.update import Piece
+from triplane.parallel.update import Described, Piece
 from triplane.plan.estimate import work_of
 from triplane.plan.shares import RankKind, Work, rank_kinds
 from triplane.storage.errors import ConfigError
@@ -57,11 +55,11 @@ class _Unused:
 
     grad_clip = 1.0
 
-    def moments(self, weight: Weight) -> tuple[str, ...]:
+    def moments(self, weight: Described) -> tuple[str, ...]:
         return ()
 
-    def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD([piece.weight for piece in pieces])]
+    def build(self, pieces: Sequence[Piece]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([piece.weight for piece in pieces])
 
 
 def _step(config: RunConfig, work: Work, kind: RankKind, rank: int, ranks: int) -> str:
@@ -94,6 +92,7 @@ def _step(config: RunConfig, work: Work, kind: RankKind, rank: int, ranks: int) 
 def _batch(work: Work) -> Batch:
     tokens = work.micro_batch_size * work.seq_len
     nothing_T = torch.zeros(tokens, dtype=torch.int64)
-    batch = Batch.build(nothing_T, nothing_T, range(0, tokens + 1, work.seq_len))
+    bounds = range(0, tokens + 1, work.seq_len)
+    batch = Batch.build(nothing_T, nothing_T, bounds, sequences=work.micro_batch_size)
     # Attention reads the values of the bounds.
     return replace(batch.to(_META), bounds_int32=batch.bounds_int32)

@@ -1,11 +1,13 @@
 """One micro-batch as the model reads it, flattened over batch and sequence.
 
 Shape suffixes in this package: T tokens (batch x sequence), D dim, F hidden_dim, H query heads,
-G key/value heads, K head_dim, V vocabulary, B sequences, S tokens per sequence.
+G key/value heads, K head_dim, V vocabulary, B sequences, S tokens per sequence; of experts: E experts, A those that a
+token passes, S tokens times A.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +34,18 @@ class Batch:
     """Tokens in the longest segment."""
     uniform: bool
     """True if all segments have the same length."""
+    sequences_T: Tensor
+    """The number of each token's sequence."""
+    sequences: int
+    """Sequences of equal lengths, each a row of the training data."""
+    scale: float | None = None
+    """Multiplies the losses that layers add to the objective; None where nothing is trained."""
 
     @classmethod
-    def build(cls, tokens_T: Tensor, targets_T: Tensor, bounds: Sequence[int]) -> "Batch":
+    def build(cls, tokens_T: Tensor, targets_T: Tensor, bounds: Sequence[int], *, sequences: int = 1) -> "Batch":
         """Derives positions (0 at the start of each segment) from `bounds`, which runs from 0 to T."""
         assert bounds[0] == 0 and bounds[-1] == len(tokens_T) == len(targets_T), (bounds[-1], tokens_T.shape)
+        assert len(tokens_T) % sequences == 0, (tokens_T.shape, sequences)
         bounds_int32 = torch.tensor(bounds, dtype=torch.int32)
         lengths = bounds_int32.diff()
         starts_T = torch.repeat_interleave(bounds_int32[:-1], lengths)
@@ -51,6 +60,8 @@ class Batch:
             bounds_int32=bounds_int32,
             longest=longest,
             uniform=uniform,
+            sequences_T=torch.arange(len(tokens_T), dtype=torch.int32) // (len(tokens_T) // sequences),
+            sequences=sequences,
         )
 
     @classmethod
@@ -73,6 +84,6 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = (self.tokens_T, self.targets_T, self.positions_T, self.bounds_int32)
-        tokens_T, targets_T, positions_T, bounds_int32 = map(function, tensors)
-        return replace(self, tokens_T=tokens_T, targets_T=targets_T, positions_T=positions_T, bounds_int32=bounds_int32)
+        names = ("tokens_T", "targets_T", "positions_T", "bounds_int32", "sequences_T")
+        copies: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **copies)

@@ -40,20 +40,20 @@ class Block(nn.Module):
         if self.residual == "serial":
             branch = self.attend(self.enter(self.attention_norm(x_TD)), tables, batch)
             x_TD = self.attention_stream_norm(x_TD + branch)
-            branch = self.feed(self.enter(self.feed_forward_norm(x_TD)))
+            branch = self.feed(self.enter(self.feed_forward_norm(x_TD)), batch)
             return self.feed_forward_stream_norm(x_TD + branch)
         entered_TD = self.enter(self.attention_norm(x_TD))
         own_norm = self.residual == "parallel"
         fed_TD = self.enter(self.feed_forward_norm(x_TD)) if own_norm else entered_TD
-        return x_TD + self.attend(entered_TD, tables, batch) + self.feed(fed_TD)
+        return x_TD + self.attend(entered_TD, tables, batch) + self.feed(fed_TD, batch)
 
     def attend(self, x_TD: Tensor, tables: Tables, batch: Batch) -> Tensor:
         """Returns what attention adds to the stream."""
         return self._scaled(self.attention_post_norm(self.attention(x_TD, self.positions, tables, batch)))
 
-    def feed(self, x_TD: Tensor) -> Tensor:
+    def feed(self, x_TD: Tensor, batch: Batch) -> Tensor:
         """Returns what the feed-forward part adds to the stream."""
-        return self._scaled(self.feed_forward_post_norm(self.feed_forward(x_TD)))
+        return self._scaled(self.feed_forward_post_norm(self.feed_forward(x_TD, batch)))
 
     def _scaled(self, x_TD: Tensor) -> Tensor:
         return x_TD if self.scale == 1 else x_TD * self.scale

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveI
 
 from triplane.model.part import default_kind
 from triplane.model.parts.alibi import Alibi
+from triplane.model.parts.experts import Experts
 from triplane.model.parts.gated import Gated
 from triplane.model.parts.learned import LearnedPositions
 from triplane.model.parts.no_positions import NoPositions
@@ -27,7 +28,9 @@ products. Meta stands for a GPU."""
 
 _DEFAULT_KINDS = {"attention": "softmax", "feed_forward": "gated", "positions": "rotary"}
 AnyAttention = Annotated[Softmax, default_kind(_DEFAULT_KINDS["attention"])]
-AnyFeedForward = Annotated[Gated | Plain, Field(discriminator="kind"), default_kind(_DEFAULT_KINDS["feed_forward"])]
+AnyFeedForward = Annotated[
+    Gated | Plain | Experts, Field(discriminator="kind"), default_kind(_DEFAULT_KINDS["feed_forward"])
+]
 AnyPositions = Annotated[
     Rotary | LearnedPositions | SinusoidalPositions | Alibi | RelativePositions | NoPositions,
     Field(discriminator="kind"),
@@ -201,8 +204,9 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
             yield f'residual "{self.residual}" requires norm_placement "pre", not "{self.norm_placement}"'
         heads, widths = {self.attention.n_heads}, {self.attention.head_dim}
         for layer in dict.fromkeys(self.pattern):
-            assert layer.attention is not None and layer.positions is not None
+            assert layer.attention is not None and layer.feed_forward is not None and layer.positions is not None
             attention, positions = layer.attention, layer.positions
+            yield from layer.feed_forward.problems()
             heads.add(attention.n_heads)
             widths.add(attention.head_dim)
             if attention.n_heads % attention.n_kv_heads:

@@ -20,13 +20,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def layer_flops(config: ModelConfig, layer: Layer, seq_len: int) -> int:
-    """Counts one token in one block: 6 per weight of a matrix product, and 12 per score of attention.
+    """Counts one token in one block: 6 per weight that multiplies it, and 12 per score of attention.
 
     The latter ignores that a causal mask saves half of them.
     """
     assert layer.attention is not None
-    matrices = sum(weight.elements for weight in layer_weights(config, layer) if weight.role == "matrix")
-    return 6 * matrices + 12 * sum(axis.size for axis in layer.attention.cost(config.dim, seq_len).scores)
+    matrices = [weight for weight in layer_weights(config, layer) if weight.role == "matrix"]
+    products = sum(round(weight.elements * weight.share) for weight in matrices)
+    return 6 * products + 12 * sum(axis.size for axis in layer.attention.cost(config.dim, seq_len).scores)
 
 
 def head_flops(config: ModelConfig) -> int:

@@ -30,6 +30,19 @@ def initial_weight(
     if not isinstance(init, str):
         return torch.full(sizes, init)
     std = config.init_std / (math.sqrt(2 * config.n_layers) if init == "residual" else 1)
+    if len(shape) == 2:
+        return _drawn(seed, name, std, shape=shape, offsets=offsets, sizes=sizes)
+    stack = [
+        _drawn(seed, f"{name}/{number}", std, shape=shape[1:], offsets=offsets[1:], sizes=sizes[1:])
+        for number in range(offsets[0], offsets[0] + sizes[0])
+    ]
+    return torch.stack(stack) if stack else torch.empty(sizes)
+
+
+def _drawn(
+    seed: int, name: str, std: float, *, shape: torch.Size, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> Tensor:
+    """Returns a part of a matrix."""
     first, last = offsets[0], offsets[0] + sizes[0]
     columns = slice(offsets[1], offsets[1] + sizes[1])
     part = torch.empty(sizes)

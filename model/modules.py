@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from triplane.model.grouped import grouped_product
 from triplane.model.part import Part
 from triplane.model.weights import Axis, Weight
 
 if TYPE_CHECKING:
+    from triplane.model.dispatch import Slots
     from triplane.model.parts.norm import Mean, Norm
     from triplane.model.parts.positions import Positions
 
@@ -21,7 +25,8 @@ def unchanged(x: Tensor) -> Tensor:
 
 
 class WeightsModule(nn.Module):
-    """Parameters as `weights` describes them; a matrix NAME.weight becomes a linear layer NAME."""
+    """Parameters as `weights` describes them; a matrix NAME.weight becomes a linear layer NAME, several matrices a
+    `Stack`, and scores of experts a `Router`."""
 
     shared: Callable[[Tensor], Tensor]
     """Called with each weight that is not in `split`: where a rank sees only a part of its gradient, sums it."""
@@ -38,8 +43,9 @@ class WeightsModule(nn.Module):
             if not path:
                 self.register_parameter(leaf, nn.Parameter(torch.empty(weight.shape)))
             elif leaf == "weight":
-                out, into = weight.shape
-                setattr(self, path, nn.Linear(into, out, bias=f"{path}.bias" in self.weights))
+                setattr(
+                    self, path, _layer([self.weights[n] for n in (weight.name, f"{path}.bias") if n in self.weights])
+                )
 
     def use(self, name: str) -> Tensor:
         """Returns a parameter of its own, for use in forward."""
@@ -52,8 +58,53 @@ class WeightsModule(nn.Module):
             delattr(self, name)
 
 
+def _layer(weights: list[Weight]) -> nn.Module:
+    """Returns a layer with this matrix, and this bias if there are two."""
+    matrix, *bias = weights
+    if matrix.axes[0].name == "expert":
+        own = [replace(weight, name=weight.name.rpartition(".")[2]) for weight in weights]
+        return Stack(own) if len(matrix.axes) > 2 else Router(own)
+    out, into = matrix.shape
+    return nn.Linear(into, out, bias=bool(bias))
+
+
+class Router(WeightsModule):
+    """Scores of experts in fp32, which decide close calls as a small model's do."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        bias = self.use("bias").float() if "bias" in self.weights else None
+        return F.linear(x_TD.float(), self.use("weight").float(), bias)
+
+
+class Stack(WeightsModule):
+    """A linear layer of each expert."""
+
+    ranks: int
+    """Ranks whose outputs are added up, because each holds a share of the input axis."""
+
+    def __init__(self, weights: Iterable[Weight]):
+        super().__init__(weights)
+        self.ranks = 1
+
+    def forward(self, x_SD: Tensor, slots: Slots) -> Tensor:
+        out_SF = grouped_product(x_SD, self.use("weight"), slots.ends_E)
+        if "bias" not in self.weights:
+            return out_SF
+        # A product, since the gradient of a look-up would be added up in no fixed order.
+        return out_SF + slots.marked(x_SD.dtype) @ self.use("bias") / self.ranks
+
+
 class PartModule(WeightsModule):
     """Attention or feed-forward; its linear layers and its attention core can be swapped."""
+
+    copies: int
+    """Ranks that compute the same of it, apart from products, and whose gradients are added up."""
+    summed: Callable[[Tensor], Tensor]
+    """Adds up outputs of which each rank has a share, (T, D); with sequence parallelism returns its tokens' rows."""
+    summed_along: Callable[[Tensor], Tensor]
+    """Adds up over the ranks that hold parts of the same sequences; without a gradient."""
+    tally: Tensor | None
+    """Its gradient counts what the part reports of the tokens that it trains on; None: nothing is counted."""
 
     if TYPE_CHECKING:  # a child, by the name in its config's `weights`
 
@@ -62,6 +113,9 @@ class PartModule(WeightsModule):
     def __init__(self, config: Part, weights: Iterable[Weight]):
         super().__init__(weights)
         self.config = config
+        self.copies = 1
+        self.summed = self.summed_along = unchanged
+        self.tally = None
 
     def forward(self, *args: Any) -> Tensor:
         return self.config.forward(self, *args)  # type: ignore[attr-defined]

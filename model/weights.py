@@ -4,7 +4,7 @@ Initial values, counts, FLOPs, optimizer groups, tensor parallelism, placements 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Literal
 
@@ -28,13 +28,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Weight:
-    """A named tensor; a matrix has its output axis first, as torch's linear layers do."""
+    """A named tensor; a matrix has its output axis before its input axis, as in torch's linear layers, and before both
+    that of experts, if there are several matrices."""
 
     name: str
     axes: tuple[Axis, ...]
     init: Init
     role: Literal["matrix", "table", "vector"]
     """`matrix`: multiplies, and decays. `table`: is looked up, and decays. `vector`: gains and biases; no decay."""
+    share: float = 1.0
+    """Share of the tokens that each element multiplies, less than 1 for experts."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,8 +60,18 @@ def linear(name: str, out: Axis, into: Axis, *, init: Init = "normal", bias: boo
         yield Weight(f"{name}.bias", (out,), 0.0, "vector")
 
 
+def stacked(experts: Axis, active: int, weights: Iterable[Weight]) -> Iterator[Weight]:
+    """Yields `weights` for each of `experts`, of which a token passes `active`."""
+    return (replace(w, axes=(experts, *w.axes), share=active / experts.count) for w in weights)
+
+
 Elements = tuple[Axis, ...]
 """Elements by the axes along which ranks may share them; `dim` is the residual stream's."""
+
+
+def times(number: int, elements: Elements) -> Elements:
+    """Returns `number` times as many."""
+    return tuple(replace(axis, width=number * axis.width) for axis in elements)
 
 
 @dataclass(frozen=True)
@@ -79,3 +92,6 @@ class Cost:
     """Multiply-adds of queries with the keys that a token sees; those with values are as many."""
     moved: Elements = ()
     """Elements read and written in forward by what is no matrix product."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))

@@ -1,17 +1,21 @@
 """Context parallelism: splits the tokens of a micro-batch over the cp ranks.
 
 Only attention looks beyond its own token, so a rank runs the model on its share of the tokens, and
-`UlyssesAttention` or `RingAttention`, which see the whole stream, replaces `SegmentAttention`.
+`UlyssesAttention` or `RingAttention`, which see the whole stream, replaces `SegmentAttention`. Counts of a sequence's
+tokens are summed.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
 
 from triplane.model.attend import SegmentAttention
 from triplane.model.batch import Batch
+from triplane.model.modules import PartModule
 from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
 from triplane.parallel.ring import RingAttention
@@ -39,6 +43,7 @@ def cut_for_context(batch: Batch, cp: Axis, method: Method) -> Batch:
         tokens_T=share(batch.tokens_T),
         targets_T=share(batch.targets_T),
         positions_T=share(batch.positions_T),
+        sequences_T=share(batch.sequences_T),
     )
 
 
@@ -49,3 +54,11 @@ def apply_context_parallel(model: Transformer, cp: Axis, method: Method) -> None
         core = attention.get_submodule("core")
         assert isinstance(core, SegmentAttention)
         attention.core = UlyssesAttention(core, cp) if method == "ulysses" else RingAttention(core, cp)
+        feed_forward = block.get_submodule("feed_forward")
+        assert isinstance(feed_forward, PartModule)
+        feed_forward.summed_along = partial(_summed, cp=cp)
+
+
+def _summed(x: Tensor, cp: Axis) -> Tensor:
+    assert cp.group is not None, "one rank holds all"
+    return collectives.all_reduce(x, "sum", cp.group)

@@ -1,7 +1,8 @@
 """Runs training steps of a distributed model: forward and backward of the micro-batches, then the update."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from math import lcm
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from triplane.model.config import ModelConfig
 from triplane.model.generate import LENGTH_MULTIPLE
 from triplane.model.head import Loss
 from triplane.model.init import initial_weight
+from triplane.model.modules import PartModule
 from triplane.model.transformer import Transformer
 from triplane.parallel.apply import build_local_model
 from triplane.parallel.config import ParallelConfig
@@ -48,6 +50,15 @@ class StepLoss(NamedTuple):
     """Mean over tokens, times its weight."""
     tokens: Tensor
     """Positions with a target."""
+    added: Tensor
+    """Sum of the means of the losses that layers add; 0 without training."""
+    tallies: dict[int, Tensor]
+    """What layers with a tally counted, by their numbers; means over all positions."""
+
+    @property
+    def objective(self) -> Tensor:
+        """What training minimizes."""
+        return self.cross_entropy + self.z + self.added
 
 
 class Engine:
@@ -71,6 +82,8 @@ class Engine:
         self.layout = layout
         self.mesh = mesh
         self.local = build_local_model(config, layout, mesh, dtype=dtype, seq_len=seq_len)
+        self._tallied = [_tallied(config, number) for number in range(config.n_layers)]
+        self._parts = dict(self._tallied_parts())
         self.optimizer = _wrap(self.local, optimizer, layout, mesh)
         if mesh.pp.size > 1:
             from triplane.parallel import megatron
@@ -148,7 +161,9 @@ class Engine:
 
     def _run(self, batches: Sequence[Batch], tokens: Tensor, *, scale: Tensor, train: bool) -> StepLoss:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        shares = [self._share(batch) for batch in batches]
+        positions = len(batches) * len(batches[0].tokens_T) * self.mesh.dp.size
+        layer_scale = self.mesh.replicas.size / positions if train else None
+        shares = [replace(self._share(batch), scale=layer_scale) for batch in batches]
 
         def forward(module: nn.Module, number: int, received: Tensor | None) -> Tensor:
             out = module(shares[number], received)
@@ -159,11 +174,34 @@ class Engine:
             return out.objective * scale
 
         self._schedule(forward, len(batches), len(batches[0].tokens_T), train=train)
+        sums = torch.cat((sums, self._take_tallies()))
         if self.mesh.tp.rank:
             sums.zero_()  # all tp ranks hold the same loss; it counts once
         dist.all_reduce(sums)
-        cross_entropy, z = (sums / tokens).unbind()
-        return StepLoss(cross_entropy, z, tokens)
+        (cross_entropy, z), counts = (sums[:2] / tokens).unbind(), sums[2:] / positions
+        tallies = {n: tally for n, tally in enumerate(torch.split(counts, self._tallied)) if len(tally)}
+        added = torch.stack([counts.new_zeros(()), *(tally[0] for tally in tallies.values())]).sum()
+        return StepLoss(cross_entropy, z, tokens, added, tallies)
+
+    def _tallied_parts(self) -> Iterator[tuple[int, PartModule]]:
+        """Yields this rank's layers with a tally, which starts at zero."""
+        for stage in self.local.stages:
+            for name, block in stage.blocks.items():
+                if size := self._tallied[int(name)]:
+                    part = block.get_submodule("feed_forward")
+                    assert isinstance(part, PartModule)
+                    part.tally = torch.zeros(size, device=self.mesh.device, requires_grad=True)
+                    yield int(name), part
+
+    def _take_tallies(self) -> Tensor:
+        """Returns, for all layers, what those of this rank have counted since the last call."""
+        counts = torch.zeros(sum(self._tallied), dtype=torch.float64, device=self.mesh.device)
+        for number, count in enumerate(torch.split(counts, self._tallied)):
+            tally = self._parts[number].tally if number in self._parts else None
+            if tally is not None and tally.grad is not None:
+                count.copy_(tally.grad)
+                tally.grad = None
+        return counts
 
     def _schedule(self, forward: Forward, micro_batches: int, tokens: int, *, train: bool) -> None:
         """Runs `forward` on every micro-batch of `tokens` tokens, and its backward if `train`."""
@@ -190,6 +228,12 @@ class Engine:
         end = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
         assert end is not None and isinstance(end.weight, nn.Parameter)
         dist.all_reduce(self.optimizer.gradient(end.weight), group=self.mesh.embedding)
+
+
+def _tallied(config: ModelConfig, number: int) -> int:
+    feed_forward = config.layer(number).feed_forward
+    assert feed_forward is not None
+    return feed_forward.tallied
 
 
 def _wrap(local: LocalModel, kind: OptimizerKind, layout: ParallelConfig, mesh: Mesh) -> Optimizer:

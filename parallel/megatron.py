@@ -143,6 +143,11 @@ def sum_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
     return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=mesh.tp.group)
 
 
+def scatter_tokens(x_TD: Tensor, mesh: Mesh) -> Tensor:
+    """Sums x over tp and scatters it, (T, D) to (T / tp, D); gathers its gradient."""
+    return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x_TD, group=mesh.tp.group)
+
+
 def vocab_parallel_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """Returns the loss of each token, (T,) fp32, from (T, V / tp) logits. Overwrites fp32 logits."""
     return tensor_parallel.vocab_parallel_cross_entropy(logits_TV, targets_T)

@@ -8,7 +8,6 @@ from torch import Size, Tensor, nn
 
 from triplane.model.describe import model_weights
 from triplane.model.transformer import Transformer
-from triplane.model.weights import Weight
 from triplane.parallel.axes import split_dim
 from triplane.parallel.mesh import Mesh
 
@@ -17,9 +16,12 @@ from triplane.parallel.mesh import Mesh
 class Placement:
     """A local parameter as a box of a named global tensor."""
 
-    weight: Weight
-    """The global tensor, as the network describes it."""
+    name: str
     parameter: nn.Parameter
+    role: str
+    """As in model/weights.py."""
+    shape: Size
+    """Shape of the global tensor."""
     local: Size
     """Shape on this tp and pp rank, before ZeRO 3 shards it; may reach past the global tensor."""
     offsets: tuple[int, ...]
@@ -30,19 +32,6 @@ class Placement:
     """False for a copy for which another tp or pp rank is responsible."""
     tied_copy: bool
     """True for the last stage's copy of the first stage's embedding."""
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def role(self) -> str:
-        return self.weight.role
-
-    @property
-    def shape(self) -> Size:
-        """Shape of the global tensor."""
-        return Size(self.weight.shape)
 
     @property
     def elements(self) -> int:
@@ -65,8 +54,10 @@ def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[
         offsets = tuple(mesh.tp.rank * size if i == dim else 0 for i, size in enumerate(local[name]))
         placements.append(
             Placement(
-                weight=weights[logical],
+                name=logical,
                 parameter=parameter,
+                role=weights[logical].role,
+                shape=Size(weights[logical].shape),
                 local=local[name],
                 offsets=offsets,
                 sharded=dim is not None,
@@ -99,25 +90,21 @@ class Fragment:
 def fragments(placement: Placement, kind: str, flat: Tensor, *, start: int, primary: bool) -> Iterator[Fragment]:
     """Yields the boxes that `flat`, the elements from `start` of the flattened local parameter, fills.
 
-    A run of a matrix's elements makes up to three boxes: the end of a row, whole rows, the start of a row.
+    A run of a matrix's elements makes up to three boxes: the end of a row, whole rows, the start of a row; of a tensor
+    with n dims up to 2n - 1.
     """
+    strides = [placement.local[dim + 1 :].numel() for dim in range(len(placement.local))]
     stop = min(start + flat.numel(), placement.elements)
-    if len(placement.local) == 1:
-        if start < stop:
-            yield _fragment(placement, kind, flat[: stop - start], local=(start,), primary=primary)
-        return
-    columns = placement.local[1]
     position = start
     while position < stop:
-        row, column = divmod(position, columns)
-        if column or stop - position < columns:
-            length = min(columns - column, stop - position)
-            sizes = (1, length)
-        else:
-            length = (stop - position) // columns * columns
-            sizes = (length // columns, columns)
+        # The outermost dim of which a slice starts here and ends in the run.
+        dim = next(d for d, stride in enumerate(strides) if position % stride == 0 and position + stride <= stop)
+        place = tuple(position // stride % size for stride, size in zip(strides, placement.local))
+        slices = min((stop - position) // strides[dim], placement.local[dim] - place[dim])
+        sizes = (*[1] * dim, slices, *placement.local[dim + 1 :])
+        length = slices * strides[dim]
         data = flat[position - start : position - start + length].view(sizes)
-        yield _fragment(placement, kind, data, local=(row, column), primary=primary)
+        yield _fragment(placement, kind, data, local=place, primary=primary)
         position += length
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from triplane.model import attend, documents  # noqa: F401  they define operators in _KEPT
+from triplane.model import attend, documents, grouped  # noqa: F401  they define operators in _KEPT
 from triplane.model.transformer import Transformer
 
 _KEPT = {
@@ -21,6 +21,7 @@ _KEPT = {
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.triplane.attend_documents.default,
+    torch.ops.triplane.grouped_product.default,
     torch.ops.higher_order.flex_attention,
     torch.ops.higher_order.inductor_compiled_code,  # the same outside a compiled block
     torch.ops._c10d_functional.all_to_all_single.default,

@@ -76,7 +76,10 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         yield f"fp8 and tp ({tp}) cannot be combined: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":
         yield "fp8 requires precision bf16: fp32 weights would gain nothing"
-    if layout.fp8:
+    experts = [axis for weight in weights for axis in weight.axes if axis.name == "expert"]
+    if layout.fp8 and experts:
+        yield f"fp8 does not multiply experts (n_experts is {experts[0].count}); set parallel.fp8=false"
+    elif layout.fp8:
         matrices = [weight for weight in weights if weight.role == "matrix"]
         widths = dict.fromkeys((_width(axis), axis.size) for weight in matrices for axis in weight.axes)
         for name, size in widths:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from triplane.model.batch import IGNORED_TARGET
 from triplane.model.block import Block
 from triplane.model.head import Head
-from triplane.model.modules import NormModule, PartModule, WeightsModule
+from triplane.model.modules import NormModule, PartModule, Stack, WeightsModule
 from triplane.model.transformer import Transformer
 from triplane.model.weights import Axis, Weight
 from triplane.parallel import megatron
@@ -43,10 +43,9 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, sequence_parallel: boo
         block.enter = enter(mesh)
         for part in (block.attention, block.feed_forward):
             inside |= set(part.modules())
-            _split_layers(part, mesh, sequence_parallel)
-            for norm in part.children():
-                if isinstance(norm, NormModule) and _last_split(norm, mesh):
-                    norm.mean = partial(_mean_over_tp, mesh=mesh)
+            for module in part.modules():
+                if isinstance(module, PartModule):
+                    _split_layers(module, mesh, sequence_parallel)
     for module in model.modules():
         if isinstance(module, WeightsModule):
             _split_weights(module, mesh)
@@ -66,8 +65,14 @@ def _last_split(norm: NormModule, mesh: Mesh) -> bool:
 
 def _split_layers(part: PartModule, mesh: Mesh, sequence_parallel: bool) -> None:
     """Swaps the linear layers of a part."""
+    part.copies = mesh.tp.size
+    part.summed = partial(megatron.scatter_tokens if sequence_parallel else megatron.sum_over_tp, mesh=mesh)
     for name, child in list(part.named_children()):
-        if isinstance(child, nn.Linear):
+        if isinstance(child, NormModule) and _last_split(child, mesh):
+            child.mean = partial(_mean_over_tp, mesh=mesh)
+        elif isinstance(child, Stack) and split_dim(child.weights["weight"], mesh.tp.size) == 2:
+            child.ranks = mesh.tp.size
+        elif isinstance(child, nn.Linear):
             weight = part.weights[f"{name}.weight"]
             dim = split_dim(weight, mesh.tp.size)
             if dim is None:

@@ -105,6 +105,14 @@ def layer_parameters(work: Work, kind: int) -> int:
 
 
 @cache
+def layer_products(work: Work, kind: int) -> int:
+    """Returns the parameters of such a layer that a token multiplies, on one tp rank."""
+    layer = work.model.pattern[kind]
+    weights = layer_weights(work.model, layer)
+    return sum(round(local_elements(weight, work.layout.tp) * weight.share) for weight in weights)
+
+
+@cache
 def layer_costs(work: Work, kind: int) -> tuple[Cost, Cost]:
     """Returns the costs of attention and feed-forward in a layer of `kind`."""
     layer, dim = work.model.pattern[kind], work.model.dim

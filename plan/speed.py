@@ -7,7 +7,15 @@ from triplane.model.count import flops_per_token
 from triplane.parallel.axes import local_activations
 from triplane.plan.gpus import Gpu
 from triplane.plan.rates import OURS, Program, Rates
-from triplane.plan.shares import Work, layer_costs, layer_parameters, parameters, pipeline, table_parameters
+from triplane.plan.shares import (
+    Work,
+    layer_costs,
+    layer_parameters,
+    layer_products,
+    parameters,
+    pipeline,
+    table_parameters,
+)
 from triplane.plan.traffic import context_s, data_s, sends_s, tensor_s
 
 _HOST_BYTES_PER_S, _PCIE_BYTES_PER_S = 20e9, 25e9
@@ -110,7 +118,7 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
 def _block(work: Work, kind: int, rates: Rates) -> _Pass:
     layout, tokens = work.layout, work.tokens
     again = {"none": 0.0, "selective": rates.program.again, "full": 1.0}[layout.recompute]
-    products = (6 + 2 * again) * layer_parameters(work, kind) * tokens
+    products = (6 + 2 * again) * layer_products(work, kind) * tokens
     products_s = products / rates.products_flops_per_s(work.bf16, layout.fp8)
     # Two products forward and five backward; the mask halves each.
     scores = local_activations(layer_costs(work, kind)[0].scores, layout.tp) * tokens

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from triplane.model.config import ModelConfig
 
 _RMS, _LAYER = {"kind": "rms"}, {"kind": "layer"}
+_EXPERTS: dict[str, Any] = {"kind": "experts", "n_experts": 8, "active": 2, "hidden_dim": 16}
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "norm": {
         "unit offset": {"norm": {"unit_offset": True}},
@@ -61,6 +62,20 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "GELU": {"feed_forward": {"kind": "plain", "activation": "gelu"}},
         "squared ReLU": {"feed_forward": {"kind": "plain", "activation": "relu_squared", "bias": False}},
         "sigmoid": {"feed_forward": {"kind": "plain", "activation": "sigmoid"}},
+        "experts, one shared": {
+            "feed_forward": _EXPERTS | {"shared": 1, "balance": {"kind": "loss", "weight": 0.1}, "z_loss_weight": 0.01}
+        },
+        "experts in groups": {
+            "feed_forward": _EXPERTS
+            | {"router": "sigmoid", "groups": 4, "active_groups": 2, "routed_scale": 1.5}
+            | {"balance": {"kind": "loss", "weight": 0.1}}
+        },
+        "experts with biases": {
+            "feed_forward": _EXPERTS
+            | {"active": 4, "bias": True, "router_bias": True, "normalise": False}
+            | {"activation": "gelu_sigmoid", "clamp": 7.0, "up_offset": 1.0}
+        },
+        "experts after a dense layer": {"layers": [{}, {"feed_forward": _EXPERTS | {"shared": 2}, "repeat": 4}]},
     },
     "ends": {
         "capped logits": {"embedding_scale": 3.0, "head_softcap": 3.0},
@@ -138,6 +153,8 @@ def _pairs(row: Row) -> set[Pair]:
 @cache
 def valid_network(model: ModelConfig, options: tuple[str, ...]) -> bool:
     """Returns True if the options go together."""
+    if sum("layers" in change for named in OPTIONS.values() for name, change in named.items() if name in options) > 1:
+        return False  # the changes of one would replace those of the other
     try:
         return not list(network(model, options).problems())
     except ValidationError:

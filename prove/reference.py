@@ -24,13 +24,13 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
-from triplane.parallel.update import set_rate
-from triplane.training.optimizers.adamw import AdamW, adamw
+from triplane.prove.experts import ExpertsOf
+from triplane.training.optimizer import OptimizerConfig, adamw
 
 SEQUENCES, SEQ_LEN = 8, 48
 SEED = 3
 """Seed of the initial weights and of the data."""
-_OPTIMIZER = AdamW(eps=1e-3, grad_clip=0.5)
+_OPTIMIZER = OptimizerConfig(eps=1e-3, grad_clip=0.5)
 _MICRO_BATCH_SIZE = 2
 
 
@@ -109,7 +109,7 @@ def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], *, seed:
         bounds.append(SEQ_LEN * (1 + len(tokens)))
         tokens.append(text[:-1])
         targets.append(following)
-    return Batch.build(torch.cat(tokens), torch.cat(targets), bounds)
+    return Batch.build(torch.cat(tokens), torch.cat(targets), bounds, sequences=len(tokens))
 
 
 def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
@@ -121,17 +121,19 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
             weight = initial_weight(config, seed, name, shape=parameter.shape, offsets=offsets, sizes=sizes)
             parameter.copy_(weight)
     weights = model_weights(config)
-    optimizer = adamw(_OPTIMIZER, ((parameter, weights[name]) for name, parameter in model.named_parameters()))
+    optimizer = adamw(_OPTIMIZER, ((parameter, weights[name].role) for name, parameter in model.named_parameters()))
+    layers = ExpertsOf(model)
     losses, norms = [], []
     start_s = perf_counter()
     for step in range(steps):
         batch = proof_batch(config, step, range(SEQUENCES), seed=seed)
-        loss = model(batch).objective / (batch.targets_T != IGNORED_TARGET).sum()
+        loss = model(batch).objective / (batch.targets_T != IGNORED_TARGET).sum() + layers.added_losses(SEQ_LEN)
         loss.backward()
         norm = _norm(model.parameters())
         norms.append(float(norm))
         nn.utils.clip_grads_with_norm_(model.parameters(), _OPTIMIZER.grad_clip, norm)
-        set_rate(optimizer, _learning_rate(step))
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -173,7 +175,7 @@ def train_on_mesh(engine: Engine, steps: range, seed: int = SEED) -> Trace:
         batches = [proof_batch(engine.config, step, some, seed=seed).to(engine.mesh.device) for some in numbers]
         loss = engine.forward_backward(batches)
         norms.append(float(engine.step(_learning_rate(step))))
-        losses.append(float(loss.cross_entropy + loss.z))
+        losses.append(float(loss.objective))
     rate = _tokens_per_s(len(steps), start_s)
     boxes = [replace(box, data=box.data.cpu().clone()) for box in engine.optimizer.fragments()]
     return Trace(losses=losses, norms=norms, state=boxes, tokens_per_s=rate)

@@ -10,7 +10,17 @@ if TYPE_CHECKING:
 
 _GROUPS = {
     "1 loss": ("loss", "perplexity"),
-    "2 learning": ("bits_per_byte", "gradient_norm", "learning_rate", "padding", "tokens_seen"),
+    "2 learning": (
+        "added_loss",
+        "bits_per_byte",
+        "dropped_tokens",
+        "expert_load",
+        "gradient_norm",
+        "learning_rate",
+        "padding",
+        "router_entropy",
+        "tokens_seen",
+    ),
     "3 speed": (
         "data_time_s",
         "forward_backward_time_s",

@@ -121,6 +121,6 @@ def evaluate_model(model: Transformer) -> Evaluate:
         tokens = sum((batch.targets_T != IGNORED_TARGET).sum() for batch in batches)
         assert isinstance(tokens, torch.Tensor)
         _, cross_entropy, z = (torch.stack(sums).sum() / tokens.clamp(min=1) for sums in zip(*losses))
-        return StepLoss(cross_entropy, z, tokens)
+        return StepLoss(cross_entropy, z, tokens, added=torch.zeros_like(z), tallies={})
 
     return evaluate

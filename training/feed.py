@@ -44,5 +44,7 @@ class Feed:
 
 def to_batch(micro_batch: MicroBatch, device: torch.device) -> Batch:
     """Adds the positions within documents, and copies to the device, asynchronously to a GPU."""
-    batch = Batch.build(micro_batch.tokens_T, micro_batch.targets_T, micro_batch.bounds)
+    batch = Batch.build(
+        micro_batch.tokens_T, micro_batch.targets_T, micro_batch.bounds, sequences=micro_batch.sequences
+    )
     return (batch.pinned() if device.type == "cuda" else batch).to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from triplane.checkpoint.store import CheckpointStore
 from triplane.model.batch import Batch
 from triplane.model.generate import generate
-from triplane.parallel.engine import Engine
+from triplane.parallel.engine import Engine, StepLoss
 from triplane.storage.errors import CheckpointError, TrainingError
 from triplane.training.anomaly import Anomaly, judge
 from triplane.training.callback import Callback
@@ -21,6 +21,7 @@ from triplane.training.config import RunConfig
 from triplane.training.corpora import Corpora
 from triplane.training.evaluation import TextLoss, validation_losses
 from triplane.training.feed import Feed
+from triplane.training.layers import layer_metrics
 from triplane.training.meter import Meter
 from triplane.training.profiling import Profiler
 from triplane.training.repetition import repeated
@@ -158,7 +159,7 @@ class Trainer:
                     self._compare_replicas(step)
             if "log" in due:
                 with work("log", step):
-                    state = self._log(state, micro_batches, norm=norm, lr=lr)
+                    state = self._log(state, micro_batches, loss=loss, norm=norm, lr=lr)
             validation_loss = None
             if "validate" in due:
                 with work("validation", step):
@@ -226,7 +227,7 @@ class Trainer:
                 f"node, then start again from the last checkpoint"
             )
 
-    def _log(self, state: State, batches: list[Batch], *, norm: Tensor, lr: float) -> State:
+    def _log(self, state: State, batches: list[Batch], *, loss: StepLoss, norm: Tensor, lr: float) -> State:
         """Reports the mean loss since the last regular log; returns the state with no loss unlogged.
 
         A log at a stop between two regular ones leaves the state as it is, so that the next is that of a whole run.
@@ -241,6 +242,7 @@ class Trainer:
             "learning_rate": lr,
             "gradient_norm": float(norm),
             "tokens_seen": state.tokens_seen,
+            **layer_metrics(self.config.model, loss),
         }
         their = measured(self.callbacks, batches, self.engine)
         self.report.metrics(state.step, learning | self.meter.read() | their)

@@ -43,6 +43,12 @@ METRICS = {
     ),
     "learning_rate": Metric("1", _SAME, "learning rate {:.2e}".format),
     "gradient_norm": Metric("1", "norm over all parameters, before clipping", "gradient norm {:.3f}".format),
+    "added_loss": Metric("nats/token", "sum over layers, mean over tokens of the last batch", "added {:.4f}".format),
+    "expert_load": Metric(
+        "1", "tokens of the busiest expert over the mean, max over layers", "busiest expert {:.2f}".format
+    ),
+    "router_entropy": Metric("nats", "of an expert's score, mean over tokens, min over layers", "router {:.2f}".format),
+    "dropped_tokens": Metric("fraction of tokens x active", "max over layers", "dropped {:.3f}".format),
     "tokens_seen": Metric("tokens", _SAME, lambda count: f"{format_count(count)} tokens"),
     "padding": Metric(
         "fraction of positions", "mean over the global batches", lambda fraction: f"{100 * fraction:.1f} % padding"

@@ -11,11 +11,25 @@ from triplane.model.weights import Cost, Weight
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from triplane.model.batch import Batch
     from triplane.model.modules import PartModule
 
 
 class FeedForward(Part):
-    """Works on each token alone."""
+    """Works on each token alone; only losses that it adds to the objective may see others."""
+
+    @property
+    def tallied(self) -> int:
+        """Values that it counts in training; the first is the sum of the losses that it adds."""
+        return 0
+
+    def reported(self, tally: list[float]) -> dict[str, float]:
+        """Returns metrics of what a layer counted, given as means over tokens; the worst layer's is the largest."""
+        return {}
+
+    def problems(self) -> Iterator[str]:
+        """Yields what its keys contradict, a line each with its operands."""
+        yield from ()
 
     def weights(self, dim: int) -> Iterator[Weight]:
         raise NotImplementedError
@@ -23,7 +37,7 @@ class FeedForward(Part):
     def cost(self, dim: int) -> Cost:
         raise NotImplementedError
 
-    def forward(self, m: PartModule, x_TD: Tensor) -> Tensor:
+    def forward(self, m: PartModule, x_TD: Tensor, batch: Batch) -> Tensor:
         raise NotImplementedError
 
     def build(self, dim: int) -> PartModule:

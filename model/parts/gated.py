@@ -14,6 +14,7 @@ from triplane.model.weights import Axis, Cost, Weight, linear
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from triplane.model.batch import Batch
     from triplane.model.modules import PartModule
 
 
@@ -48,10 +49,13 @@ class Gated(FeedForward):
             moved=(Axis("hidden", 10 * hidden),),
         )
 
-    def forward(self, m: PartModule, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = m.w_gate(x_TD), m.w_up(x_TD)
+    def forward(self, m: PartModule, x_TD: Tensor, batch: Batch) -> Tensor:
+        return m.w_down(self.gated(m.w_gate(x_TD), m.w_up(x_TD)))
+
+    def gated(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        """Returns the input of the last layer, of the outputs of the others."""
         if self.clamp is not None:
             gate_TF, up_TF = gate_TF.clamp(max=self.clamp), up_TF.clamp(-self.clamp, self.clamp)
         if self.up_offset:
             up_TF = up_TF + self.up_offset
-        return m.w_down(activation(self.activation)(gate_TF) * up_TF)
+        return activation(self.activation)(gate_TF) * up_TF

@@ -14,6 +14,7 @@ from triplane.model.weights import Axis, Cost, Weight, linear
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from triplane.model.batch import Batch
     from triplane.model.modules import PartModule
 
 
@@ -43,5 +44,5 @@ class Plain(FeedForward):
             moved=(Axis("hidden", 5 * self.hidden_dim),),
         )
 
-    def forward(self, m: PartModule, x_TD: Tensor) -> Tensor:
+    def forward(self, m: PartModule, x_TD: Tensor, batch: Batch) -> Tensor:
         return m.w_down(activation(self.activation)(m.w_up(x_TD)))

@@ -47,7 +47,7 @@ UNREADABLE = {
         'model.norm.unit_offset: not an option of norm of kind "scale", but of rms and layer'
     ),
     'model.feed_forward={kind="plain", hidden_dim=64, clamp=7.0}': (
-        'model.feed_forward.clamp: not an option of feed_forward of kind "plain", but of gated'
+        'model.feed_forward.clamp: not an option of feed_forward of kind "plain", but of gated and experts'
     ),
     'model.positions={scaling={kind="linear", factor=2.0, beta_fast=3.0}}': (
         'model.positions.scaling.beta_fast: not an option of scaling of kind "linear", but of yarn'

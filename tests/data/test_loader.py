@@ -112,6 +112,7 @@ def _split(batch: MicroBatch, sequences: int) -> list[MicroBatch]:
             batch.tokens_T[i * size : (i + 1) * size],
             batch.targets_T[i * size : (i + 1) * size],
             tuple(b - i * size for b in batch.bounds if i * size <= b <= (i + 1) * size),
+            sequences=1,
         )
         for i in range(sequences)
     ]
@@ -123,7 +124,7 @@ def _join(parts: list[MicroBatch]) -> MicroBatch:
         shift = bounds[-1]
         bounds += [shift + bound for bound in part.bounds[1:]]
     tokens_T, targets_T = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens_T", "targets_T"))
-    return MicroBatch(tokens_T, targets_T, tuple(bounds))
+    return MicroBatch(tokens_T, targets_T, tuple(bounds), sum(part.sequences for part in parts))
 
 
 def _assert_equal(some: list[MicroBatch], others: list[MicroBatch]) -> None:

@@ -18,11 +18,12 @@ OUTSIDE = {"prove/networks.py"}
 """Names kinds to cover them, as `hf/` does to translate them."""
 OTHER_MEANINGS = {
     "scale": {"model/flash.py"},
+    "softmax": {"model/parts/experts.py", "model/router.py", "prove/experts.py"},
     "linear": {"training/config.py", "launcher/monitor/curves.py"},
     "layer": {"launcher/monitor/facts_table.py"},
 }
-COMMON = {"none"}
-"""Too common a word to search for."""
+COMMON = {"none", "loss"}
+"""Too common words to search for."""
 CHOICES = {name: {"model/config.py"} for name in ("pre", "post", "output", "sandwich", "parallel_shared_norm")}
 """Values of the network's own keys, with the files that read them."""
 

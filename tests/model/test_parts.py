@@ -17,7 +17,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from triplane.model import head as head_module
-from triplane.model.batch import IGNORED_TARGET
+from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.block import Block
 from triplane.model.config import ModelConfig
 from triplane.model.head import Head
@@ -232,13 +232,14 @@ def test_a_clamped_gate_is_that_of_gpt_oss() -> None:
     config = Gated(hidden_dim=20, activation="gelu_sigmoid", bias=True, clamp=7.0, up_offset=1.0)
     module = config.build(DIM)
     filled(module)
+    batch = Batch.build(torch.zeros(50), torch.zeros(50), (0, 50))
     experts = GptOssExperts(GptOssConfig(hidden_size=DIM, intermediate_size=20, num_local_experts=1))
     x_TD = 4 * drawn(50, DIM)
     with torch.no_grad():
         gate, up = module.w_gate(x_TD), module.w_up(x_TD)
         assert (gate > 7).any() and (gate < -7).any() and (up > 7).any() and (up < -7).any()
         theirs = module.w_down(experts._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2)))
-        torch.testing.assert_close(module(x_TD), theirs)
+        torch.testing.assert_close(module(x_TD, batch), theirs)
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -270,8 +271,9 @@ def test_feed_forward(name: Activation, bias: bool) -> None:
     act, x = ACTIVATIONS[name], x_TD.double()
     of_plain = linear(p, "w_down", act(linear(p, "w_up", x)))
     of_gated = linear(g, "w_down", act(linear(g, "w_gate", x)) * linear(g, "w_up", x))
-    torch.testing.assert_close(plain(x_TD).double(), of_plain, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(gated(x_TD).double(), of_gated, atol=1e-4, rtol=1e-5)
+    batch = Batch.build(torch.zeros(5), torch.zeros(5), (0, 5))
+    torch.testing.assert_close(plain(x_TD, batch).double(), of_plain, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(gated(x_TD, batch).double(), of_gated, atol=1e-4, rtol=1e-5)
 
 
 H, G, K = 6, 2, 8

@@ -8,6 +8,8 @@ from benchmark_scripts import benchmark
 from small_models import small_config
 
 from triplane.model.count import count_parameters
+from triplane.model.parts.balance import SequenceLoss
+from triplane.model.parts.experts import Experts
 from triplane.parallel.config import ParallelConfig
 from triplane.plan.shares import Work, in_flight, parameters, pipeline
 
@@ -49,6 +51,16 @@ def test_the_peak_of_real_ranks_is_as_predicted(layout: dict[str, Any], micro_ba
         # Of a pipeline several micro-batches are in flight; what gloo's threads free in tp is not seen.
         if not layout.keys() & {"pp", "tp"}:
             assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
+
+
+@pytest.mark.parametrize("layout", [{}, {"recompute": "selective"}])
+def test_the_memory_of_experts_is_as_predicted(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = Experts(n_experts=8, active=2, hidden_dim=192, shared=1, balance=SequenceLoss())
+    monkeypatch.setattr(memory, "MODEL", memory.MODEL.model_copy(update={"feed_forward": experts}))
+    for name, measured, predicted in memory.compare(layout, 1, True):
+        assert predicted.peak == pytest.approx(measured.peak, rel=0.1), name
+        assert predicted.state == pytest.approx(measured.state, rel=0.05), name
+        assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
 
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from triplane.model import router
 from triplane.model.batch import Batch
-from triplane.model.modules import WeightsModule, unchanged
-from triplane.parallel import engine, megatron, ring, stages, tensor, ulysses, update
+from triplane.model.modules import Stack, WeightsModule, unchanged
+from triplane.parallel import context, engine, megatron, ring, stages, tensor, ulysses, update
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
@@ -26,7 +27,7 @@ from triplane.prove.cases import Case
 from triplane.prove.command import Result, prove
 from triplane.prove.compare import Machine, tolerances
 from triplane.prove.reference import proof_model, train_plainly
-from triplane.training.optimizers.adamw import AdamW, adamw
+from triplane.training.optimizer import adamw
 
 
 @pytest.mark.slow
@@ -150,10 +151,9 @@ def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_decay_of_vectors(patch: pytest.MonkeyPatch) -> None:
-    def decayed(config: AdamW, placed: Any) -> torch.optim.AdamW:
-        return adamw(config, ((parameter, replace(weight, role="matrix")) for parameter, weight in placed))
-
-    patch.setattr("triplane.training.optimizers.adamw.adamw", decayed)
+    patch.setattr(
+        "triplane.training.optimizer.adamw", lambda config, placed: adamw(config, ((p, "matrix") for p, _ in placed))
+    )
 
 
 def _without_the_last_keys_of_the_ring(patch: pytest.MonkeyPatch) -> None:
@@ -269,6 +269,54 @@ def _with_sinks_of_the_first_heads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ulysses.UlyssesAttention, "forward", forward)
 
 
+def _with_added_losses_of_each_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    right: Any = Batch.__init__
+
+    def init(self: Any, *args: Any, scale: float | None = None, **fields: Any) -> None:
+        right(self, *args, scale=None if scale is None else scale * MICRO_BATCHES, **fields)
+
+    patch.setattr(Batch, "__init__", init)
+
+
+def _with_added_losses_of_each_tp_rank(patch: pytest.MonkeyPatch) -> None:
+    right = tensor._split_layers
+
+    def split(part: Any, *args: Any) -> None:
+        right(part, *args)
+        part.copies = 1
+
+    patch.setattr(tensor, "_split_layers", split)
+
+
+def _with_loads_of_own_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(context, "_summed", lambda x, cp: x)
+
+
+def _with_counts_in_every_forward(patch: pytest.MonkeyPatch) -> None:
+    right: Any = router._Counted.forward
+
+    def forward(ctx: Any, weights: Any, losses: Any, total: Any, tally: Any, scale: float) -> torch.Tensor:
+        total.grad = tally.clone() if total.grad is None else total.grad + tally
+        out: torch.Tensor = right(ctx, weights, losses, total, torch.zeros_like(tally), scale)
+        return out
+
+    patch.setattr(router._Counted, "forward", forward)
+
+
+def _with_the_experts_bias_on_each_rank(patch: pytest.MonkeyPatch) -> None:
+    right = tensor._split_layers
+
+    def split(part: Any, *args: Any) -> None:
+        right(part, *args)
+        for child in part.children():
+            if isinstance(child, Stack):
+                child.ranks = 1
+
+    patch.setattr(tensor, "_split_layers", split)
+
+
+ONE_SHARED, IN_GROUPS, WITH_BIASES = "experts, one shared", "experts in groups", "experts with biases"
+MICRO_BATCHES = 4
 OVER_ALL = "QK-norm over all heads"
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_sum_over_tp_of_gradients, {"tp": 2}),
@@ -295,6 +343,12 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_positions_of_all_tokens, {"tp": 2, "sequence_parallel": True, "options": ("sinusoidal",)}),
     (_with_sinks_of_the_first_heads, {"cp": 2, "options": ("sinks",)}),
     (_without_the_copied_gradients, {"pp": 2, "options": ("T5 bias",)}),
+    (_with_added_losses_of_each_micro_batch, {"options": (ONE_SHARED,)}),
+    (_with_added_losses_of_each_tp_rank, {"tp": 2, "options": (IN_GROUPS,)}),
+    (_with_loads_of_own_tokens, {"cp": 2, "cp_method": "ring", "options": (IN_GROUPS,)}),
+    (_with_counts_in_every_forward, {"recompute": "full", "options": (ONE_SHARED,)}),
+    (_with_the_experts_bias_on_each_rank, {"tp": 2, "options": (WITH_BIASES,)}),
+    (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": (ONE_SHARED,)}),
     (_without_fp32_masters, {"precision": "bf16"}),
     (_without_fp32_weights, {"dp": 2, "precision": "bf16"}),
     (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),

@@ -1,0 +1,63 @@
+"""The losses that layers with experts add, of a plain model: by the formulas, token by token, from what it computed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triplane.model.modules import PartModule
+from triplane.model.parts.experts import Experts
+from triplane.model.transformer import Transformer
+
+
+class ExpertsOf:
+    """The layers with experts of a model; keeps what each reads in a forward pass."""
+
+    def __init__(self, model: Transformer):
+        self._parts = [
+            part
+            for block in model.blocks.values()
+            if isinstance(part := block.get_submodule("feed_forward"), PartModule) and isinstance(part.config, Experts)
+        ]
+        self._read: dict[nn.Module, Tensor] = {}
+        for part in self._parts:
+            part.register_forward_pre_hook(self._keep)
+
+    def added_losses(self, seq_len: int) -> Tensor:
+        """Returns the sum over layers of their means over tokens."""
+        return sum((self._losses(part, seq_len) for part in self._parts), torch.zeros(()))
+
+    def _keep(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        self._read[part] = args[0]
+
+    def _losses(self, part: PartModule, seq_len: int) -> Tensor:
+        config, x_TD = part.config, self._read[part]
+        assert isinstance(config, Experts)
+        logits_TE = x_TD @ part.router.weight.T
+        if config.router_bias:
+            logits_TE = logits_TE + part.router.bias
+        z = config.z_loss_weight * logits_TE.exp().sum(-1).log().square().mean()
+        if config.balance is None:
+            return z
+        positive_TE = logits_TE.exp() if config.router == "softmax" else 1 / (1 + (-logits_TE).exp())
+        mean_score = positive_TE / positive_TE.sum(-1, keepdim=True)
+        losses = []
+        for start in range(0, len(x_TD), seq_len):
+            one = slice(start, start + seq_len)
+            counts = [0] * config.n_experts
+            for scores in positive_TE[one].tolist() if config.router == "sigmoid" else mean_score[one].tolist():
+                for expert in _best(config, scores):
+                    counts[expert] += 1
+            frequency = torch.tensor(counts) * config.n_experts / (config.active * seq_len)
+            losses.append((frequency * mean_score[one].mean(0)).sum())
+        return z + config.balance.weight * torch.stack(losses).mean()
+
+
+def _best(config: Experts, scores: list[float]) -> list[int]:
+    """Returns the experts that a token with these scores passes."""
+    size = config.n_experts // config.groups
+    groups = [range(first, first + size) for first in range(0, config.n_experts, size)]
+    if config.groups > 1:
+        groups.sort(key=lambda group: -sum(sorted((scores[e] for e in group), reverse=True)[:2]))
+        groups = groups[: config.active_groups]
+    return sorted((e for group in groups for e in group), key=lambda e: -scores[e])[: config.active]
