@@ -23,7 +23,7 @@ from triplane.parallel.mesh import Mesh
 from triplane.prove.command import prove
 from triplane.prove.forked import run_ranks
 from triplane.training.hardware import peak_flops_per_s, peak_memory_gib
-from triplane.training.optimizer import OptimizerConfig
+from triplane.training.optimizers.adamw import AdamW
 
 SEQ_LEN = 4096
 WARMUP_STEPS, STEPS = 4, 8
@@ -79,7 +79,7 @@ def engine(mesh: Mesh, model: ModelConfig, layout: ParallelConfig) -> Engine:
         mesh,
         dtype=torch.bfloat16,
         seq_len=SEQ_LEN,
-        optimizer=OptimizerConfig(),
+        optimizer=AdamW(),
     )
     for fragment in built.optimizer.fragments():
         if fragment.kind == "weight" and len(fragment.shape) > 1:

@@ -22,7 +22,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.prove.forked import run_ranks
-from triplane.training.optimizer import OptimizerConfig
+from triplane.training.optimizers.adamw import AdamW
 
 _MODEL = ModelConfig.model_validate(
     {
@@ -37,7 +37,7 @@ _MODEL = ModelConfig.model_validate(
     }
 )
 _SEQ_LEN = 256
-_OPTIMIZER = OptimizerConfig()
+_OPTIMIZER = AdamW()
 _WARMUP_STEPS = 1
 _DOCUMENT_TOKENS = 2048
 """Mean."""

@@ -26,7 +26,7 @@ from triplane.parallel.mesh import Mesh
 from triplane.plan.memory import kept_activations, peak_memory
 from triplane.plan.shares import RankKind, Stage, Work, parameters, pipeline
 from triplane.prove.forked import run_ranks
-from triplane.training.optimizer import OptimizerConfig
+from triplane.training.optimizers.adamw import AdamW
 
 MODEL = ModelConfig(vocab_size=4096, dim=128, n_layers=6, n_heads=8, n_kv_heads=4, head_dim=16, hidden_dim=384)
 SEQ_LEN, MICRO_BATCH_SIZE = 256, 4
@@ -75,7 +75,7 @@ def measured(mesh: Mesh, layout: ParallelConfig, micro_batches: int, dtype: torc
             mesh,
             dtype=dtype,
             seq_len=SEQ_LEN,
-            optimizer=OptimizerConfig(),
+            optimizer=AdamW(),
         )
         engine.initialize(seed=0)
         for stage in engine.local.stages:

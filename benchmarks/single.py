@@ -46,7 +46,7 @@ def triplane(seconds: float, precision: str, compiled: bool) -> list[float]:
     from triplane.parallel.engine import Engine
     from triplane.parallel.groups import connected
     from triplane.training.hardware import DTYPES
-    from triplane.training.optimizer import OptimizerConfig
+    from triplane.training.optimizers.adamw import AdamW
 
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,
@@ -65,7 +65,7 @@ def triplane(seconds: float, precision: str, compiled: bool) -> list[float]:
             mesh,
             dtype=DTYPES[precision],
             seq_len=SEQ_LEN,
-            optimizer=OptimizerConfig(grad_clip=GRAD_CLIP),
+            optimizer=AdamW(grad_clip=GRAD_CLIP),
         )
         engine.initialize(seed=0)
         bounds = range(0, SEQUENCES * SEQ_LEN + 1, SEQ_LEN)

@@ -18,9 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from triplane.config.checks import check
 from triplane.config.load import load_config
 from triplane.model.batch import Batch
+from triplane.model.weights import Weight
 from triplane.parallel.engine import Engine
 from triplane.parallel.groups import connected
-from triplane.parallel.update import Described, Piece
+from triplane.parallel.mesh import Mesh
+from triplane.parallel.update import Piece
 from triplane.plan.estimate import work_of
 from triplane.plan.shares import RankKind, Work, rank_kinds
 from triplane.storage.errors import ConfigError
@@ -55,11 +57,11 @@ class _Unused:
 
     grad_clip = 1.0
 
-    def moments(self, weight: Described) -> tuple[str, ...]:
+    def moments(self, weight: Weight) -> tuple[str, ...]:
         return ()
 
-    def build(self, pieces: Sequence[Piece]) -> torch.optim.Optimizer:
-        return torch.optim.SGD([piece.weight for piece in pieces])
+    def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD([piece.weight for piece in pieces])]
 
 
 def _step(config: RunConfig, work: Work, kind: RankKind, rank: int, ranks: int) -> str:

@@ -8,6 +8,7 @@ from torch import Size, Tensor, nn
 
 from triplane.model.describe import model_weights
 from triplane.model.transformer import Transformer
+from triplane.model.weights import Weight
 from triplane.parallel.axes import split_dim
 from triplane.parallel.mesh import Mesh
 
@@ -16,12 +17,9 @@ from triplane.parallel.mesh import Mesh
 class Placement:
     """A local parameter as a box of a named global tensor."""
 
-    name: str
+    weight: Weight
+    """The global tensor, as the network describes it."""
     parameter: nn.Parameter
-    role: str
-    """As in model/weights.py."""
-    shape: Size
-    """Shape of the global tensor."""
     local: Size
     """Shape on this tp and pp rank, before ZeRO 3 shards it; may reach past the global tensor."""
     offsets: tuple[int, ...]
@@ -32,6 +30,19 @@ class Placement:
     """False for a copy for which another tp or pp rank is responsible."""
     tied_copy: bool
     """True for the last stage's copy of the first stage's embedding."""
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def role(self) -> str:
+        return self.weight.role
+
+    @property
+    def shape(self) -> Size:
+        """Shape of the global tensor."""
+        return Size(self.weight.shape)
 
     @property
     def elements(self) -> int:
@@ -54,10 +65,8 @@ def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[
         offsets = tuple(mesh.tp.rank * size if i == dim else 0 for i, size in enumerate(local[name]))
         placements.append(
             Placement(
-                name=logical,
+                weight=weights[logical],
                 parameter=parameter,
-                role=weights[logical].role,
-                shape=Size(weights[logical].shape),
                 local=local[name],
                 offsets=offsets,
                 sharded=dim is not None,

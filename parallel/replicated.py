@@ -44,6 +44,7 @@ class ReplicatedOptimizer:
                 Piece(placement, master, copies=replicas.size, writes=number % replicas.size == replicas.rank)
                 for number, (placement, master) in enumerate(zip(local.placements, self.masters))
             ],
+            mesh,
         )
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -67,7 +68,7 @@ class ReplicatedOptimizer:
         """
         if self.mesh.replicas.size > 1:
             self._average_gradients()
-        norm = self.update.apply(learning_rate, self.mesh.device)
+        norm = self.update.apply(learning_rate)
         self._round_masters()
         return norm
 

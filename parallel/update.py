@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triplane.model.weights import Weight
+from triplane.parallel.mesh import Mesh
 from triplane.parallel.norm import squared_norm
 from triplane.parallel.placement import Fragment, Placement, fragments
 
@@ -30,27 +32,20 @@ class Piece:
     """True on the one of them that writes checkpoints."""
 
 
-class Described(Protocol):
-    """A weight as the network describes it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-
-
 class OptimizerKind(Protocol):
     """How weights are updated: a table of the config."""
 
     @property
     def grad_clip(self) -> float: ...
-    def moments(self, weight: Described) -> tuple[str, ...]:
+    def moments(self, weight: Weight) -> tuple[str, ...]:
         """Returns the names of the tensors that an update of `weight` keeps, each of its size."""
         ...
 
-    def build(self, pieces: Sequence[Piece]) -> torch.optim.Optimizer:
-        """Builds the optimizer of `pieces`; it divides gradients by its `grad_scale` and does nothing if `found_inf`
-        is 1, as torch's fused optimizers do.
+    def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
+        """Builds optimizers that together update `pieces`.
+
+        Each divides gradients by its `grad_scale` and does nothing if its `found_inf` is 1, as torch's fused ones do.
+        A parameter group's rate is the run's times the group's `lr_scale`.
         """
         ...
 
@@ -58,52 +53,64 @@ class OptimizerKind(Protocol):
 class Update:
     """Clips gradients by the global norm and updates the pieces."""
 
-    def __init__(self, kind: OptimizerKind, pieces: Sequence[Piece]):
+    def __init__(self, kind: OptimizerKind, pieces: Sequence[Piece], mesh: Mesh):
         self.kind = kind
         self.pieces = pieces
-        self.optimizer = kind.build(pieces)
+        self.device = mesh.device
+        self.optimizers = kind.build(pieces, mesh)
+        place = {id(weight): optimizer for optimizer in self.optimizers for weight in _weights(optimizer)}
+        self._states: list[dict[str, Tensor]] = []
         for piece in pieces:
             # Now rather than in the first step, so that a checkpoint can fill it.
-            moments = {name: torch.zeros_like(piece.weight) for name in kind.moments(piece.placement)}
+            moments = {name: torch.zeros_like(piece.weight) for name in kind.moments(piece.placement.weight)}
             step = torch.zeros((), device=piece.weight.device)  # the fused update requires it there
-            self.optimizer.state[piece.weight] = {"step": step, **moments}
+            self._states.append({"step": step, **moments})
+            place[id(piece.weight)].state[piece.weight] = self._states[-1]
 
-    def apply(self, learning_rate: float, device: torch.device) -> Tensor:
+    def apply(self, learning_rate: float) -> Tensor:
         """Applies and clears the pieces' gradients; returns their global norm before clipping. Collective.
 
         Applies nothing if the norm is not finite.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        norm = self._gradient_norm(device)
-        # The fused update divides gradients by the one, so that clipping takes no pass of its own, and obeys the other.
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.kind.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = self._gradient_norm()
+        for optimizer in self.optimizers:
+            set_rate(optimizer, learning_rate)
+            # The update divides gradients by the one, so that clipping takes no pass of its own, and obeys the other.
+            optimizer.grad_scale = ((norm + 1e-6) / self.kind.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad()
         return norm
 
-    def _gradient_norm(self, device: torch.device) -> Tensor:
+    def _gradient_norm(self) -> Tensor:
         """Returns the norm over the whole model: sums over all ranks, and counts copies once."""
-        squared = torch.zeros((), dtype=torch.float64, device=device)
+        squared = torch.zeros((), dtype=torch.float64, device=self.device)
         for copies in {piece.copies for piece in self.pieces}:
             alike = [piece for piece in self.pieces if piece.copies == copies and piece.placement.primary]
             gradients = [piece.weight.grad for piece in alike]
             assert all(gradient is not None for gradient in gradients), "every parameter takes part in every step"
-            squared += squared_norm((gradient for gradient in gradients if gradient is not None), device) / copies
+            squared += squared_norm((gradient for gradient in gradients if gradient is not None), self.device) / copies
         dist.all_reduce(squared)
         return squared.sqrt().float()
 
     def fragments(self) -> Iterator[Fragment]:
         """Yields the state on this rank."""
-        for piece in self.pieces:
-            state = self.optimizer.state[piece.weight]
-            tensors = {"weight": piece.weight.detach()}
-            tensors |= {name: state[name] for name in self.kind.moments(piece.placement)}
-            for name, tensor in tensors.items():
+        for piece, state in zip(self.pieces, self._states):
+            moments = {name: tensor for name, tensor in state.items() if name != "step"}
+            for name, tensor in {"weight": piece.weight.detach(), **moments}.items():
                 yield from fragments(piece.placement, name, tensor.view(-1), start=piece.start, primary=piece.writes)
 
     def loaded(self, step: int) -> None:
         """Adopts fragments that were filled with the state after `step` updates."""
-        for state in self.optimizer.state.values():
+        for state in self._states:
             state["step"].fill_(step)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Sets the learning rate of each parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (weight for group in optimizer.param_groups for weight in group["params"])

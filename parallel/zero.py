@@ -21,7 +21,7 @@ from triplane.parallel.config import BUCKET_ELEMENTS, ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, LocalModel, Placement, fragments
 from triplane.parallel.uncompiled import importing_uncompiled
-from triplane.parallel.update import OptimizerKind, Piece
+from triplane.parallel.update import OptimizerKind, Piece, set_rate
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -70,7 +70,7 @@ class ZeroOptimizer:
         layout: ParallelConfig,
         mesh: Mesh,
     ):
-        optimizer = kind.build([Piece(placement, placement.parameter) for placement in local.placements])
+        (optimizer,) = kind.build([Piece(placement, placement.parameter) for placement in local.placements], mesh)
         self.placements = local.placements
         self.stage = layout.zero
         self.pipelined = mesh.pp.size > 1
@@ -155,8 +155,7 @@ class ZeroOptimizer:
 
         Applies nothing if the norm is not finite.
         """
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.zero.optimizer, learning_rate)
         before = self.engine.global_steps
         self.engine.step()
         assert self.engine.global_steps == before + 1, "DeepSpeed skipped the step"

@@ -24,13 +24,14 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment
+from triplane.parallel.update import set_rate
 from triplane.prove.experts import ExpertsOf
-from triplane.training.optimizer import OptimizerConfig, adamw
+from triplane.training.optimizers.adamw import AdamW, adamw
 
 SEQUENCES, SEQ_LEN = 8, 48
 SEED = 3
 """Seed of the initial weights and of the data."""
-_OPTIMIZER = OptimizerConfig(eps=1e-3, grad_clip=0.5)
+_OPTIMIZER = AdamW(eps=1e-3, grad_clip=0.5)
 _MICRO_BATCH_SIZE = 2
 
 
@@ -121,7 +122,7 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
             weight = initial_weight(config, seed, name, shape=parameter.shape, offsets=offsets, sizes=sizes)
             parameter.copy_(weight)
     weights = model_weights(config)
-    optimizer = adamw(_OPTIMIZER, ((parameter, weights[name].role) for name, parameter in model.named_parameters()))
+    optimizer = adamw(_OPTIMIZER, ((parameter, weights[name]) for name, parameter in model.named_parameters()))
     layers = ExpertsOf(model)
     losses, norms = [], []
     start_s = perf_counter()
@@ -132,8 +133,7 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
         norm = _norm(model.parameters())
         norms.append(float(norm))
         nn.utils.clip_grads_with_norm_(model.parameters(), _OPTIMIZER.grad_clip, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step)
+        set_rate(optimizer, _learning_rate(step))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

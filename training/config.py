@@ -10,7 +10,7 @@ from triplane.data.config import DataConfig
 from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 from triplane.storage.foreign import Place
-from triplane.training.optimizer import OptimizerConfig
+from triplane.training.optimizers.adamw import AdamW
 from triplane.training.run_folder import RunFolder
 
 
@@ -106,7 +106,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use
     """Sources and their order."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the model over ranks."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AdamW = AdamW()
     """AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the run."""

@@ -29,7 +29,7 @@ from triplane.model.describe import model_weights
 from triplane.model.head import Loss
 from triplane.model.transformer import Transformer
 from triplane.storage.errors import CheckpointError, ModelError
-from triplane.training.optimizer import OptimizerConfig, adamw
+from triplane.training.optimizers.adamw import AdamW, adamw
 
 LENGTHS = (1, 17, 300)
 """The windows of the models are 48 tokens."""
@@ -130,7 +130,7 @@ def test_ten_steps_are_those_of_transformers_trainer(name: str, keys: dict[str, 
     theirs = their_model(name, keys)
     theirs.save_pretrained(tmp_path / "hf")
     (family, config, _), ours = _read(tmp_path / "hf")
-    settings = OptimizerConfig(lr=1e-3, weight_decay=0.1, eps=1e-3)
+    settings = AdamW(lr=1e-3, weight_decay=0.1, eps=1e-3)
     sequences = [_tokens(64, seed=step) for step in range(STEPS)]
 
     arguments = TrainingArguments(
@@ -159,7 +159,7 @@ def test_ten_steps_are_those_of_transformers_trainer(name: str, keys: dict[str, 
 
     weights = dict(ours.named_parameters())
     roles = model_weights(config)
-    optimizer = adamw(settings, ((weight, roles[name].role) for name, weight in weights.items()))
+    optimizer = adamw(settings, ((weight, roles[name]) for name, weight in weights.items()))
     losses = []
     for tokens_S in sequences:
         loss = ours(Batch.build(tokens_S[:-1], tokens_S[1:], (0, len(tokens_S) - 1)))
