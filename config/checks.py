@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from triplane.model.describe import model_weights
 from triplane.parallel.rules import layout_problems, multiple, token_multiple
 from triplane.storage.errors import counted
 from triplane.training.config import RunConfig
@@ -17,6 +18,7 @@ def check(config: RunConfig, ranks: int | None) -> list[str]:
         *_check_model(config),
         *layout_problems(config.model, config.parallel, config.training.precision),
         *_check_batch(config, dp),
+        *_check_optimizer(config),
         *_check_schedule(config),
         *_check_checkpoints(config),
         *config.data.problems(config.training.global_batch_size),
@@ -74,6 +76,14 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
                 f"virtual_stages needs at least pp ({layout.pp}) micro-batches, but {name} ({sequences}) / "
                 f"({product}) is {micro_batches}"
             )
+
+
+def _check_optimizer(config: RunConfig) -> Iterator[str]:
+    yield from config.optimizer.problems(model_weights(config.model).values())
+    if config.parallel.offload_optimizer and config.optimizer.kind != "adamw":
+        yield f'offload_optimizer requires optimizer.kind "adamw", not "{config.optimizer.kind}"'
+    if config.parallel.zero and config.optimizer.kind == "muon":
+        yield f'optimizer.kind "muon" requires zero = 0, not {config.parallel.zero}'
 
 
 def _check_schedule(config: RunConfig) -> Iterator[str]:

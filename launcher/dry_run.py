@@ -60,6 +60,9 @@ class _Unused:
     def moments(self, weight: Weight) -> tuple[str, ...]:
         return ()
 
+    def whole(self, weight: Weight) -> bool:
+        return False
+
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD([piece.weight for piece in pieces])]
 

@@ -33,6 +33,23 @@ class Mesh:
     embedding: ProcessGroup | None
     """The first and last stage, which share a tied embedding; None on other stages and without a pipeline."""
 
+    @classmethod
+    def of_one(cls, device: torch.device) -> "Mesh":
+        """Returns the mesh of a process without peers."""
+        one = Axis()
+        return cls(
+            device=device,
+            rank=0,
+            world_size=1,
+            tp=one,
+            pp=one,
+            cp=one,
+            dp=one,
+            replicas=one,
+            model=None,
+            embedding=None,
+        )
+
     @property
     def first_stage(self) -> bool:
         return self.pp.rank == 0

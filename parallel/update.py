@@ -41,6 +41,10 @@ class OptimizerKind(Protocol):
         """Returns the names of the tensors that an update of `weight` keeps, each of its size."""
         ...
 
+    def whole(self, weight: Weight) -> bool:
+        """Returns whether one dp x cp rank must update all that its tp rank holds of `weight`."""
+        ...
+
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
         """Builds optimizers that together update `pieces`.
 

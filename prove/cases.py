@@ -22,6 +22,7 @@ _CHOICES: list[list[dict[str, Any]]] = [
     [{"recompute": "selective"}, {"recompute": "full"}],
     [{"compile": True}],
     [{"tied": True}],
+    [{"optimizer": "muon"}, {"optimizer": "muon by head"}],
     [_BF16],
 ]
 """Alternatives to the default of each axis: one rank, zero 1, an untied head, fp32."""
@@ -92,7 +93,13 @@ _RESHARDED: list[dict[str, Any]] = [
 ]
 """Each saves a checkpoint that all others load."""
 
-_CASE_DEFAULTS: dict[str, Any] = {"tied": False, "precision": "fp32", "large": False, "options": ()}
+_CASE_DEFAULTS: dict[str, Any] = {
+    "tied": False,
+    "precision": "fp32",
+    "large": False,
+    "options": (),
+    "optimizer": "adamw",
+}
 """Defaults of a case's settings besides the layout."""
 
 
@@ -107,6 +114,8 @@ class Case:
     """Whether the vocabulary is large."""
     options: tuple[str, ...] = ()
     """Options of the network, of those in networks.py."""
+    optimizer: str = "adamw"
+    """Of those in reference.py."""
 
     @property
     def ranks(self) -> int:
@@ -120,6 +129,7 @@ class Case:
                 *self.options,
                 *(["tied"] if self.tied else []),
                 *(["large vocabulary"] if self.large else []),
+                *([self.optimizer] if self.optimizer != "adamw" else []),
                 *([self.precision] if self.precision != "fp32" else []),
             ]
         )
@@ -206,10 +216,11 @@ def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick:
     ]
 
 
-def resharding_proof(model: ModelConfig, *, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:
+def resharding_proof(model: ModelConfig, optimizer: str, *, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:
     """Returns layouts that store the state differently; with `tied`, those that treat the tied head differently."""
+    own = {"tied": tied, "optimizer": optimizer}
     settings = _TIED if tied else _RESHARDED
-    cases = (_case(model, setting | {"tied": tied}, ranks=ranks, runs_here=runs_here) for setting in settings)
+    cases = (_case(model, setting | own, ranks=ranks, runs_here=runs_here) for setting in settings)
     return [case for case in cases if case is not None]
 
 
@@ -227,11 +238,13 @@ def own_case(
 def _case(model: ModelConfig, setting: dict[str, Any], *, ranks: int, runs_here: RunsHere) -> Case | None:
     """Returns a case; None if the choices do not fit the machine or each other."""
     options = dict(setting)
-    tied, precision, large, network_options = (options.pop(key, default) for key, default in _CASE_DEFAULTS.items())
+    own = {key: options.pop(key, default) for key, default in _CASE_DEFAULTS.items()}
     layout = ParallelConfig(**({"dp": 1, "timeout_s": 300.0} | options))
-    case = Case(layout, tied=tied, precision=precision, large=large, options=network_options)
-    if case.ranks > ranks or not valid_network(model, network_options):
+    case = Case(layout, **own)
+    if case.ranks > ranks or not valid_network(model, case.options):
         return None
-    if list(layout_problems(case.model(model), layout, precision)):
+    if list(layout_problems(case.model(model), layout, case.precision)):
         return None
+    if case.optimizer != "adamw" and (layout.zero or case.precision == "bf16"):
+        return None  # rounding is bounded by a bf16 process with AdamW
     return case if runs_here(case) else None

@@ -64,7 +64,7 @@ def prove(config: Path | None, *, ranks: int | None, quick: bool, json_path: Pat
 
 def _results(model: ModelConfig, cases: list[Case], machine: Machine, *, steps: int) -> list[Result]:
     print(_LINE.format("", "ranks", "loss", "norm", "weights", "tokens/s", "layout"), flush=True)
-    references: dict[ModelConfig, Trace] = {}
+    references: dict[tuple[ModelConfig, str], Trace] = {}
     try:
         networks = [case for case in cases if case.options]
         allowed = tolerances(networks, model, steps=range(_FEW_STEPS), machine=machine)
@@ -77,9 +77,11 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine, *, steps: 
     results = []
     for case in cases:
         own = case.model(model)
-        if own not in references:
-            references[own] = train_plainly(own, _LARGE_STEPS if case.large else _FEW_STEPS if case.options else steps)
-        results.append(_result(own, case, reference=references[own], tolerance=allowed[case], machine=machine))
+        key = own, case.optimizer
+        if key not in references:
+            count = _LARGE_STEPS if case.large else _FEW_STEPS if case.options else steps
+            references[key] = train_plainly(own, count, optimizer=case.optimizer)
+        results.append(_result(own, case, reference=references[key], tolerance=allowed[case], machine=machine))
         print(_line(results[-1]), flush=True)
     return results
 

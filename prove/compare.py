@@ -86,6 +86,6 @@ def worst(found: Iterable[Difference]) -> Difference:
 
 def train_case(mesh: Mesh, model: ModelConfig, case: Case, reference: Trace) -> tuple[Difference, float]:
     """Trains the steps of `reference` on this rank; returns the distance from it, and tokens/s."""
-    engine = proof_engine(mesh, model, case.layout, dtype=DTYPES[case.precision])
+    engine = proof_engine(mesh, model, case.layout, dtype=DTYPES[case.precision], optimizer=case.optimizer)
     trace = train_on_mesh(engine, range(len(reference.losses)))
     return measured(trace, reference, precision=case.precision, mesh=mesh), trace.tokens_per_s

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.config import ModelConfig
-from triplane.model.describe import model_weights
 from triplane.model.init import initial_weight
 from triplane.model.parts.gated import Gated
 from triplane.model.parts.softmax import Softmax
@@ -23,20 +23,30 @@ from triplane.model.transformer import Transformer
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.placement import Fragment
-from triplane.parallel.update import set_rate
+from triplane.parallel.placement import Fragment, place
+from triplane.parallel.update import Piece, set_rate
 from triplane.prove.experts import ExpertsOf
-from triplane.training.optimizers.adamw import AdamW, adamw
+from triplane.training.optimizers.adamw import AdamW
+from triplane.training.optimizers.kinds import AnyOptimizer
+from triplane.training.optimizers.muon import Muon
 
 SEQUENCES, SEQ_LEN = 8, 48
 SEED = 3
 """Seed of the initial weights and of the data."""
-_OPTIMIZER = AdamW(eps=1e-3, grad_clip=0.5)
+_COMMON: dict[str, Any] = {"eps": 1e-3, "grad_clip": 0.5}
+OPTIMIZERS: dict[str, AnyOptimizer] = {
+    "adamw": AdamW(**_COMMON),
+    "muon": Muon(kind="muon", iterate_in="fp32", **_COMMON),
+    "muon by head": Muon(
+        kind="muon", iterate_in="fp32", by_head=True, coefficients="classic", scaling="original", **_COMMON
+    ),
+}
+"""Those of the proof; Lion is none, since the sign of a gradient near zero is that of its rounding."""
 _MICRO_BATCH_SIZE = 2
 
 
 State = dict[str, Tensor]
-"""Whole weights and moments, fp32, by key: `weight/NAME`, `exp_avg/NAME` (the mean gradient), `exp_avg_sq/NAME`."""
+"""Whole weights and moments, fp32, by key: `weight/NAME`, and of AdamW `exp_avg/NAME` and `exp_avg_sq/NAME`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ def proof_batch(config: ModelConfig, step: int, numbers: Iterable[int], *, seed:
     return Batch.build(torch.cat(tokens), torch.cat(targets), bounds, sequences=len(tokens))
 
 
-def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
+def train_plainly(config: ModelConfig, steps: int, seed: int = SEED, optimizer: str = "adamw") -> Trace:
     """Trains the reference: a loop in plain torch over the plain model, in one process, in fp32, on whole batches."""
     model = Transformer(config)
     with torch.no_grad():
@@ -121,8 +131,16 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
             offsets, sizes = (0,) * parameter.dim(), tuple(parameter.shape)
             weight = initial_weight(config, seed, name, shape=parameter.shape, offsets=offsets, sizes=sizes)
             parameter.copy_(weight)
-    weights = model_weights(config)
-    optimizer = adamw(_OPTIMIZER, ((parameter, weights[name]) for name, parameter in model.named_parameters()))
+    kind, mesh = OPTIMIZERS[optimizer], Mesh.of_one(torch.device("cpu"))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    pieces = [Piece(placed, placed.parameter) for placed in place(model, mesh, local=shapes, tied={})]
+    state: State = {f"weight/{piece.placement.name}": piece.weight.detach() for piece in pieces}
+    updates = kind.build(pieces, mesh)
+    homes = {id(weight): update for update in updates for group in update.param_groups for weight in group["params"]}
+    for piece in pieces:
+        moments = {name: torch.zeros_like(piece.weight) for name in kind.moments(piece.placement.weight)}
+        homes[id(piece.weight)].state[piece.weight] = {"step": torch.zeros(()), **moments}
+        state |= {f"{name}/{piece.placement.name}": moment for name, moment in moments.items()}
     layers = ExpertsOf(model)
     losses, norms = [], []
     start_s = perf_counter()
@@ -132,21 +150,23 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED) -> Trace:
         loss.backward()
         norm = _norm(model.parameters())
         norms.append(float(norm))
-        nn.utils.clip_grads_with_norm_(model.parameters(), _OPTIMIZER.grad_clip, norm)
-        set_rate(optimizer, _learning_rate(step))
-        optimizer.step()
-        optimizer.zero_grad()
+        nn.utils.clip_grads_with_norm_(model.parameters(), kind.grad_clip, norm)
+        for update in updates:
+            set_rate(update, _learning_rate(step))
+            update.step()
+            update.zero_grad()
         losses.append(loss.item())
-    state: State = {}
-    for name, parameter in model.named_parameters():
-        moments = optimizer.state[parameter]
-        state[f"weight/{name}"] = parameter.detach()
-        state |= {f"{kind}/{name}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
     return Trace(losses=losses, norms=norms, state=state, tokens_per_s=_tokens_per_s(steps, start_s))
 
 
 def proof_engine(
-    mesh: Mesh, config: ModelConfig, layout: ParallelConfig, *, dtype: torch.dtype, seed: int = SEED
+    mesh: Mesh,
+    config: ModelConfig,
+    layout: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int = SEED,
+    optimizer: str = "adamw",
 ) -> Engine:
     """Returns a rank's engine with the initial weights of `train_plainly`."""
     engine = Engine(
@@ -155,7 +175,7 @@ def proof_engine(
         mesh,
         dtype=dtype,
         seq_len=SEQ_LEN,
-        optimizer=_OPTIMIZER,
+        optimizer=OPTIMIZERS[optimizer],
     )
     engine.initialize(seed)
     return engine

@@ -1,6 +1,7 @@
 """`triplane prove --reshard`: saves under each layout, loads under every other, and compares with one process."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,12 @@ _WIDTH = 9
 
 
 def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
-    """Prints a table for an untied head and one for a tied head; returns the exit code."""
+    """Prints a table for an untied head, one for a tied head and one with Muon; returns the exit code."""
     machine = Machine.here(ranks)
     rows = []
-    for tied in (False, True):
+    for tied, optimizer in ((False, "adamw"), (True, "adamw"), (True, "muon")):
         with TemporaryDirectory(prefix="triplane-reshard-") as folder:
-            rows += _prove(proof_model(tied), machine, Path(folder))
+            rows += _prove(proof_model(tied), optimizer, machine, Path(folder))
     if json_path is not None:
         write_whole(json_path, (json.dumps(rows, indent=1) + "\n").encode())
     passed = sum(row["passed"] for row in rows)
@@ -41,13 +42,13 @@ def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
     return Exit.OK if passed == len(rows) else Exit.FAILED
 
 
-def _prove(model: ModelConfig, machine: Machine, folder: Path) -> list[dict[str, Any]]:
+def _prove(model: ModelConfig, optimizer: str, machine: Machine, folder: Path) -> list[dict[str, Any]]:
     tied = model.tie_embeddings
-    proof = resharding_proof(model, ranks=machine.ranks, tied=tied, runs_here=machine.runs)
+    proof = resharding_proof(model, optimizer, ranks=machine.ranks, tied=tied, runs_here=machine.runs)
     cases = dict(zip(ascii_uppercase, proof))
-    reference = train_plainly(model, _STEPS)
+    reference = train_plainly(model, _STEPS, optimizer=optimizer)
     allowed = tolerances(proof, model, steps=range(_CUT, _STEPS), machine=machine)
-    print(f"{'tied' if tied else 'untied'} head; saved under:")
+    print(f"{optimizer}, {'tied' if tied else 'untied'} head; saved under:")
     for name, case in cases.items():
         print(f"  {name} {case.describe()}", flush=True)
         _run(machine, case, _save, model, case, folder / name)
@@ -86,15 +87,22 @@ def _load(
 
 
 def _save(mesh: Mesh, model: ModelConfig, case: Case, folder: Path) -> None:
-    train_between(mesh, model, case.layout, dtype=DTYPES[case.precision], steps=range(_CUT), save=folder)
+    train = _training(mesh, model, case)
+    train(steps=range(_CUT), save=folder)
+
+
+def _training(mesh: Mesh, model: ModelConfig, case: Case) -> Callable[..., Trace]:
+    dtype = DTYPES[case.precision]
+    return partial(train_between, mesh, model, case.layout, dtype=dtype, optimizer=case.optimizer)
 
 
 def _resume(
     mesh: Mesh, model: ModelConfig, case: Case, reference: Trace, saved: list[tuple[Location, str]]
 ) -> list[Difference]:
     rest = reference.after(_CUT)
-    train = partial(train_between, mesh, model, case.layout, dtype=DTYPES[case.precision], steps=range(_CUT, _STEPS))
-    return [measured(train(load=path), rest, precision=precision, mesh=mesh) for path, precision in saved]
+    train = _training(mesh, model, case)
+    steps = range(_CUT, _STEPS)
+    return [measured(train(steps=steps, load=path), rest, precision=precision, mesh=mesh) for path, precision in saved]
 
 
 def _row(saved: Case, loaded: Case, *, found: Difference | None, tolerance: Difference, error: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def train_between(
     layout: ParallelConfig,
     *,
     dtype: torch.dtype,
+    optimizer: str = "adamw",
     steps: range,
     load: Location | None = None,
     save: Location | None = None,
@@ -26,7 +27,7 @@ def train_between(
 
     Raises OSError if the save fails.
     """
-    engine = proof_engine(mesh, config, layout, dtype=dtype)
+    engine = proof_engine(mesh, config, layout, dtype=dtype, optimizer=optimizer)
     if load is not None:
         Checkpoint(load).fill(engine.optimizer.fragments())
         engine.optimizer.loaded(steps.start)

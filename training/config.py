@@ -11,6 +11,7 @@ from triplane.model.config import ModelConfig
 from triplane.parallel.config import ParallelConfig
 from triplane.storage.foreign import Place
 from triplane.training.optimizers.adamw import AdamW
+from triplane.training.optimizers.kinds import AnyOptimizer
 from triplane.training.run_folder import RunFolder
 
 
@@ -106,7 +107,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use
     """Sources and their order."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the model over ranks."""
-    optimizer: AdamW = AdamW()
+    optimizer: AnyOptimizer = AdamW()
     """AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the run."""

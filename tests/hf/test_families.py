@@ -29,7 +29,7 @@ from triplane.model.describe import model_weights
 from triplane.model.head import Loss
 from triplane.model.transformer import Transformer
 from triplane.storage.errors import CheckpointError, ModelError
-from triplane.training.optimizers.adamw import AdamW, adamw
+from triplane.training.optimizers.adamw import AdamW
 
 LENGTHS = (1, 17, 300)
 """The windows of the models are 48 tokens."""
@@ -159,7 +159,7 @@ def test_ten_steps_are_those_of_transformers_trainer(name: str, keys: dict[str, 
 
     weights = dict(ours.named_parameters())
     roles = model_weights(config)
-    optimizer = adamw(settings, ((weight, roles[name]) for name, weight in weights.items()))
+    (optimizer,) = settings.adamw(((weight, roles[name]) for name, weight in weights.items()))
     losses = []
     for tokens_S in sequences:
         loss = ours(Batch.build(tokens_S[:-1], tokens_S[1:], (0, len(tokens_S) - 1)))

@@ -27,7 +27,7 @@ from triplane.prove.cases import Case
 from triplane.prove.command import Result, prove
 from triplane.prove.compare import Machine, tolerances
 from triplane.prove.reference import proof_model, train_plainly
-from triplane.training.optimizers.adamw import AdamW, adamw
+from triplane.training.optimizers.adamw import AdamW
 
 
 @pytest.mark.slow
@@ -151,10 +151,12 @@ def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_decay_of_vectors(patch: pytest.MonkeyPatch) -> None:
-    def decayed(config: AdamW, placed: Any) -> torch.optim.AdamW:
-        return adamw(config, ((parameter, replace(weight, role="matrix")) for parameter, weight in placed))
+    right = AdamW.adamw
 
-    patch.setattr("triplane.training.optimizers.adamw.adamw", decayed)
+    def decayed(self: AdamW, weights: Any) -> list[torch.optim.Optimizer]:
+        return right(self, ((tensor, replace(weight, role="matrix")) for tensor, weight in weights))
+
+    patch.setattr(AdamW, "adamw", decayed)
 
 
 def _without_the_last_keys_of_the_ring(patch: pytest.MonkeyPatch) -> None:

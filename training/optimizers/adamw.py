@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, PositiveFloat
 
 from triplane.model.weights import Weight
-from triplane.training.optimizers.optimizer import Optimizer, decay_groups
+from triplane.training.optimizers.optimizer import Optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from triplane.parallel.update import Piece
 
 
-class AdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter 2019)."""
+class Adam(Optimizer):
+    """Options of AdamW, also where it updates what another kind leaves."""
 
-    kind: Literal["adamw"] = "adamw"
-    """AdamW."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -33,18 +31,20 @@ class AdamW(Optimizer):
     def moments(self, weight: Weight) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
+    def adamw(self, weights: Iterable[tuple[Tensor, Weight]], *, lr_scale: float = 1.0) -> list[torch.optim.Optimizer]:
+        """Builds torch's fused AdamW, if there are weights; the training loop sets the learning rate at each step."""
+        import torch
+
+        groups = self.grouped(weights, lr_scale=lr_scale)
+        betas = (self.beta1, self.beta2)
+        return [torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)] if groups else []
+
+
+class AdamW(Adam):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    """AdamW."""
+
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
-        return [adamw(self, ((piece.weight, piece.placement.weight) for piece in pieces))]
-
-
-def adamw(config: AdamW, weights: Iterable[tuple[Tensor, Weight]]) -> torch.optim.AdamW:
-    """Builds torch's fused AdamW; the training loop sets the learning rate at each step."""
-    import torch
-
-    return torch.optim.AdamW(
-        decay_groups(weights, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+        return self.adamw((piece.weight, piece.placement.weight) for piece in pieces)

@@ -1,12 +1,14 @@
-"""What every kind of optimizer has: rate, decay, clipping. Imports torch only to build.
+"""What every kind of optimizer has: rate, decay, clipping, groups of weights. Imports torch only to build.
 
 A kind is one file: a table of the config that says what it keeps of a weight, and builds what updates it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
 
@@ -20,6 +22,29 @@ if TYPE_CHECKING:
     from triplane.parallel.update import Piece
 
 
+class WeightGroup(BaseModel):
+    """Weights that learn at a rate or decay of their own; of several groups the last that a weight is in counts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    weights: str
+    """Names, with `*` for any characters, such as `blocks.*.attention.*`; or a role: `matrix`, `table`, `vector`."""
+    lr_scale: NonNegativeFloat = 1.0
+    """Their learning rate is this times the run's; 0 freezes them."""
+    weight_decay: NonNegativeFloat | None = None
+    """Their decay; none: as without the group."""
+
+    def holds(self, weight: Weight) -> bool:
+        return self.weights == weight.role or fnmatchcase(weight.name, self.weights)
+
+
+class _Setting(NamedTuple):
+    """How fast a weight learns and decays."""
+
+    lr_scale: float
+    weight_decay: float
+
+
 class Optimizer(BaseModel):
     """Options of every kind."""
 
@@ -28,30 +53,40 @@ class Optimizer(BaseModel):
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """Applied to matrices, not to norms."""
+    """Applied to matrices and tables, not to norms and biases."""
     grad_clip: PositiveFloat = 1.0
     """Maximum global gradient norm."""
+    groups: tuple[WeightGroup, ...] = ()
+    """Weights that learn differently."""
 
     def moments(self, weight: Weight) -> tuple[str, ...]:
         """Returns the names of the tensors that an update of `weight` keeps."""
         raise NotImplementedError
 
+    def whole(self, weight: Weight) -> bool:
+        """Returns whether one rank must update `weight` as a whole, rather than a share of its elements."""
+        return False
+
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
         """Builds optimizers that together update `pieces`."""
         raise NotImplementedError
 
+    def problems(self, weights: Iterable[Weight]) -> Iterator[str]:
+        """Yields what does not fit a network of `weights`, as one line with its operands."""
+        known = list(weights)
+        for number, group in enumerate(self.groups):
+            if not any(group.holds(weight) for weight in known):
+                near = get_close_matches(group.weights, [weight.name for weight in known], n=1, cutoff=0)
+                yield f"optimizer.groups.{number}: no weight is named {group.weights!r}; the nearest is {near[0]!r}"
 
-def decay_groups(weights: Iterable[tuple[Tensor, Weight]], decay: float) -> list[dict[str, Any]]:
-    """Returns parameter groups: matrices and tables, with weight decay, and vectors (norms, biases), without.
-
-    A group without parameters is left out.
-    """
-    decayed: list[Tensor] = []
-    vectors: list[Tensor] = []
-    for tensor, weight in weights:
-        (vectors if weight.role == "vector" else decayed).append(tensor)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": decay, "lr_scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    return [group for group in groups if group["params"]]
+    def grouped(self, weights: Iterable[tuple[Tensor, Weight]], *, lr_scale: float = 1.0) -> list[dict[str, Any]]:
+        """Returns torch's parameter groups: weights of one rate and one decay each."""
+        found: dict[_Setting, list[Tensor]] = {}
+        for tensor, weight in weights:
+            setting = _Setting(lr_scale, 0.0 if weight.role == "vector" else self.weight_decay)
+            for group in self.groups:
+                if group.holds(weight):
+                    decay = setting.weight_decay if group.weight_decay is None else group.weight_decay
+                    setting = _Setting(lr_scale * group.lr_scale, decay)
+            found.setdefault(setting, []).append(tensor)
+        return [{"params": tensors, **setting._asdict()} for setting, tensors in found.items()]
