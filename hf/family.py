@@ -231,12 +231,20 @@ def _spelled_out(config: ModelConfig, context: int) -> Values:
         if (layer["attention"].get("window") or 0) >= context:
             layer["attention"]["window"] = None
         _scaled(layer["attention"])
+        _without_added_losses(layer["feed_forward"])
     flat = dict(_flat(top, ""))
     flat |= dict(_flat(config.positions.model_dump(), "positions.")) if config.positions.limit is not None else {}
     for path in dict.fromkeys(path for layer in layers for path, _ in _flat(layer, "")):
         values = [dict(_flat(layer, "")).get(path) for layer in layers]
         flat[path] = values[0] if all(value == values[0] for value in values) else values
     return flat
+
+
+def _without_added_losses(feed_forward: Values) -> None:
+    """Removes what only training needs."""
+    feed_forward.pop("z_loss_weight", None)
+    if (feed_forward.get("balance") or {}).get("kind") == "loss":
+        del feed_forward["balance"]
 
 
 def _scaled(attention: Values) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from triplane.hf.family import Family
-from triplane.hf.tensors import Names
+from triplane.hf.tensors import Names, Stored
 from triplane.hf.weights import INDEX, SINGLE
 from triplane.model.config import ModelConfig
 from triplane.storage.errors import CheckpointError
@@ -55,15 +56,19 @@ class FolderWeights(Mapping[str, Tensor]):
                 f"{names.layers}.NUMBER.NAME"
             )
         self._tensors = family.tensors(config)
-        self._places = {w.name: (t, n) for t in self._tensors.values() for n, w in enumerate(t.weights)}
+        self._places: dict[str, list[tuple[Stored, int]]] = {}
+        for stored in self._tensors.values():
+            for number, weight in enumerate(stored.weights):
+                self._places.setdefault(weight.name, []).append((stored, number))
         self._optional = {name: shape for name, shape in _optional(names, config).items() if name in self._found}
         self._check_names()
         for name, shape in ({name: t.shape for name, t in self._tensors.items()} | self._optional).items():
             self._check(name, shape)
 
     def __getitem__(self, name: str) -> Tensor:
-        stored, number = self._places[name]
-        return stored.part(self._read(stored.name), number)
+        places = self._places[name]
+        parts = [stored.part(self._read(stored.name), number) for stored, number in places]
+        return parts[0] if places[0][0].expert is None else torch.stack(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -85,7 +90,7 @@ class FolderWeights(Mapping[str, Tensor]):
                 self._check_tied(name)
 
     def _check_tied(self, name: str) -> None:
-        embedding = self._places["embedding.weight"][0].name
+        embedding = self._places["embedding.weight"][0][0].name
         if (difference := (self._read(name).float() - self._read(embedding).float()).abs().max().item()) != 0:
             raise CheckpointError(
                 f"{self._where(name)}: differs from {embedding} by {difference:.2e}, but config.json ties them: set "

@@ -1,6 +1,6 @@
 """The tensors of a Hugging Face family and the weights of ours that each holds. Imports no torch.
 
-A tensor holds one weight or joins several, and may be stored transposed.
+A tensor holds one weight, joins several, or holds one expert's part of a weight; and may be stored transposed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Holds:
 
 QKV = ("attention.wq", "attention.wk", "attention.wv")
 Modules = Mapping[str, str | Holds]
-"""Maps the name of each of their modules to our modules that it holds."""
+"""Maps the name of each of their modules to our modules that it holds; where `{}` stands, each expert has one."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,13 @@ class Stored:
     """Our modules that it holds."""
     join: Literal["rows", "groups"]
     transposed: bool
+    expert: int | None = None
+    """The expert whose part of the weight it holds; None: all of it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.expert is not None:
+            return self.weights[0].shape[1:]
         rows, *rest = (sum(weight.shape[0] for weight in self.weights), *self.weights[0].shape[1:])
         return (*rest, rows) if self.transposed else (rows, *rest)
 
@@ -73,6 +77,8 @@ class Stored:
         """Returns the tensor that holds these weights."""
         import torch
 
+        if self.expert is not None:
+            return parts[0][self.expert]
         if self.join == "groups":
             apart = [part.reshape(*self._heads(w), *part.shape[1:]) for part, w in zip(parts, self.weights)]
             parts = [torch.cat(apart, dim=1).flatten(0, 2)]
@@ -80,9 +86,11 @@ class Stored:
         return whole.T if self.transposed else whole
 
     def part(self, whole: Tensor, number: int) -> Tensor:
-        """Returns one of the weights that the tensor holds."""
+        """Returns one of the weights that the tensor holds, or its expert's part of one."""
         import torch
 
+        if self.expert is not None:
+            return whole
         whole = whole.T if self.transposed else whole
         if self.join == "groups":
             heads = [self._heads(weight) for weight in self.weights]
@@ -116,5 +124,8 @@ def _stored(modules: Modules, weights: Mapping[str, Weight], *, ours: str, their
             parts = tuple(weight for weight in held_weights if weight is not None)
             if parts:
                 assert len(parts) == len(held_weights), f"{name}.{leaf}: some of {holds.modules} have none"
-                matrix = len(parts[0].axes) > 1
-                yield Stored(f"{theirs}{name}.{leaf}", parts, holds.join, transposed=holds.transposed and matrix)
+                transposed = holds.transposed and len(parts[0].axes) > 1
+                experts = range(parts[0].shape[0]) if "{}" in name else [None]
+                for expert in experts:
+                    theirs_one = f"{theirs}{name.format(expert)}.{leaf}"
+                    yield Stored(theirs_one, parts, holds.join, transposed=transposed, expert=expert)

@@ -120,6 +120,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         EQUAL | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
         EQUAL | {"multi_query": False, "parallel_attn": False, "ffn_hidden_size": 80, "bias": True},
     ],
+    "mixtral": [SMALL, SMALL | WINDOW | {"num_local_experts": 5, "num_experts_per_tok": 3, "hidden_act": "gelu"}],
+    "qwen3_moe": [
+        SMALL | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        SMALL | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 1, "attention_bias": True}
+        | {"norm_topk_prob": True},
+    ],
+    "olmoe": [
+        SQUARE | {"num_experts": 5, "num_experts_per_tok": 2},
+        SQUARE | {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ],
 }  # fmt: skip
 """Keys of config.json, by model type."""
 CASES = {f"{family} {n}": (family, keys) for family, variants in VARIANTS.items() for n, keys in enumerate(variants)}

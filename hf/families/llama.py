@@ -51,7 +51,8 @@ _LLAMA = (Heads(width="head_dim", divides=True), INNER, SILU, Rope(), ATTENTION_
 LLAMA = Family("llama", "LlamaForCausalLM", NAMES, (*sizes(longest=2048), *_LLAMA, eps(1e-6)), FIXED, zero_biases=True)
 
 
-def _no_clip(hf: Hf) -> str | None:
+def no_clip(hf: Hf) -> str | None:
+    """Says that queries, keys and values are clipped, if they are."""
     return None if hf["clip_qkv"] is None else f"clip_qkv is {hf['clip_qkv']}; this family does not clip"
 
 
@@ -192,5 +193,5 @@ IQUESTCODER = Family(
     ),
     FIXED,
     written=False,
-    problem=_no_clip,
+    problem=no_clip,
 )

@@ -55,11 +55,34 @@ def _close(ours: Tensor, theirs: Tensor, least: float = 0.0) -> bool:
     return bool((ours - theirs).abs().max() <= RELATIVE * max(theirs.abs().max().item(), least))
 
 
-def _in_file(model: Any) -> dict[str, Any]:
-    """Parameters of transformers' model by the names in its files."""
+def _in_file(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Parameters of transformers' model, or their gradients, by the names in its files."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.grad if gradients else parameter
+        if name == "lm_head.weight" and model.config.model_type == "gpt_neox":
+            found["embed_out.weight"] = value
+        elif ".mlp.experts." in name:
+            found |= _by_expert(name, value, model.config.model_type)
+        elif model.config.model_type == "mixtral":
+            found[name.replace(".mlp.", ".block_sparse_moe.")] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _by_expert(name: str, value: Tensor, family: str) -> dict[str, Tensor]:
+    """The tensors of each expert, which transformers joins when it loads them."""
+    path, _, leaf = name.rpartition(".")
+    own = ("gate_proj", "up_proj", "down_proj")
+    if family == "mixtral":
+        path, own = path.replace(".mlp.", ".block_sparse_moe."), ("w1", "w3", "w2")
+    parts = value.chunk(2, dim=1) if leaf == "gate_up_proj" else (value,)
+    names = own[:2] if leaf == "gate_up_proj" else own[2:]
     return {
-        "embed_out.weight" if name == "lm_head.weight" and model.config.model_type == "gpt_neox" else name: parameter
-        for name, parameter in model.named_parameters()
+        f"{path}.{number}.{one}.weight": part
+        for one, stacked in zip(names, parts, strict=True)
+        for number, part in enumerate(stacked)
     }
 
 
@@ -87,7 +110,7 @@ def test_a_family_computes_what_transformers_does_and_comes_back(
     loss = ours(_batch(tokens_S))
     assert isinstance(loss, Loss)
     loss.objective.backward()
-    parameters, gradients = dict(ours.named_parameters()), {n: p.grad for n, p in _in_file(theirs).items()}
+    parameters, gradients = dict(ours.named_parameters()), _in_file(theirs, gradients=True)
     tensors = family.tensors(config)
     assert tensors.keys() == gradients.keys()
     least = max(gradient.abs().max().item() for gradient in gradients.values()) / 100  # biases of keys have none
