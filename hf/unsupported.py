@@ -2,7 +2,6 @@
 
 from typing import Any
 
-_EXPERTS = "a mixture of experts"
 _STATES = "layers other than attention"
 _BIDIRECTIONAL = "bidirectional attention"
 _WRAPPER = "a vision or audio part around the text model"
@@ -10,9 +9,9 @@ _WRAPPER = "a vision or audio part around the text model"
 _LACKING = {
     "bamba": _STATES,
     "bert": _BIDIRECTIONAL,
-    "deepseek_v2": f"latent attention, {_EXPERTS}",
-    "deepseek_v3": f"latent attention, {_EXPERTS}",
-    "gpt_oss": _EXPERTS,
+    "deepseek_v2": "latent attention",
+    "deepseek_v3": "latent attention",
+    "gpt_oss": "tensors in which gate and up of experts alternate",
     "jamba": _STATES,
     "kimi_linear": _STATES,
     "lfm2": _STATES,
@@ -20,13 +19,10 @@ _LACKING = {
     "llava": _WRAPPER,
     "mamba": _STATES,
     "mistral3": _WRAPPER,
-    "mixtral": _EXPERTS,
     "modernbert": _BIDIRECTIONAL,
     "nemotron_h": _STATES,
-    "olmoe": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
+    "qwen2_moe": "a gate before the shared expert",
     "qwen3_5": _WRAPPER,
-    "qwen3_moe": _EXPERTS,
     "qwen3_next": _STATES,
     "roberta": _BIDIRECTIONAL,
     "t5": "an encoder",

@@ -61,7 +61,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no table": ([], "holds no table"),
     "nothing": (None, "holds no table"),
     "no type": ({"model_type": ...}, "no model_type; this model reads .*llama"),
-    "experts": ({"model_type": "mixtral"}, "'mixtral', which has a mixture of experts; this model reads .*llama"),
+    "experts": (
+        {"model_type": "qwen2_moe"},
+        "'qwen2_moe', which has a gate before the shared expert; this model reads .*llama",
+    ),
     "unheard of": ({"model_type": "kraken"}, "model_type is 'kraken'; this"),
     "type a list": ({"model_type": []}, r"model_type is '\[\]'"),
     "vision": ({"model_type": "pixels", "text_config": {}}, "'pixels', which has a vision"),
