@@ -24,17 +24,18 @@ def build_local_model(
     3. context: swap in attention over a share of the tokens;
     4. fp8: swap the remaining linear layers;
     5. recompute and compile: wrap each block;
-    6. materialise the share, and tie the head to the embedding if this rank has both.
+    6. materialise the share, or with ZeRO 3 its shard, and tie the head to the embedding if this rank has both.
 
-    The optimizer (zero.py or replicated.py) comes last, around the remaining parameters.
+    The optimizer (replicated.py, zero.py or fully_sharded.py) comes last, around the remaining parameters.
     """
+    sharded = layout.shards_weights(mesh.replicas.size)
     count = mesh.pp.size * layout.virtual_stages
     layers = stage_layers(config, count, seq_len)
     stages: list[Transformer] = []
     placements: list[Placement] = []
     for number in range(mesh.pp.rank, count, mesh.pp.size):
         with torch.device("meta"):
-            model = Transformer(config).to(dtype)
+            model = Transformer(config).to(torch.float32 if sharded else dtype)
             cut_stage(model, layers[number], first=number == 0, last=number == count - 1)
             if mesh.tp.size > 1:
                 from triplane.parallel.tensor import apply_tensor_parallel
@@ -57,9 +58,14 @@ def build_local_model(
         if layout.recompute == "full":
             apply_recompute(model, "full")
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
-        _materialise(model, layout, mesh)
-        if layout.compile:
-            separate_gradients(model)
+        if sharded:
+            from triplane.parallel.fully_sharded import shard_weights
+
+            shard_weights(model, mesh, dtype, offload=layout.offload_optimizer)
+        else:
+            _materialise(model, mesh)
+            if layout.compile:
+                separate_gradients(model)
         placed = place(model, mesh, local=local, tied=copied_names(model))
         known = {id(placement.parameter) for placement in placements}
         placements += [placement for placement in placed if id(placement.parameter) not in known]
@@ -67,12 +73,7 @@ def build_local_model(
     return LocalModel(stages, placements, dtype)
 
 
-def _materialise(model: Transformer, layout: ParallelConfig, mesh: Mesh) -> None:
-    if layout.zero == 3:
-        from triplane.parallel.zero import materialise_shares
-
-        materialise_shares(model, mesh)
-        return
+def _materialise(model: Transformer, mesh: Mesh) -> None:
     model.to_empty(device=mesh.device)
     if model.config.tie_embeddings and model.embedding is not None and model.head is not None:
         model.head.weight = model.embedding.weight

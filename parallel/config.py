@@ -47,9 +47,13 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         """tp x pp x cp: the ranks that hold one copy of the model and read one batch."""
         return self.tp * self.pp * self.cp
 
+    def shards_weights(self, replicas: int) -> bool:
+        """Returns whether a rank holds a shard of each weight: at ZeRO 3, unless nobody and no host shares it."""
+        return self.zero == 3 and (replicas > 1 or self.offload_optimizer)
+
     def uses_deepspeed(self, replicas: int) -> bool:
         """Returns whether DeepSpeed runs the optimizer: where `replicas` share something, or it is kept elsewhere."""
-        return self.zero == 3 or self.offload_optimizer or (self.zero > 0 and replicas > 1)
+        return not self.shards_weights(replicas) and (self.offload_optimizer or (self.zero > 0 and replicas > 1))
 
     def describe(self) -> str:
         """`tp 2 + sequence x pp 2 x 2 stages x dp 2, zero 1`; omits axes of one rank."""

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from triplane.model.batch import IGNORED_TARGET, Batch
 from triplane.model.config import ModelConfig
@@ -29,7 +30,7 @@ Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
 
 
 class Optimizer(Protocol):
-    """Updates the weights: `ReplicatedOptimizer` or `ZeroOptimizer`."""
+    """Updates the weights: `ReplicatedOptimizer`, `ZeroOptimizer` or `FullyShardedOptimizer`."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -131,7 +132,7 @@ class Engine:
         def forward(module: nn.Module, number: int, received: Tensor | None) -> Tensor:
             assert isinstance(module, Transformer)
             if module.head is None:
-                return module.hidden(share, received)
+                return module(share, received)
             scores_TV = module.logits(share, received)[share.targets_T != IGNORED_TARGET]
             if number == 0 and len(scores_TV):
                 start = self.mesh.tp.rank * scores_TV.shape[1] if self.mesh.tp.size > 1 else 0
@@ -222,12 +223,19 @@ class Engine:
         """Sums the gradients of the first stage's weights and of other stages' copies of them."""
         if self.config.positions.every_stage:
             for table in self.local.stages[0].positions.parameters():
-                dist.all_reduce(self.optimizer.gradient(table), group=self.mesh.pp.group)
+                self._sum(self.optimizer.gradient(table), self.mesh.pp.group)
         if self.mesh.embedding is None or not self.config.tie_embeddings:
             return
         end = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
         assert end is not None and isinstance(end.weight, nn.Parameter)
-        dist.all_reduce(self.optimizer.gradient(end.weight), group=self.mesh.embedding)
+        self._sum(self.optimizer.gradient(end.weight), self.mesh.embedding)
+
+    def _sum(self, gradient: Tensor, group: ProcessGroup | None) -> None:
+        """Sums a gradient, which may be on the host, over a group."""
+        on_device = gradient.to(self.mesh.device)
+        dist.all_reduce(on_device, group=group)
+        if on_device is not gradient:
+            gradient.copy_(on_device)
 
 
 def _tallied(config: ModelConfig, number: int) -> int:
@@ -237,6 +245,10 @@ def _tallied(config: ModelConfig, number: int) -> int:
 
 
 def _wrap(local: LocalModel, kind: OptimizerKind, layout: ParallelConfig, mesh: Mesh) -> Optimizer:
+    if layout.shards_weights(mesh.replicas.size):
+        from triplane.parallel.fully_sharded import FullyShardedOptimizer
+
+        return FullyShardedOptimizer(local, kind, mesh)
     if not layout.uses_deepspeed(mesh.replicas.size):
         from triplane.parallel.replicated import ReplicatedOptimizer
 

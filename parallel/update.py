@@ -60,7 +60,9 @@ class Update:
     def __init__(self, kind: OptimizerKind, pieces: Sequence[Piece], mesh: Mesh):
         self.kind = kind
         self.pieces = pieces
-        self.device = mesh.device
+        self.mesh = mesh
+        self.device = next((piece.weight.device for piece in pieces), mesh.device)
+        """Where it updates: the device, or the host."""
         self.optimizers = kind.build(pieces, mesh)
         place = {id(weight): optimizer for optimizer in self.optimizers for weight in _weights(optimizer)}
         self._states: list[dict[str, Tensor]] = []
@@ -77,11 +79,12 @@ class Update:
         Applies nothing if the norm is not finite.
         """
         norm = self._gradient_norm()
+        here = norm.to(self.device)  # a fused update on the host would not wait for its own copy
         for optimizer in self.optimizers:
             set_rate(optimizer, learning_rate)
             # The update divides gradients by the one, so that clipping takes no pass of its own, and obeys the other.
-            optimizer.grad_scale = ((norm + 1e-6) / self.kind.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
-            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            optimizer.grad_scale = ((here + 1e-6) / self.kind.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
+            optimizer.found_inf = (~here.isfinite()).float()  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad()
         return norm
@@ -94,6 +97,7 @@ class Update:
             gradients = [piece.weight.grad for piece in alike]
             assert all(gradient is not None for gradient in gradients), "every parameter takes part in every step"
             squared += squared_norm((gradient for gradient in gradients if gradient is not None), self.device) / copies
+        squared = squared.to(self.mesh.device)
         dist.all_reduce(squared)
         return squared.sqrt().float()
 

@@ -1,4 +1,4 @@
-"""The adapter to DeepSpeed 0.19.8, and its only importer: ZeRO around a module.
+"""The adapter to DeepSpeed 0.19.8, and its only importer: ZeRO 1 and 2 around a module.
 
 Without a pipeline, DeepSpeed runs the backward pass and reduces gradients during it. With one, the schedule runs it,
 so gradients accumulate on the rank and are reduced at the end.
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triplane.model.transformer import Transformer
 from triplane.parallel.config import BUCKET_ELEMENTS, ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, LocalModel, Placement, fragments
@@ -42,24 +41,6 @@ __compatible_ops__["deepspeed_shm_comm"] = False
 DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: ZERO_OPTIMIZATION
 
 
-def materialise_shares(model: Transformer, mesh: Mesh) -> None:
-    """Materialises `model` (on meta) for ZeRO 3, module by module, sharding each over dp x cp before the next."""
-    _join(mesh)
-    dtype = next(model.parameters()).dtype
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if not own or hasattr(own[0], "ds_id"):  # sharded with the module that holds this one
-            continue
-        module.to_empty(device=mesh.device)
-        if module is model.head and model.config.tie_embeddings and model.embedding is not None:
-            model.head.weight = model.embedding.weight  # sharded already; a bias is not
-        for parameter in module.parameters():
-            if not hasattr(parameter, "ds_id"):
-                nn.init.zeros_(parameter)
-        # mem_efficient_linear would replace torch's own F.linear globally.
-        deepspeed.zero.Init(module, data_parallel_group=mesh.replicas.group, dtype=dtype, mem_efficient_linear=False)
-
-
 class ZeroOptimizer:
     """ZeRO (Rajbhandari et al. 2020) over dp x cp; weights and moments are fp32 shards, gradients add up in fp32."""
 
@@ -74,7 +55,7 @@ class ZeroOptimizer:
         self.placements = local.placements
         self.stage = layout.zero
         self.pipelined = mesh.pp.size > 1
-        assert not (self.pipelined and self.stage == 3), "ZeRO 3 hangs under a pipeline"
+        assert self.stage < 3, "stage 3 is in fully_sharded.py"
         # It drops empty groups and reduces one norm per remaining group: other stages would wait forever.
         assert all(group["params"] for group in optimizer.param_groups), "every stage needs both matrices and vectors"
         for placement in local.placements:
@@ -177,14 +158,7 @@ class ZeroOptimizer:
         """Adopts fragments that were filled with the state after `step` updates, and gathers the weights."""
         for share in self._shares:
             self.zero.optimizer.state[share]["step"].fill_(step)
-        if self.stage < 3:
-            self.zero.update_lp_params()
-            return
-        self.zero._partition_all_parameters()  # otherwise weights that are gathered now stay stale
-        for number in range(len(self._shares)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(number)
-        if self.zero.persistent_parameters:
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        self.zero.update_lp_params()
 
     def _refuse_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Makes the fused update apply nothing if the gradient norm is not finite, without a wait of the host."""
@@ -199,14 +173,12 @@ class ZeroOptimizer:
     @property
     def _shares(self) -> list[Tensor]:
         """This rank's flat fp32 weights, one tensor per parameter group."""
-        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        shares: list[Tensor] = self.zero.single_partition_of_fp32_groups
+        return shares
 
     def _share(self, placement: Placement) -> tuple[Tensor, int, int, int] | None:
         """Locates a parameter's share: (tensor, begin, size), and where it starts in the parameter."""
         parameter: Any = placement.parameter
-        if self.stage == 3:
-            group, begin, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            return self._shares[group], begin, size, dist.get_rank(parameter.ds_process_group) * size
         mapping = parameter._hp_mapping
         if mapping is None:
             return None

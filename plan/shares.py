@@ -37,7 +37,9 @@ class Work:
     @property
     def zero(self) -> int:
         """The ZeRO stage of its optimizer; 0 where there is nobody to share with."""
-        return self.layout.zero if self.layout.uses_deepspeed(self.replicas) else 0
+        layout = self.layout
+        shared = layout.uses_deepspeed(self.replicas) or layout.shards_weights(self.replicas)
+        return layout.zero if shared else 0
 
     @property
     def tokens(self) -> int:

@@ -20,6 +20,8 @@ def differing_ranks(engine: Engine) -> list[int]:
     With two replicas, returns both. ZeRO 3 stores no weight twice, so it has nothing to compare.
     """
     mesh = engine.mesh
+    if engine.layout.shards_weights(mesh.replicas.size):
+        return []
     weights = [placement.parameter.detach() for placement in engine.local.placements]
     mine = checksum(weights, mesh.device)
     theirs = [torch.empty_like(mine) for _ in range(mesh.replicas.size)]

@@ -58,3 +58,19 @@ def test_scores_and_loss_are_those_of_one_process(layout: dict, vocab_size: int)
     for ours, our_loss in run_ranks(config, config.ranks_of_one * config.dp, _scores_and_loss, config, vocab_size):
         torch.testing.assert_close(ours, scores, atol=1e-5, rtol=0)
         assert our_loss == pytest.approx(loss, abs=1e-5)
+
+
+def _losses_of_two_starts(mesh: Mesh, layout: ParallelConfig) -> list[float]:
+    """The loss of other weights, filled in after an evaluation, and that of an engine which had them from the start."""
+    batches = [proof_batch(model(61), 0, range(2))]
+    refilled, fresh = (proof_engine(mesh, model(61), layout, dtype=torch.float32, seed=seed) for seed in (3, 4))
+    refilled.evaluate(batches)
+    refilled.initialize(4)
+    return [float(engine.evaluate(batches).cross_entropy) for engine in (refilled, fresh)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_that_are_filled_in_after_an_evaluation_are_used(stage: int) -> None:
+    layout = ParallelConfig.model_validate({"dp": 2, "zero": stage})
+    for refilled, fresh in run_ranks(layout, 2, _losses_of_two_starts, layout):
+        assert refilled == fresh

@@ -13,8 +13,9 @@ import pytest
 import torch
 from runs import small_run
 from small_corpora import Prepared
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import deterministic
+from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
 
 from triplane.checkpoint.folder import latest
@@ -75,6 +76,17 @@ def final(config: RunConfig) -> Checkpoint:
     return Checkpoint(newest)
 
 
+def on_gradients(engine: Engine, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Changes the gradient of what the last norm or block returns, and with it those of the weights before it."""
+
+    def hook(module: nn.Module, inputs: Any, out: Tensor) -> None:
+        out.register_hook(change)  # type: ignore[no-untyped-call]
+
+    stage = engine.local.stages[-1]
+    *_, last = (module for module in (*stage.blocks.values(), stage.norm) if module is not None)
+    return last.register_forward_hook(hook)
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """On the ranks forked from now on, a gradient is NaN in the calls that `bad` says; counted from 1."""
     forward_backward = Engine.forward_backward
@@ -84,8 +96,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
         calls[0] += 1
         if not bad(calls[0]) or not engine.mesh.last_stage:
             return forward_backward(engine, batches)
-        weight = engine.local.placements[-1].parameter
-        hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+        hook = on_gradients(engine, lambda gradient: gradient * float("nan"))
         loss = forward_backward(engine, batches)
         hook.remove()
         return loss
@@ -206,7 +217,7 @@ def _update_with_a_nan(mesh: Mesh, layout: ParallelConfig, dtype: torch.dtype) -
     engine.forward_backward(batches)
     engine.step(1e-3)
     before = state()
-    hook = engine.local.placements[-1].parameter.register_hook(lambda gradient: gradient * float("nan"))
+    hook = on_gradients(engine, lambda gradient: gradient * float("nan"))
     engine.forward_backward(batches)
     norm = engine.step(1e-3)
     hook.remove()
@@ -293,7 +304,7 @@ def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[str, b
             update()
         else:
             if mesh.rank == erring:
-                engine.local.placements[-1].parameter.register_hook(err)
+                on_gradients(engine, err)
             try:
                 for _ in repeated(engine, 1):
                     update()
