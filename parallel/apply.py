@@ -45,7 +45,7 @@ def build_local_model(
             from triplane.parallel.context import apply_context_parallel
 
             apply_context_parallel(model, mesh.cp, layout.cp_method)
-        if stages and config.positions.every_stage:  # one copy, split once, serves all stages of the rank
+        if stages and config.positions.every_stage and not sharded:  # one copy, split once, serves the rank's stages
             model.positions = stages[0].positions
         if layout.fp8:
             from triplane.model.fp8 import use_fp8

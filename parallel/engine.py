@@ -222,20 +222,23 @@ class Engine:
     def _sum_copied_gradients(self) -> None:
         """Sums the gradients of the first stage's weights and of other stages' copies of them."""
         if self.config.positions.every_stage:
-            for table in self.local.stages[0].positions.parameters():
-                self._sum(self.optimizer.gradient(table), self.mesh.pp.group)
+            for tables in zip(*(stage.positions.parameters() for stage in self.local.stages)):
+                self._sum(list(map(self.optimizer.gradient, dict.fromkeys(tables))), self.mesh.pp.group)
         if self.mesh.embedding is None or not self.config.tie_embeddings:
             return
         end = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
         assert end is not None and isinstance(end.weight, nn.Parameter)
-        self._sum(self.optimizer.gradient(end.weight), self.mesh.embedding)
+        self._sum([self.optimizer.gradient(end.weight)], self.mesh.embedding)
 
-    def _sum(self, gradient: Tensor, group: ProcessGroup | None) -> None:
-        """Sums a gradient, which may be on the host, over a group."""
-        on_device = gradient.to(self.mesh.device)
-        dist.all_reduce(on_device, group=group)
-        if on_device is not gradient:
-            gradient.copy_(on_device)
+    def _sum(self, gradients: list[Tensor], group: ProcessGroup | None) -> None:
+        """Sums gradients of copies, which may be on the host, over this rank and a group."""
+        total, *others = (gradient.to(self.mesh.device) for gradient in gradients)
+        for other in others:
+            total += other
+        dist.all_reduce(total, group=group)
+        for gradient in gradients:
+            if gradient is not total:
+                gradient.copy_(total)
 
 
 def _tallied(config: ModelConfig, number: int) -> int:

@@ -41,12 +41,15 @@ def shard_weights(model: Transformer, mesh: Mesh, dtype: torch.dtype, *, offload
     }
     tied = _tie(model)
     # A tied table, which both ends use, is gathered with the rest, from the first use to the last.
-    ends = [] if tied else [end for end in (model.embedding, model.head) if end is not None]
-    for module in (*ends, *model.blocks.values()):
-        fully_shard(module, **options)
-    for end in ends:
-        assert isinstance(end, FSDPModule)
+    ends = (None, None) if tied else (model.embedding, model.head)
+    first, last = ([] if end is None else [fully_shard(end, **options)] for end in ends)
+    units = [*first, *(fully_shard(block, **options) for block in model.blocks.values()), *last]
+    for end in (*first, *last):
         end.set_unshard_in_backward(False)  # backward needs no table: the head computes its gradients in forward
+    # Backward gathers a unit while the one after it computes. By itself FSDP2 would follow the order of the forward
+    # passes, which a pipeline interleaves: the first unit would gather what ran before it.
+    for before, unit in zip([*units[:1], *units], units):
+        unit.set_modules_to_backward_prefetch([before])
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "logits")
     model.to_empty(device=torch.device("cpu") if offload else mesh.device)
@@ -92,7 +95,8 @@ class FullyShardedOptimizer:
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns this rank's rows of the gradient, averaged over dp x cp."""
-        assert parameter.grad is not None, "every parameter takes part in every step"
+        if parameter.grad is None:  # the copy of a table on a stage without layers
+            parameter.grad = torch.zeros_like(parameter)
         return _shard(parameter.grad)
 
     def step(self, learning_rate: float) -> Tensor:

@@ -52,8 +52,6 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need at least {stages - 1} "
             f"layers, but n_layers is {model.n_layers}"
         )
-    if zero == 3 and pp > 1:
-        yield f"zero = 3 hangs under a pipeline (pp is {pp}); use 1 or 2"
     if zero == 0 and precision == "bf16":
         yield "precision bf16 requires zero > 0: each replica would hold the fp32 master weights"
     if zero == 0 and layout.offload_optimizer:
@@ -63,15 +61,11 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             'recompute "selective" with tp requires sequence_parallel: the all-reduce of tp overwrites the products '
             "that would be kept"
         )
-    if layout.recompute == "selective" and zero == 3:
-        yield 'recompute "selective" and zero = 3 cannot be combined: the gathered weights would count as kept'
     if layout.compile and layout.recompute == "selective" and cp > 1 and layout.cp_method == "ring":
         yield (
             'compile and recompute "selective" cannot be combined with cp_method "ring", whose sends break the graph '
             'inside the block: nothing would be compiled; use recompute "full" or "none"'
         )
-    if layout.compile and zero == 3:
-        yield "compile and zero = 3 cannot be combined: gathering the weights breaks the graph at every layer"
     if layout.fp8 and tp > 1:
         yield f"fp8 and tp ({tp}) cannot be combined: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":

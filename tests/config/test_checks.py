@@ -73,7 +73,6 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             "virtual_stages needs at least pp (2) micro-batches, but global_batch_size (2) / "
             "(dp (1) x micro_batch_size (2) = 2) is 1",
         ),
-        ({"pp": 2, "zero": 3}, 4, "zero = 3 hangs under a pipeline (pp is 2); use 1 or 2"),
         (
             {"zero": 0, "offload_optimizer": True},
             2,
@@ -84,16 +83,6 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             2,
             'recompute "selective" with tp requires sequence_parallel: the all-reduce of tp overwrites the products '
             "that would be kept",
-        ),
-        (
-            {"recompute": "selective", "zero": 3, "tp": 1},
-            2,
-            'recompute "selective" and zero = 3 cannot be combined: the gathered weights would count as kept',
-        ),
-        (
-            {"compile": True, "zero": 3},
-            2,
-            "compile and zero = 3 cannot be combined: gathering the weights breaks the graph at every layer",
         ),
         (
             {"fp8": True, "precision": "fp32"},
@@ -144,4 +133,4 @@ def test_each_check_names_its_operands(changes: dict[str, Any], ranks: int, prob
 
 
 def test_all_problems_come_together() -> None:
-    assert len(check(config(head_dim=7, stop_at_step=99, hidden_dim=63, pp=2, zero=3), 3)) == 5
+    assert len(check(config(head_dim=7, stop_at_step=99, hidden_dim=63, pp=2, zero=0, offload_optimizer=True), 3)) == 5

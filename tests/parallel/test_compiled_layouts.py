@@ -18,6 +18,8 @@ from triplane.prove.reference import proof_batch, proof_engine, proof_model
 CASES: list[tuple[dict[str, Any], int]] = [
     ({"dp": 2, "recompute": "selective"}, 0),
     ({"dp": 2, "recompute": "full"}, 0),
+    ({"dp": 2, "zero": 3}, 0),
+    ({"dp": 2, "zero": 3, "recompute": "selective"}, 0),
     ({"tp": 2, "recompute": "full"}, 0),
     ({"tp": 2, "sequence_parallel": True, "recompute": "selective"}, 0),
     ({"cp": 2, "recompute": "selective"}, 0),

@@ -20,6 +20,7 @@ from triplane.parallel import context, engine, megatron, ring, stages, tensor, u
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
+from triplane.parallel.fully_sharded import FullyShardedOptimizer
 from triplane.parallel.replicated import ReplicatedOptimizer
 from triplane.parallel.zero import ZeroOptimizer
 from triplane.prove import command as prove_module
@@ -143,6 +144,39 @@ def _with_swapped_shares(patch: pytest.MonkeyPatch) -> None:
         "loaded",
         lambda self, step: [share.data.copy_(share.data.flip(0)) for share in self._shares] and None,
     )
+
+
+def _with_swapped_rows(patch: pytest.MonkeyPatch) -> None:
+    right = FullyShardedOptimizer.loaded
+
+    def loaded(self: Any, step: int) -> None:
+        for piece in self.update.pieces:
+            piece.weight.copy_(piece.weight.flip(0))
+        right(self, step)
+
+    patch.setattr(FullyShardedOptimizer, "loaded", loaded)
+
+
+def _without_the_last_reduction(patch: pytest.MonkeyPatch) -> None:
+    right = FullyShardedOptimizer.backward
+
+    def backward(self: Any, loss: torch.Tensor, last: bool) -> None:
+        self.module.set_requires_gradient_sync(not last)
+        right(self, loss, last)
+
+    patch.setattr(FullyShardedOptimizer, "backward", backward)
+
+
+def _without_weights_in_fp32(patch: pytest.MonkeyPatch) -> None:
+    right = FullyShardedOptimizer.step
+
+    def step(self: Any, learning_rate: float) -> torch.Tensor:
+        norm = right(self, learning_rate)
+        for piece in self.update.pieces:
+            piece.weight.copy_(piece.weight.bfloat16())
+        return norm
+
+    patch.setattr(FullyShardedOptimizer, "step", step)
 
 
 def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
@@ -333,6 +367,11 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_swapped_shares, {"dp": 2, "zero": 1}),
     (_with_every_micro_batch_as_the_last, {"dp": 2, "zero": 2}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3}),
+    (_with_swapped_rows, {"dp": 2, "zero": 3}),
+    (_without_the_last_reduction, {"dp": 2, "zero": 3}),
+    (_without_the_copied_gradients, {"pp": 2, "dp": 2, "zero": 3, "tied": True}),
+    (_without_the_copied_gradients, {"pp": 2, "dp": 2, "zero": 3, "virtual_stages": 2, "options": ("T5 bias",)}),
+    (_with_layers_of_the_wrong_stage, {"pp": 2, "dp": 2, "zero": 3}),
     (_without_the_last_keys_of_the_ring, {"cp": 2, "cp_method": "ring"}),
     (_without_the_exchange_of_heads, {"cp": 2}),
     (_with_overwritten_products, {"tp": 2, "recompute": "selective"}),
@@ -354,6 +393,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": (ONE_SHARED,)}),
     (_without_fp32_masters, {"precision": "bf16"}),
     (_without_fp32_weights, {"dp": 2, "precision": "bf16"}),
+    (_without_weights_in_fp32, {"dp": 2, "zero": 3, "precision": "bf16"}),
     (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3, "precision": "bf16"}),
