@@ -19,7 +19,7 @@ def set_up() -> None:
     """Makes the peers' environments, with the torch of this one."""
     torch = version("torch").partition("+")[0]
     for peer, packages in PEERS.items():
-        folder = ENVIRONMENTS / peer
+        folder = _folder(peer)
         venv.create(folder, clear=True, with_pip=True)
         command = [folder / "bin/python", "-m", "pip", "install", "--quiet", f"torch=={torch}", *packages]
         subprocess.run(command, check=True)
@@ -28,5 +28,9 @@ def set_up() -> None:
 
 def python(name: str) -> Path:
     """Returns the interpreter of a contender's environment."""
-    own = [ENVIRONMENTS / peer / "bin/python" for peer in PEERS if name.startswith(peer)]
+    own = [_folder(peer) / "bin/python" for peer in PEERS if name.startswith(peer)]
     return own[0] if own else Path(sys.executable)
+
+
+def _folder(peer: str) -> Path:
+    return ENVIRONMENTS / peer.replace(" ", "-")  # torch's compiler cannot link to libraries in a path with spaces

@@ -232,19 +232,17 @@ class _Logs(LogsSpecs):
 
     def __init__(self, run_dir: Path):
         super().__init__(str(RunFolder(run_dir).logs))
+        self.run_dir = run_dir
 
     @property
     def root_log_dir(self) -> str:
         return str(self._root_log_dir)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        folder = Path(self.root_log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        starts = (path.suffixes[0].removeprefix(".") for path in folder.glob("rank_0.*.log"))
-        start = 1 + max((int(name) for name in starts if name.isdecimal()), default=0)
+        logs = RunFolder(self.run_dir).new_logs(envs)
         return LogsDest(
             stdouts=dict.fromkeys(envs, ""),
-            stderrs={rank: str(folder / f"rank_{rank}.{start}.log") for rank in envs},
+            stderrs={rank: str(path) for rank, path in logs.items()},
             error_files=dict.fromkeys(envs, os.devnull),
         )
 

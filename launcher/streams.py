@@ -4,7 +4,9 @@ import errno
 import io
 import os
 import sys
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from triplane.storage.errors import StorageError
 
@@ -53,3 +55,27 @@ class _Output(io.FileIO):
             raise _OutputFullError(
                 f"standard output cannot be written: {error.strerror}; write it elsewhere"
             ) from error
+
+
+def copy_errors(log: Path) -> None:
+    """Writes what goes to standard error into `log` as well, as it comes."""
+    sys.stderr = _Copied(sys.stderr, log.open("a", buffering=1, errors="backslashreplace"))
+
+
+class _Copied(io.TextIOBase):
+    def __init__(self, stream: TextIO, copy: TextIO):
+        self._stream, self._copy = stream, copy
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):  # a full disk; the stream itself has the text
+            self._copy.write(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()

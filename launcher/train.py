@@ -11,6 +11,7 @@ from triplane.config.checks import check
 from triplane.config.load import load_config
 from triplane.config.preflight import checkpoints_folder
 from triplane.data.opening import open_sources
+from triplane.launcher.streams import copy_errors
 from triplane.parallel.devices import problems_of_devices, threads, use_cpu, visible_devices
 from triplane.parallel.ranks import Rank, current_rank, rendezvous
 from triplane.plan.gate import examine, memory_problem
@@ -75,6 +76,8 @@ def train(
             )
     if rank is not None and rank.world_size > 1:
         os.environ.update(rendezvous(os.environ))
+    if rank is None:
+        copy_errors(config.folder.new_logs([0])[0])
     if not first:
         os.dup2(2, 1)  # keeps what libraries print off the console, which is rank 0's
     from triplane.launcher.run import run_rank

@@ -4,6 +4,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from triplane.parallel.config import ParallelConfig
@@ -52,7 +53,12 @@ def missing_to_compile(*, on_gpu: bool) -> str | None:
     if not any(shutil.which(name) for name in ((chosen,) if chosen else names)):
         return f"the compiler {variable}={chosen}" if chosen else f"a compiler ({' or '.join(names)})"
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return None if headers.exists() else f"Python's headers ({headers})"
+    if not headers.exists():
+        return f"Python's headers ({headers})"
+    torch = find_spec("torch")
+    if not on_gpu and torch is not None and torch.origin is not None and " " in torch.origin:
+        return f"torch in a path without spaces ({torch.origin}), to which it links its C++"
+    return None
 
 
 def gpu_number(rank: Rank, visible: int) -> int | None:

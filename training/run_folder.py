@@ -1,6 +1,6 @@
 """Names the files and folders of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +108,13 @@ class RunFolder:
     def sweep(self) -> Path:
         """A run folder for each variant of a sweep."""
         return self.path / SWEEP
+
+    def new_logs(self, ranks: Iterable[int]) -> dict[int, Path]:
+        """Returns the logs of a new start of ranks on this machine, and makes their folder."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        starts = (path.suffixes[0].removeprefix(".") for path in self.logs.glob("rank_0.*.log"))
+        start = 1 + max((int(name) for name in starts if name.isdecimal()), default=0)
+        return {rank: self.logs / f"rank_{rank}.{start}.log" for rank in ranks}
 
     def failure(self, rank: int) -> Path:
         """The failure that a rank reports to the process that started it."""

@@ -80,7 +80,7 @@ def _newest_log(run_dir: Path, rank: int | None) -> Path:
         return max(found, key=lambda file: file.stat().st_mtime_ns)
     there = ", ".join(sorted(file.name for file in folder.glob("*.log")))
     if not there:
-        raise LaunchError(f"{run_dir}: no logs; give the folder of a run with a job or several ranks")
+        raise LaunchError(f"{run_dir}: no logs; give the folder of a run that has started")
     advice = ": give --rank" if rank is None else ""
     raise LaunchError(f"{folder / pattern}: no such log; found {there}{advice}")
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,6 +176,13 @@ def test_compiling_without_pythons_headers_is_refused(monkeypatch: pytest.Monkey
     )
     (tmp_path / "Python.h").touch()
     assert missing_to_compile(on_gpu=True) is missing_to_compile(on_gpu=False) is None
+
+
+def test_compiling_with_torch_in_a_path_with_spaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = "/my tools/torch/__init__.py"
+    monkeypatch.setattr("triplane.parallel.devices.find_spec", lambda name: SimpleNamespace(origin=origin))
+    missing = f"torch in a path without spaces ({origin}), to which it links its C++"
+    assert missing_to_compile(on_gpu=False) == missing
 
 
 @pytest.fixture

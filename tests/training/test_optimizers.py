@@ -166,11 +166,11 @@ def test_clipping_scales_the_gradient_not_the_update(alone: Mesh, kind: AnyOptim
 
 
 def test_groups_scale_rates_and_decays_and_freeze(alone: Mesh) -> None:
-    groups = (
+    groups = [
         WeightGroup(weights="vector", lr_scale=0.0),
         WeightGroup(weights="blocks.*.wq.*", lr_scale=0.5, weight_decay=0.0),
         WeightGroup(weights="embedding.weight", weight_decay=0.3),
-    )
+    ]
     update = Update(AdamW(groups=groups), pieces([MATRIX, TALL, TABLE, VECTOR]), alone)
     (optimizer,) = update.optimizers
     found = {(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups}
@@ -184,7 +184,7 @@ def test_groups_scale_rates_and_decays_and_freeze(alone: Mesh) -> None:
 
 
 def test_a_group_that_no_weight_is_in_is_refused_with_the_nearest_name() -> None:
-    kind = AdamW(groups=(WeightGroup(weights="embeding.weight"),))
+    kind = AdamW(groups=[WeightGroup(weights="embeding.weight")])
     assert list(kind.problems([MATRIX, TABLE, VECTOR])) == [
         "optimizer.groups.0: no weight is named 'embeding.weight'; the nearest is 'embedding.weight'"
     ]

@@ -56,7 +56,7 @@ class Optimizer(BaseModel):
     """Applied to matrices and tables, not to norms and biases."""
     grad_clip: PositiveFloat = 1.0
     """Maximum global gradient norm."""
-    groups: tuple[WeightGroup, ...] = ()
+    groups: list[WeightGroup] = []
     """Weights that learn differently."""
 
     def moments(self, weight: Weight) -> tuple[str, ...]:
