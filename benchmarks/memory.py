@@ -24,7 +24,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.plan.memory import kept_activations, peak_memory
-from triplane.plan.shares import RankKind, Stage, Work, parameters, pipeline
+from triplane.plan.shares import RankKind, Stage, Work, pipeline
 from triplane.prove.forked import run_ranks
 from triplane.training.optimizers.adamw import AdamW
 
@@ -59,7 +59,7 @@ class Measured:
     state: int
     """Weights and the optimizer's, before the step; with ZeRO 3 also the buffers that it makes at the start."""
     gradients: int
-    """Before the last micro-batch, with the bucket of reduction where it stays."""
+    """Before the last micro-batch."""
     activations: int
     """Activations that the blocks keep for the last micro-batch, and their output."""
     peak: int
@@ -134,14 +134,13 @@ def compare(keys: dict[str, Any], micro_batches: int, bf16: bool) -> Iterator[tu
 
 
 def _predicted(work: Work, kind: RankKind) -> Measured:
-    memory, owned = peak_memory(work, kind, "cpu"), parameters(work, kind)
+    memory = peak_memory(work, kind, "cpu")
     blocks = RankKind("", kind.pp_rank, (Stage(kind.layers, embedding=True, head=False),))
-    bucket = 4 * owned if work.layout.zero == 1 and work.micro_batches > 1 else 0
     split = work.layout.tp if work.layout.sequence_parallel else 1
     output = work.tokens // split * work.model.dim * work.element_bytes
     activations = kept_activations(work, blocks, "cpu") + output
     # ZeRO 3 makes its bucket, its gradients and the small weights' whole copies before the step: they are in the peak.
-    return Measured(memory.weights + memory.optimizer, memory.gradients + bucket, activations, memory.total)
+    return Measured(memory.weights + memory.optimizer, memory.gradients, activations, memory.total)
 
 
 def main() -> None:

@@ -198,11 +198,9 @@ def _take_device(rank: Rank) -> torch.device:
 
 
 def _resolve(config: RunConfig, folder: Location, mesh: Mesh) -> RunConfig:
-    """Replaces `auto` by what it comes to here; a resumed run keeps its precision where ZeRO allows."""
+    """Replaces `auto` by what it comes to here; a resumed run keeps its precision."""
     precision = config.training.precision
-    if precision == "auto" and config.parallel.zero == 0:
-        precision = "fp32"  # each replica would hold the fp32 masters of bf16 weights
-    elif precision == "auto":
+    if precision == "auto":
         precision = on_rank_0(lambda: _saved_precision(folder) or faster_precision(mesh.device))
     training = config.training.model_copy(update={"precision": precision})
     parallel = config.parallel.model_copy(update={"dp": mesh.dp.size})

@@ -26,7 +26,7 @@ def build_local_model(
     5. recompute and compile: wrap each block;
     6. materialise the share, or with ZeRO 3 its shard, and tie the head to the embedding if this rank has both.
 
-    The optimizer (replicated.py, zero.py or fully_sharded.py) comes last, around the remaining parameters.
+    The optimizer (sharded.py, zero.py or fully_sharded.py) comes last, around the remaining parameters.
     """
     sharded = layout.shards_weights(mesh.replicas.size)
     count = mesh.pp.size * layout.virtual_stages

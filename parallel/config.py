@@ -51,9 +51,10 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         """Returns whether a rank holds a shard of each weight: at ZeRO 3, unless nobody and no host shares it."""
         return self.zero == 3 and (replicas > 1 or self.offload_optimizer)
 
-    def uses_deepspeed(self, replicas: int) -> bool:
-        """Returns whether DeepSpeed runs the optimizer: where `replicas` share something, or it is kept elsewhere."""
-        return not self.shards_weights(replicas) and (self.offload_optimizer or (self.zero > 0 and replicas > 1))
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed runs the optimizer, on the host."""
+        return self.offload_optimizer and self.zero < 3
 
     def describe(self) -> str:
         """`tp 2 + sequence x pp 2 x 2 stages x dp 2, zero 1`; omits axes of one rank."""

@@ -30,7 +30,7 @@ Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
 
 
 class Optimizer(Protocol):
-    """Updates the weights: `ReplicatedOptimizer`, `ZeroOptimizer` or `FullyShardedOptimizer`."""
+    """Updates the weights: `ShardedOptimizer`, `ZeroOptimizer` or `FullyShardedOptimizer`."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -252,10 +252,10 @@ def _wrap(local: LocalModel, kind: OptimizerKind, layout: ParallelConfig, mesh: 
         from triplane.parallel.fully_sharded import FullyShardedOptimizer
 
         return FullyShardedOptimizer(local, kind, mesh)
-    if not layout.uses_deepspeed(mesh.replicas.size):
-        from triplane.parallel.replicated import ReplicatedOptimizer
+    if not layout.uses_deepspeed:
+        from triplane.parallel.sharded import ShardedOptimizer
 
-        return ReplicatedOptimizer(local, kind, mesh)
+        return ShardedOptimizer(local, kind, mesh, partition_gradients=layout.zero == 2 and mesh.spread.shards.size > 1)
     from triplane.parallel.zero import ZeroOptimizer
 
     return ZeroOptimizer(local, kind, layout, mesh)

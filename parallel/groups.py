@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, ProcessGroup, Store  # type: ignore[attr-defined]
 
 from triplane.parallel.config import ParallelConfig
-from triplane.parallel.mesh import Axis, Mesh
+from triplane.parallel.mesh import Axis, Mesh, Spread
 from triplane.storage.errors import LayoutError
 
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo", "meta": "cpu:fake,meta:fake"}
@@ -64,6 +64,7 @@ def _mesh(config: ParallelConfig, device: torch.device, *, rank: int, world_size
             cp=alone,
             dp=all_ranks,
             replicas=all_ranks,
+            spread=_spread(config, all_ranks),
             model=None,
             embedding=None,
         )
@@ -97,9 +98,14 @@ def _split(config: ParallelConfig, device: torch.device, *, rank: int, world_siz
         cp=cp,
         dp=dp_axis,
         replicas=replicas,
+        spread=_spread(config, replicas),
         model=model,
         embedding=embedding,
     )
+
+
+def _spread(config: ParallelConfig, replicas: Axis) -> Spread:
+    return Spread(shards=Axis(), copies=replicas) if config.zero == 0 else Spread(shards=replicas, copies=Axis())
 
 
 class Groups:

@@ -16,6 +16,16 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The ranks that hold the same parameters: they sum gradients, and share the optimizer's state."""
+
+    shards: Axis
+    """Neighbours, of which each updates a share of the parameters."""
+    copies: Axis
+    """The ranks that update the same share."""
+
+
+@dataclass(frozen=True)
 class Mesh:
     """This rank's place in the layout."""
 
@@ -27,7 +37,9 @@ class Mesh:
     cp: Axis
     dp: Axis
     replicas: Axis
-    """dp x cp: the ranks with the same weights; gradients are averaged and ZeRO shards over them."""
+    """dp x cp: the ranks with the same weights, over which gradients are averaged."""
+    spread: Spread
+    """How these share the state of the optimizer."""
     model: ProcessGroup | None
     """The tp x pp ranks that together hold one replica of the model."""
     embedding: ProcessGroup | None

@@ -10,7 +10,7 @@ from triplane.model.describe import model_weights
 from triplane.model.transformer import Transformer
 from triplane.model.weights import Weight
 from triplane.parallel.axes import split_dim
-from triplane.parallel.mesh import Mesh
+from triplane.parallel.mesh import Mesh, Spread
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Placement:
     """False for a copy for which another tp or pp rank is responsible."""
     tied_copy: bool
     """True for the last stage's copy of the first stage's embedding."""
+    spread: Spread
+    """The ranks that hold the same part."""
 
     @property
     def name(self) -> str:
@@ -72,6 +74,7 @@ def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[
                 sharded=dim is not None,
                 primary=name not in tied and (dim is not None or mesh.tp.rank == 0),
                 tied_copy=name in tied,
+                spread=mesh.spread,
             )
         )
     return placements

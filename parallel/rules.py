@@ -52,8 +52,6 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need at least {stages - 1} "
             f"layers, but n_layers is {model.n_layers}"
         )
-    if zero == 0 and precision == "bf16":
-        yield "precision bf16 requires zero > 0: each replica would hold the fp32 master weights"
     if zero == 0 and layout.offload_optimizer:
         yield "offload_optimizer requires zero > 0: replicated state stays on the GPU"
     if layout.recompute == "selective" and tp > 1 and not layout.sequence_parallel:
@@ -87,8 +85,7 @@ def _width(axis: Axis) -> str:
 
 def device_problems(layout: ParallelConfig, precision: str, devices: Devices) -> Iterator[str]:
     """Yields every problem with these devices as one line; `precision` as in the training config."""
-    fp32 = precision == "fp32" or (precision == "auto" and layout.zero == 0)
-    if devices.gpus and fp32 and layout.cp > 1 and layout.cp_method == "ring":
+    if devices.gpus and precision == "fp32" and layout.cp > 1 and layout.cp_method == "ring":
         yield 'cp_method "ring" in fp32 has no kernel on a GPU; use precision bf16, or "ulysses"'
     if layout.fp8 and (devices.capability is None or devices.capability < _FP8_CAPABILITY):
         found = "a CPU" if devices.capability is None else "{}.{}".format(*devices.capability)

@@ -50,12 +50,11 @@ def work_of(config: RunConfig, gpus: int) -> Work:
     dp = gpus // layout.ranks_of_one
     layout = layout.model_copy(update={"dp": dp})
     micro_batches = training.global_batch_size // (dp * training.micro_batch_size)
-    bf16 = training.precision == "bf16" or (training.precision == "auto" and layout.zero > 0)
     return Work(
         model=config.model,
         layout=layout,
         dp=dp,
-        bf16=bf16,
+        bf16=training.precision != "fp32",
         micro_batch_size=training.micro_batch_size,
         micro_batches=micro_batches,
         seq_len=config.data.seq_len,

@@ -1,17 +1,18 @@
-"""Computes the peak memory of a rank by part, counting what autograd, DeepSpeed and the schedules keep.
+"""Computes the peak memory of a rank by part, counting what autograd, the optimizer and the schedules keep.
 
-The counts follow our code: `parallel/zero.py` and `replicated.py` for the state, `model/` and `recompute.py` for
+The counts follow our code: `parallel/bucket.py` and `zero.py` for the state, `model/` and `recompute.py` for
 activations. `benchmarks/memory.py` compares them with measurements.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from triplane.model.config import CHUNK_LOGITS
 from triplane.model.describe import layer_weights
 from triplane.parallel.axes import local_activations
 from triplane.parallel.config import BUCKET_ELEMENTS
+from triplane.parallel.packing import least_elements
 from triplane.plan.shares import (
     RankKind,
     Work,
@@ -50,48 +51,99 @@ class Memory:
 
 def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
     """Returns the peak memory during a step. On a CPU norms keep more, chunks are smaller, and nothing overlaps."""
-    zero, owned = work.zero, parameters(work, rank)
-    share = owned // work.replicas
-    weights = work.element_bytes * (share if zero == 3 else owned)
-    optimizer = (12 if work.bf16 else 8) * owned if zero == 0 else 12 * share
-    if work.layout.offload_optimizer and device == "cuda":
-        optimizer = 0
-    # With a pipeline all gradients are kept until the schedule ends.
-    partitioned = zero == 3 or (zero == 2 and work.layout.pp == 1)
-    gradients = 4 * (share if partitioned else owned)
-    bucket = _bucket(work, owned, device)
-    gathered = work.element_bytes * min(_LIVE_ELEMENTS, owned) if zero == 3 else 0
+    layout = work.layout
+    others = layout.uses_deepspeed or layout.shards_weights(work.replicas)
+    state = _others(work, rank, device) if others else _own(work, rank, device)
     activations = kept_activations(work, rank, device)
 
     def moment(gradients: int, activations: int, temporary: int) -> Memory:
         return Memory(
-            weights=weights,
+            weights=state.weights,
             gradients=gradients,
-            optimizer=optimizer,
+            optimizer=state.optimizer,
             activations=activations,
-            temporary=temporary,
+            temporary=state.gathered + temporary,
         )
 
-    accumulated = gradients if work.micro_batches > 1 or zero == 3 else 0
-    # ZeRO 1 allocates its bucket in the first backward and keeps it until the last.
-    kept = bucket if zero == 3 or (zero == 1 and max(work.micro_batches, work.layout.pp) > 1) else 0
-    loss = moment(accumulated, activations, kept + gathered + (_loss(work, device) if rank.has_head else 0))
+    loss = moment(state.accumulated, activations, state.kept + (_loss(work, device) if rank.has_head else 0))
     kinds = {number % work.period for number in rank.layers}
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
     whole = max(_block(work, kind, device) for kind in range(work.period))
-    first_backward = moment(accumulated, activations, bucket + gathered + block)
-    last_backward = moment(gradients, whole, bucket + gathered + block)
+    first_backward = moment(state.accumulated, activations, state.first + block)
+    last_backward = moment(state.gradients, whole, state.last + block)
     fullest = max((loss, first_backward, last_backward), key=lambda memory: memory.total)
-    update = weights + optimizer + gradients + (8 * share if zero else 0)
+    update = state.weights + state.optimizer + state.gradients + state.update
     return replace(fullest, temporary=fullest.temporary + max(0, update - fullest.total))
 
 
-def _bucket(work: Work, owned: int, device: Device) -> int:
-    pipelined = work.layout.pp > 1
-    if work.zero == 0 or (pipelined and work.zero == 2):  # allocated once the activations are freed
-        return 0
-    overlapped = device == "cuda" and not pipelined  # one is filled while the other is sent
-    return _STATISTIC * min(BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)
+class _State(NamedTuple):
+    """Bytes of weights, gradients and their reduction."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    """Once all have arrived."""
+    accumulated: int
+    """Gradients during the forward pass of the last micro-batch."""
+    kept: int
+    """Buffers during that pass."""
+    first: int
+    """Buffers as its backward pass starts."""
+    last: int
+    """Buffers as its backward pass ends."""
+    gathered: int
+    """Whole weights of ZeRO 3."""
+    update: int
+    """What the update allocates."""
+
+
+def _own(work: Work, rank: RankKind, device: Device) -> _State:
+    """Returns the state of ZeRO 0 to 2."""
+    owned = parameters(work, rank)
+    shards = 1 if work.layout.zero == 0 else work.replicas
+    share = owned // shards
+    bucket = _STATISTIC * min(least_elements(shards), owned)
+    received = bucket if device == "cpu" and shards > 1 else 0  # gloo exchanges shares, which are then summed
+    partitioned = work.layout.zero == 2 and work.layout.pp == 1 and shards > 1
+    gradients = _STATISTIC * (share if partitioned else owned)
+    accumulated = gradients if work.micro_batches > 1 else 0
+    return _State(
+        weights=work.element_bytes * owned,
+        optimizer=(12 if work.bf16 else 8) * share,  # weights in fp32 are their own masters
+        gradients=gradients,
+        accumulated=accumulated,
+        kept=0,
+        first=bucket if partitioned or not accumulated else 0,
+        # One bucket is filled while another is on its way.
+        last=(min(2 * bucket, _STATISTIC * owned) if partitioned else 0) + received,
+        gathered=0,
+        update=received,
+    )
+
+
+def _others(work: Work, rank: RankKind, device: Device) -> _State:
+    """Returns the state of ZeRO 3 or of an optimizer on the host."""
+    zero, owned = work.layout.zero, parameters(work, rank)
+    share, pipelined = owned // work.replicas, work.layout.pp > 1
+    # With a pipeline all gradients are kept until the schedule ends.
+    partitioned = zero == 3 or (zero == 2 and not pipelined)
+    overlapped = device == "cuda" and not pipelined  # one bucket is filled while the other is sent
+    bucket = _STATISTIC * min(BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)
+    if pipelined and zero == 2:  # allocated once the activations are freed
+        bucket = 0
+    gradients = _STATISTIC * (share if partitioned else owned)
+    return _State(
+        weights=work.element_bytes * (share if zero == 3 else owned),
+        optimizer=0 if work.layout.offload_optimizer and device == "cuda" else 12 * share,
+        gradients=gradients,
+        accumulated=gradients if work.micro_batches > 1 or zero == 3 else 0,
+        # ZeRO 1 allocates its bucket in the first backward and keeps it until the last.
+        kept=bucket if zero == 3 or (zero == 1 and max(work.micro_batches, work.layout.pp) > 1) else 0,
+        first=bucket,
+        last=bucket,
+        gathered=work.element_bytes * min(_LIVE_ELEMENTS, owned) if zero == 3 else 0,
+        update=8 * share,
+    )
 
 
 def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int:

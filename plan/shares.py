@@ -35,13 +35,6 @@ class Work:
         return self.dp * self.layout.cp
 
     @property
-    def zero(self) -> int:
-        """The ZeRO stage of its optimizer; 0 where there is nobody to share with."""
-        layout = self.layout
-        shared = layout.uses_deepspeed(self.replicas) or layout.shards_weights(self.replicas)
-        return layout.zero if shared else 0
-
-    @property
     def tokens(self) -> int:
         """Tokens per micro-batch on one cp rank."""
         return self.micro_batch_size * self.seq_len // self.layout.cp

@@ -120,11 +120,6 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             4,
             "warm-up (6 steps) + wsd decay (5 steps) = 11, but 10 steps",
         ),
-        (
-            {"precision": "bf16", "zero": 0},
-            4,
-            "precision bf16 requires zero > 0: each replica would hold the fp32 master weights",
-        ),
         ({"stop_at_step": 11}, 4, "stop_at_step (11) is after the last of 10 steps"),
     ],
 )

@@ -147,7 +147,7 @@ def _prepare() -> None:
     dist.init_process_group = lambda *args, device_id=None, **kwargs: initialise(*args, **kwargs)
     from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
-    from triplane.parallel import engine, groups, megatron, replicated, ring, tensor, ulysses, zero  # noqa: F401
+    from triplane.parallel import engine, groups, megatron, ring, sharded, tensor, ulysses, zero  # noqa: F401
     from triplane.training import hardware, verdicts  # noqa: F401
     from triplane.training.optimizers import adamw  # noqa: F401
 

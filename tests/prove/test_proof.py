@@ -16,12 +16,12 @@ import torch
 from triplane.model import router
 from triplane.model.batch import Batch
 from triplane.model.modules import Stack, WeightsModule, unchanged
-from triplane.parallel import context, engine, megatron, ring, stages, tensor, ulysses, update
+from triplane.parallel import bucket, context, engine, megatron, packing, ring, stages, tensor, ulysses, update
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
 from triplane.parallel.fully_sharded import FullyShardedOptimizer
-from triplane.parallel.replicated import ReplicatedOptimizer
+from triplane.parallel.sharded import ShardedOptimizer
 from triplane.parallel.zero import ZeroOptimizer
 from triplane.prove import command as prove_module
 from triplane.prove.cases import Case
@@ -120,6 +120,17 @@ def _without_the_copied_gradients(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_the_tied_copy_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    wrapped = ShardedOptimizer.__init__
+
+    def counted(self: Any, local: Any, *args: Any, **options: Any) -> None:
+        for number, placed in enumerate(local.placements):
+            local.placements[number] = replace(placed, primary=placed.primary or placed.tied_copy)
+        wrapped(self, local, *args, **options)
+
+    patch.setattr(ShardedOptimizer, "__init__", counted)
+
+
+def _with_an_offloaded_tied_copy_counted_twice(patch: pytest.MonkeyPatch) -> None:
     wrapped = ZeroOptimizer.__init__
 
     def counted(self: Any, local: Any, *args: Any, **options: Any) -> None:
@@ -138,12 +149,31 @@ def _with_the_mean_over_own_tokens(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _with_swapped_shares(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        ZeroOptimizer,
-        "loaded",
-        lambda self, step: [share.data.copy_(share.data.flip(0)) for share in self._shares] and None,
-    )
+def _with_shifted_shares(patch: pytest.MonkeyPatch) -> None:
+    right = bucket.gather_shares
+
+    def gather(buffer: torch.Tensor, axis: Any) -> Callable[[], None]:
+        right(buffer, axis)()
+        buffer.copy_(buffer.roll(len(buffer) // axis.size))
+        return lambda: None
+
+    patch.setattr(bucket, "gather_shares", gather)
+
+
+def _nothing(buffer: torch.Tensor, axis: Any) -> Callable[[], None]:
+    return lambda: None
+
+
+def _without_others_shares(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bucket, "gather_shares", _nothing)
+
+
+def _without_others_gradients(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bucket, "sum_shares", _nothing)
+
+
+def _without_the_gradients_of_copies(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bucket, "sum_copies", _nothing)
 
 
 def _with_swapped_rows(patch: pytest.MonkeyPatch) -> None:
@@ -180,8 +210,8 @@ def _without_weights_in_fp32(patch: pytest.MonkeyPatch) -> None:
 
 
 def _with_every_micro_batch_as_the_last(patch: pytest.MonkeyPatch) -> None:
-    right = ZeroOptimizer.backward
-    patch.setattr(ZeroOptimizer, "backward", lambda self, loss, last: right(self, loss, True))
+    right = ShardedOptimizer.backward
+    patch.setattr(ShardedOptimizer, "backward", lambda self, loss, last: right(self, loss, True))
 
 
 def _with_decay_of_vectors(patch: pytest.MonkeyPatch) -> None:
@@ -218,27 +248,15 @@ def _with_a_norm_in_fp32(patch: pytest.MonkeyPatch) -> None:
 
 
 def _without_fp32_masters(patch: pytest.MonkeyPatch) -> None:
-    right = ReplicatedOptimizer.step
+    right = ShardedOptimizer.step
 
     def step(self: Any, learning_rate: float) -> torch.Tensor:
         norm = right(self, learning_rate)
-        for master in self.masters:
-            master.data.copy_(master.data.bfloat16())
+        for held in self.buckets:
+            held.master.copy_(held.master.bfloat16())
         return norm
 
-    patch.setattr(ReplicatedOptimizer, "step", step)
-
-
-def _without_fp32_weights(patch: pytest.MonkeyPatch) -> None:
-    right = ZeroOptimizer.step
-
-    def step(self: Any, learning_rate: float) -> torch.Tensor:
-        norm = right(self, learning_rate)
-        for share in self._shares:
-            share.data.copy_(share.data.bfloat16())
-        return norm
-
-    patch.setattr(ZeroOptimizer, "step", step)
+    patch.setattr(ShardedOptimizer, "step", step)
 
 
 def _with_means_over_own_heads(patch: pytest.MonkeyPatch) -> None:
@@ -362,9 +380,16 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_layers_of_the_wrong_stage, {"pp": 2}),
     (_without_the_copied_gradients, {"pp": 2, "tied": True}),
     (_with_the_tied_copy_counted_twice, {"pp": 2, "dp": 2, "tied": True}),
+    (
+        _with_an_offloaded_tied_copy_counted_twice,
+        {"pp": 2, "dp": 2, "tied": True, "offload_optimizer": True},
+    ),
     (_with_batched_sends, {"pp": 2, "virtual_stages": 2}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "zero": 0}),
-    (_with_swapped_shares, {"dp": 2, "zero": 1}),
+    (_with_shifted_shares, {"dp": 2, "zero": 1}),
+    (_without_others_shares, {"dp": 2, "zero": 2}),
+    (_without_others_gradients, {"dp": 2, "zero": 1}),
+    (_without_the_gradients_of_copies, {"dp": 2, "zero": 0}),
     (_with_every_micro_batch_as_the_last, {"dp": 2, "zero": 2}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3}),
     (_with_swapped_rows, {"dp": 2, "zero": 3}),
@@ -392,7 +417,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_the_experts_bias_on_each_rank, {"tp": 2, "options": (WITH_BIASES,)}),
     (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": (ONE_SHARED,)}),
     (_without_fp32_masters, {"precision": "bf16"}),
-    (_without_fp32_weights, {"dp": 2, "precision": "bf16"}),
+    (_without_fp32_masters, {"dp": 2, "precision": "bf16"}),
+    (_without_fp32_masters, {"dp": 2, "zero": 0, "precision": "bf16"}),
     (_without_weights_in_fp32, {"dp": 2, "zero": 3, "precision": "bf16"}),
     (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
@@ -413,6 +439,32 @@ def test_a_planted_bug_is_caught(
     result = proven(**layout)
     assert not result.passed
     assert result.difference is None or result.difference.largest > 5e-6
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp": 4},
+        {"dp": 2, "zero": 0, "precision": "bf16"},
+        {"dp": 2, "zero": 2, "precision": "bf16"},
+        {"tp": 2, "pp": 2, "dp": 2, "zero": 2, "tied": True},
+    ],
+    ids=str,
+)
+def test_gradients_are_reduced_in_buckets(
+    layout: dict[str, Any], proven: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "BUCKET_ELEMENTS", 3000)
+    monkeypatch.setattr(packing, "SHARE_ELEMENTS", 0)
+    built = ShardedOptimizer.__init__
+
+    def counted(self: Any, *args: Any, **options: Any) -> None:
+        built(self, *args, **options)
+        assert len(self.buckets) > 2
+
+    monkeypatch.setattr(ShardedOptimizer, "__init__", counted)
+    result = proven(**layout)
+    assert result.passed, result
 
 
 @pytest.mark.skipif(missing_to_compile(on_gpu=False) is not None, reason="no C++ compiler")

@@ -82,11 +82,11 @@ def test_another_layout_goes_on_to_the_same_model(prepared: Prepared, tmp_path: 
     assert [loss for _, loss in curve(whole)] == pytest.approx([loss for _, loss in curve(moved)], abs=1e-5)
 
 
-def test_a_bf16_run_goes_on_in_fp32_where_no_rank_has_masters(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_run_keeps_its_precision_under_another_stage_of_zero(prepared: Prepared, tmp_path: Path) -> None:
     start(small_run(prepared, tmp_path / "run", training={"precision": "bf16", "stop_at_step": 3}))
     resumed = small_run(prepared, tmp_path / "run", parallel={"zero": 0}, training={"precision": "auto"})
     start(resumed)
-    assert final_state(resumed).state["run"]["training"]["precision"] == "fp32"
+    assert final_state(resumed).state["run"]["training"]["precision"] == "bf16"
 
 
 def test_checkpoints_come_when_due_and_old_ones_go(prepared: Prepared, tmp_path: Path) -> None:
