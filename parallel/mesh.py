@@ -58,6 +58,7 @@ class Mesh:
             cp=one,
             dp=one,
             replicas=one,
+            spread=Spread(one, one),
             model=None,
             embedding=None,
         )

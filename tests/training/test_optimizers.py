@@ -43,6 +43,7 @@ def pieces(weights: Sequence[Weight]) -> list[Piece]:
             sharded=False,
             primary=True,
             tied_copy=False,
+            spread=Mesh.of_one(torch.device("cpu")).spread,
         )
         made.append(Piece(placement, tensor))
     return made
