@@ -82,8 +82,6 @@ def _check_optimizer(config: RunConfig) -> Iterator[str]:
     yield from config.optimizer.problems(model_weights(config.model).values())
     if config.parallel.offload_optimizer and config.optimizer.kind != "adamw":
         yield f'offload_optimizer requires optimizer.kind "adamw", not "{config.optimizer.kind}"'
-    if config.parallel.zero == 3 and config.optimizer.kind == "muon":
-        yield 'optimizer.kind "muon" and zero = 3 cannot be combined: no rank holds a whole matrix; use 1 or 2'
 
 
 def _check_schedule(config: RunConfig) -> Iterator[str]:

@@ -126,4 +126,5 @@ def _piece(placement: Placement, mesh: Mesh) -> Piece:
     weight = _shard(placement.parameter)
     rows = -(-placement.local[0] // mesh.replicas.size)  # of each rank but the last ones
     start = min(mesh.replicas.rank * rows, placement.local[0]) * placement.local[1:].numel()
-    return Piece(placement, weight if weight.shape == placement.local else weight.view(-1), start=start)
+    whole = weight.shape == placement.local
+    return Piece(placement, weight if whole else weight.view(-1), start=start, cut=mesh.replicas)

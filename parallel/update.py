@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triplane.model.weights import Weight
-from triplane.parallel.mesh import Mesh
+from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.norm import squared_norm
 from triplane.parallel.placement import Fragment, Placement, fragments
 
@@ -30,6 +30,9 @@ class Piece:
     """Ranks that hold the same elements and update them alike."""
     writes: bool = True
     """True on the one of them that writes checkpoints."""
+    cut: Axis | None = None
+    """The ranks among which the rows of the parameter are spread, equally many but for the last; None: it is whole, or
+    a run of elements."""
 
 
 class OptimizerKind(Protocol):

@@ -1,39 +1,76 @@
-"""Brings matrices together whose shares lie on several tp ranks, for updates that need a whole one."""
+"""Brings matrices together whose shares lie on several ranks, for updates that need a whole one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from triplane.model.weights import Weight
-from triplane.parallel.mesh import Mesh
+from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.update import Piece
+
+Function = Callable[[Weight, Tensor], Tensor]
+"""Maps a whole matrix to one of its shape."""
 
 
 class WholeMatrices:
-    """The matrices that `pieces` are shares of; the tp ranks hold pieces of the same ones, in the same order."""
+    """The matrices that `pieces` are shares of; all ranks that share them hold theirs in the same order."""
 
     def __init__(self, pieces: Sequence[Piece], mesh: Mesh):
-        for piece in pieces:
-            assert piece.weight.shape == piece.placement.local, f"{piece.placement.name} is cut within dp x cp"
         self.pieces = pieces
         self.tp = mesh.tp
 
-    def map(self, function: Callable[[Weight, Tensor], Tensor], shares: Sequence[Tensor]) -> list[Tensor]:
+    def map(self, function: Function, shares: Sequence[Tensor]) -> list[Tensor]:
         """Returns this rank's shares of `function`'s results for whole matrices, given its shares of these. Collective.
 
-        Each tp rank computes it, since it needs its share of the result anyway.
+        Where ZeRO 3 cuts matrices, its ranks take turns in computing one. Each tp rank computes all of its own, since
+        it needs its share of the result anyway.
         """
-        results = []
-        for piece, share in zip(self.pieces, shares, strict=True):
-            placement = piece.placement
-            if not placement.sharded:
-                results.append(function(placement.weight, share))
-                continue
-            parts = [torch.empty_like(share) for _ in range(self.tp.size)]
-            dist.all_gather(parts, share.contiguous(), group=self.tp.group)
-            (dim,) = (i for i, (mine, all_) in enumerate(zip(placement.local, placement.shape)) if mine != all_)
-            whole = function(placement.weight, torch.cat(parts, dim))
-            results.append(whole.narrow(dim, placement.offsets[dim], placement.local[dim]))
-        return results
+        given = list(zip(self.pieces, shares, strict=True))
+        results: dict[int, Tensor] = {}
+        for piece, share in given:
+            if piece.cut is None:
+                results[id(piece)] = self._over_tp(function, piece, share)
+        for axis in dict.fromkeys(piece.cut for piece in self.pieces if piece.cut is not None):
+            cut = [(piece, share) for piece, share in given if piece.cut == axis]
+            for first in range(0, len(cut), axis.size):
+                results |= self._in_turn(function, cut[first : first + axis.size], axis)
+        return [results[id(piece)] for piece in self.pieces]
+
+    def _over_tp(self, function: Function, piece: Piece, share: Tensor) -> Tensor:
+        """Returns this tp rank's share of the result."""
+        placement = piece.placement
+        assert share.shape == placement.local, f"{placement.name} is cut within dp x cp"
+        if not placement.sharded:
+            return function(placement.weight, share)
+        parts = [torch.empty_like(share) for _ in range(self.tp.size)]
+        dist.all_gather(parts, share.contiguous(), group=self.tp.group)
+        (dim,) = (i for i, (mine, all_) in enumerate(zip(placement.local, placement.shape)) if mine != all_)
+        whole = function(placement.weight, torch.cat(parts, dim))
+        return whole.narrow(dim, placement.offsets[dim], placement.local[dim])
+
+    def _in_turn(self, function: Function, cut: Sequence[tuple[Piece, Tensor]], axis: Axis) -> dict[int, Tensor]:
+        """Returns the shares of at most `axis.size` matrices, by piece: rank i of the axis computes matrix i."""
+        mine = [share.numel() for _, share in cut] + [0] * (axis.size - len(cut))
+        own = cut[axis.rank][0] if axis.rank < len(cut) else None
+        theirs = [0] * axis.size if own is None else list(_elements(own, axis.size))
+        sent = torch.cat([share.flatten() for _, share in cut])
+        received = sent.new_empty(sum(theirs))
+        dist.all_to_all_single(received, sent, theirs, mine, group=axis.group)
+        if own is not None:
+            whole = self._over_tp(function, own, received.view(own.placement.local))
+            received = whole.contiguous().flatten()
+        back = torch.empty_like(sent)
+        dist.all_to_all_single(back, received, mine, theirs, group=axis.group)
+        parts = torch.split(back, mine[: len(cut)])
+        return {id(piece): part.view_as(share) for (piece, share), part in zip(cut, parts)}
+
+
+def _elements(piece: Piece, ranks: int) -> Iterator[int]:
+    """Yields the elements of a matrix that each rank holds, in rows: equally many, but for the last ranks."""
+    rows = piece.placement.local[0]
+    each = -(-rows // ranks)
+    bounds = [min(rows, number * each) for number in range(ranks + 1)]
+    return ((stop - start) * piece.placement.local[1:].numel() for start, stop in pairwise(bounds))

@@ -250,6 +250,6 @@ def _case(model: ModelConfig, setting: dict[str, Any], *, ranks: int, runs_here:
         return None
     if list(layout_problems(case.model(model), layout, case.precision)):
         return None
-    if case.optimizer != "adamw" and (layout.zero == 3 or layout.offload_optimizer or case.precision == "bf16"):
+    if case.optimizer != "adamw" and (layout.offload_optimizer or case.precision == "bf16"):
         return None  # rounding is bounded by a bf16 process with AdamW
     return case if runs_here(case) else None

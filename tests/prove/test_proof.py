@@ -22,6 +22,8 @@ from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
 from triplane.parallel.fully_sharded import FullyShardedOptimizer
 from triplane.parallel.sharded import ShardedOptimizer
+from triplane.parallel.update import Piece
+from triplane.parallel.whole import WholeMatrices
 from triplane.parallel.zero import ZeroOptimizer
 from triplane.prove import command as prove_module
 from triplane.prove.cases import Case
@@ -54,7 +56,9 @@ MACHINE = Machine("cpu", 8, compiler=False)
 @pytest.fixture(scope="module")
 def proven() -> Callable[..., Result]:
     """Proves one case; computes references and bounds once, before a bug is planted."""
-    reference = cache(lambda model: train_plainly(model, prove_module._FEW_STEPS))
+    reference = cache(
+        lambda model, optimizer="adamw": train_plainly(model, prove_module._FEW_STEPS, optimizer=optimizer)
+    )
     exact, rounding, tied, large = (
         Case(ParallelConfig(dp=1), tied=tied, precision=precision, large=large)
         for tied, precision, large in (
@@ -70,13 +74,18 @@ def proven() -> Callable[..., Result]:
         reference(case.model(proof_model()))
 
     def prove_case(
-        tied: bool = False, precision: str = "fp32", large: bool = False, options: tuple[str, ...] = (), **layout: Any
+        tied: bool = False,
+        precision: str = "fp32",
+        large: bool = False,
+        options: tuple[str, ...] = (),
+        optimizer: str = "adamw",
+        **layout: Any,
     ) -> Result:
         parallel = ParallelConfig(**({"dp": 1, "timeout_s": 20.0} | layout))
-        case = Case(parallel, tied=tied, precision=precision, large=large, options=options)
+        case = Case(parallel, tied=tied, precision=precision, large=large, options=options, optimizer=optimizer)
         model = case.model(proof_model())
         return prove_module._result(
-            model, case, reference=reference(model), tolerance=bounds[precision], machine=MACHINE
+            model, case, reference=reference(model, optimizer), tolerance=bounds[precision], machine=MACHINE
         )
 
     return prove_case
@@ -221,6 +230,21 @@ def _with_decay_of_vectors(patch: pytest.MonkeyPatch) -> None:
         return right(self, ((tensor, replace(weight, role="matrix")) for tensor, weight in weights))
 
     patch.setattr(AdamW, "adamw", decayed)
+
+
+def _with_the_factor_of_a_tp_ranks_share(patch: pytest.MonkeyPatch) -> None:
+    def of_share(self: WholeMatrices, function: Any, piece: Piece, share: torch.Tensor) -> torch.Tensor:
+        return function(piece.placement.weight, share)
+
+    patch.setattr(WholeMatrices, "_over_tp", of_share)
+
+
+def _with_the_factor_of_a_ranks_rows(patch: pytest.MonkeyPatch) -> None:
+    def of_rows(self: WholeMatrices, function: Any, cut: Any, axis: Any) -> dict[int, torch.Tensor]:
+        wholes = ((piece, share, share.view(-1, *piece.placement.local[1:])) for piece, share in cut)
+        return {id(piece): function(piece.placement.weight, rows).view_as(share) for piece, share, rows in wholes}
+
+    patch.setattr(WholeMatrices, "_in_turn", of_rows)
 
 
 def _without_the_last_keys_of_the_ring(patch: pytest.MonkeyPatch) -> None:
@@ -392,6 +416,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_the_gradients_of_copies, {"dp": 2, "zero": 0}),
     (_with_every_micro_batch_as_the_last, {"dp": 2, "zero": 2}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3}),
+    (_with_the_factor_of_a_tp_ranks_share, {"tp": 2, "optimizer": "muon"}),
+    (_with_the_factor_of_a_ranks_rows, {"dp": 2, "zero": 3, "optimizer": "muon"}),
     (_with_swapped_rows, {"dp": 2, "zero": 3}),
     (_without_the_last_reduction, {"dp": 2, "zero": 3}),
     (_without_the_copied_gradients, {"pp": 2, "dp": 2, "zero": 3, "tied": True}),
