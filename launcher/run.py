@@ -234,7 +234,7 @@ def _restore(
     engine: Engine, config: RunConfig, folder: Location, *, allow_fresh_start: bool
 ) -> tuple[State, Resumed | None, list[str]]:
     """Loads the newest intact checkpoint, or starts over; returns a line on each one set aside too. Collective."""
-    resumed, damages = fill_from_newest(folder, engine.optimizer.fragments())
+    resumed, damages = fill_from_newest(folder, engine.fragments())
     on_rank_0(lambda: _record_damages(config, damages))
     set_aside = [f"{damage.reason}; set aside as {damage.path}" for damage in damages]
     if resumed is None and not allow_fresh_start and (problem := on_rank_0(lambda: fresh_start_problem(folder))):
@@ -252,7 +252,7 @@ def _begin(engine: Engine, resumed: Resumed | None, config: RunConfig) -> State:
     if initial is None:
         engine.initialize(config.seed)
         return State()
-    weights = (fragment for fragment in engine.optimizer.fragments() if fragment.kind == "weight")
+    weights = (fragment for fragment in engine.fragments() if fragment.kind == "weight")
     Checkpoint(find_checkpoint(initial)).fill(weights)
     engine.optimizer.loaded(step=0)
     return State()

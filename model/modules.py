@@ -41,11 +41,10 @@ class WeightsModule(nn.Module):
         for weight in self.weights.values():
             path, _, leaf = weight.name.rpartition(".")
             if not path:
-                self.register_parameter(leaf, nn.Parameter(torch.empty(weight.shape)))
+                trained = weight.role != "state"
+                self.register_parameter(leaf, nn.Parameter(torch.empty(weight.shape), requires_grad=trained))
             elif leaf == "weight":
-                setattr(
-                    self, path, _layer([self.weights[n] for n in (weight.name, f"{path}.bias") if n in self.weights])
-                )
+                setattr(self, path, _layer([own for own in self.weights.values() if own.name.startswith(f"{path}.")]))
 
     def use(self, name: str) -> Tensor:
         """Returns a parameter of its own, for use in forward."""
@@ -59,7 +58,7 @@ class WeightsModule(nn.Module):
 
 
 def _layer(weights: list[Weight]) -> nn.Module:
-    """Returns a layer with this matrix, and this bias if there are two."""
+    """Returns a layer with this matrix, and a bias if there are two; a router may have more."""
     matrix, *bias = weights
     if matrix.axes[0].name == "expert":
         own = [replace(weight, name=weight.name.rpartition(".")[2]) for weight in weights]

@@ -26,7 +26,10 @@ def route(part: Experts, m: PartModule, x_TD: Tensor, batch: Batch) -> tuple[Ten
     """Returns the numbers of each token's experts and their weights in fp32, both (T, A)."""
     logits_TE = m.router(x_TD)
     scores_TE = logits_TE.softmax(-1) if part.router == "softmax" else logits_TE.sigmoid()
-    experts_TA = chosen(part, scores_TE.detach())
+    ranked_TE = scores_TE.detach()
+    if part.biased:
+        ranked_TE = ranked_TE + m.router.selection_bias
+    experts_TA = chosen(part, ranked_TE)
     weights_TA = scores_TE.gather(1, experts_TA)
     if part.normalise:
         weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + _TINY)
@@ -36,8 +39,8 @@ def route(part: Experts, m: PartModule, x_TD: Tensor, batch: Batch) -> tuple[Ten
     loads_TE = torch.zeros_like(scores_TE.detach()).scatter(1, experts_TA, 1.0)
     share_TE = scores_TE if part.router == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + _TINY)
     losses = part.z_loss_weight * logits_TE.logsumexp(-1).square().sum()
-    if part.balance is not None:
-        losses = losses + part.balance.weight * _imbalance(part, m, batch, loads_TE=loads_TE, share_TE=share_TE)
+    if part.imbalance_weight:
+        losses = losses + part.imbalance_weight * _imbalance(part, m, batch, loads_TE=loads_TE, share_TE=share_TE)
     with torch.no_grad():
         entropy = -torch.xlogy(share_TE, share_TE).sum()
         tally = torch.cat((torch.stack((losses, entropy)), loads_TE.sum(0)))

@@ -34,8 +34,9 @@ class Weight:
     name: str
     axes: tuple[Axis, ...]
     init: Init
-    role: Literal["matrix", "table", "vector"]
-    """`matrix`: multiplies, and decays. `table`: is looked up, and decays. `vector`: gains and biases; no decay."""
+    role: Literal["matrix", "table", "vector", "state"]
+    """`matrix`: multiplies, and decays. `table`: is looked up, and decays. `vector`: gains and biases; no decay.
+    `state`: has no gradient; its part changes it after each step."""
     share: float = 1.0
     """Share of the tokens that each element multiplies, less than 1 for experts."""
 

@@ -1,7 +1,7 @@
 """Applies every kind of parallelism to a model, in a fixed order."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triplane.model.compiled import compile_blocks, separate_gradients
 from triplane.model.config import ModelConfig
@@ -33,6 +33,7 @@ def build_local_model(
     layers = stage_layers(config, count, seq_len)
     stages: list[Transformer] = []
     placements: list[Placement] = []
+    states: dict[str, Tensor] = {}
     for number in range(mesh.pp.rank, count, mesh.pp.size):
         with torch.device("meta"):
             model = Transformer(config).to(torch.float32 if sharded else dtype)
@@ -57,6 +58,7 @@ def build_local_model(
             compile_blocks(model)
         if layout.recompute == "full":
             apply_recompute(model, "full")
+        states |= _take_states(model, mesh)
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         if sharded:
             from triplane.parallel.fully_sharded import shard_weights
@@ -70,7 +72,19 @@ def build_local_model(
         known = {id(placement.parameter) for placement in placements}
         placements += [placement for placement in placed if id(placement.parameter) not in known]
         stages.append(model)
-    return LocalModel(stages, placements, dtype)
+    return LocalModel(stages, placements, dtype, states)
+
+
+def _take_states(model: Transformer, mesh: Mesh) -> dict[str, Tensor]:
+    """Makes tensors in fp32 of the parameters that no optimizer updates; returns them by name."""
+    states = {}
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                states[f"{path}.{name}"] = torch.zeros(parameter.shape, device=mesh.device)
+                setattr(module, name, states[f"{path}.{name}"])
+    return states
 
 
 def _materialise(model: Transformer, mesh: Mesh) -> None:

@@ -17,6 +17,7 @@ from triplane.model.generate import LENGTH_MULTIPLE
 from triplane.model.head import Loss
 from triplane.model.init import initial_weight
 from triplane.model.modules import PartModule
+from triplane.model.parts.feed_forward import FeedForward
 from triplane.model.transformer import Transformer
 from triplane.parallel.apply import build_local_model
 from triplane.parallel.config import ParallelConfig
@@ -85,6 +86,7 @@ class Engine:
         self.local = build_local_model(config, layout, mesh, dtype=dtype, seq_len=seq_len)
         self._tallied = [_tallied(config, number) for number in range(config.n_layers)]
         self._parts = dict(self._tallied_parts())
+        self._counts = self._take_tallies()
         self.optimizer = _wrap(self.local, optimizer, layout, mesh)
         if mesh.pp.size > 1:
             from triplane.parallel import megatron
@@ -93,7 +95,7 @@ class Engine:
 
     def initialize(self, seed: int) -> None:
         """Sets the initial weights, which are the same for every layout."""
-        for fragment in self.optimizer.fragments():
+        for fragment in self.fragments():
             if fragment.kind == "weight":
                 sizes = tuple(fragment.data.shape)
                 weight = initial_weight(
@@ -101,6 +103,14 @@ class Engine:
                 )
                 fragment.data.copy_(weight)
         self.optimizer.loaded(step=0)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yields the state on this rank, for checkpoints."""
+        yield from self.optimizer.fragments()
+        writes = self.mesh.tp.rank == 0 and self.mesh.replicas.rank == 0
+        for name, state in self.local.states.items():
+            place = (0,) * state.dim()
+            yield Fragment("weight", name, shape=state.shape, offsets=place, data=state, primary=writes)
 
     def forward_backward(self, batches: Sequence[Batch]) -> StepLoss:
         """Computes the gradient of the mean loss over the global batch; call it once before each `step`.
@@ -119,7 +129,13 @@ class Engine:
 
     def step(self, learning_rate: float) -> Tensor:
         """Updates the weights; returns the gradient's global norm before clipping, a scalar."""
-        return self.optimizer.step(learning_rate)
+        norm = self.optimizer.step(learning_rate)
+        counts = torch.split(self._counts, self._tallied)
+        for number, part in self._parts.items():
+            config = part.config
+            assert isinstance(config, FeedForward)
+            config.after_step(part, counts[number], norm.isfinite())
+        return norm
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Returns the scores of the token that follows `tokens`, (V,) fp32, equal on all ranks; collective."""
@@ -179,9 +195,11 @@ class Engine:
         if self.mesh.tp.rank:
             sums.zero_()  # all tp ranks hold the same loss; it counts once
         dist.all_reduce(sums)
-        (cross_entropy, z), counts = (sums[:2] / tokens).unbind(), sums[2:] / positions
-        tallies = {n: tally for n, tally in enumerate(torch.split(counts, self._tallied)) if len(tally)}
-        added = torch.stack([counts.new_zeros(()), *(tally[0] for tally in tallies.values())]).sum()
+        if train:
+            self._counts = sums[2:]
+        (cross_entropy, z), means = (sums[:2] / tokens).unbind(), sums[2:] / positions
+        tallies = {n: tally for n, tally in enumerate(torch.split(means, self._tallied)) if len(tally)}
+        added = torch.stack([means.new_zeros(()), *(tally[0] for tally in tallies.values())]).sum()
         return StepLoss(cross_entropy, z, tokens, added, tallies)
 
     def _tallied_parts(self) -> Iterator[tuple[int, PartModule]]:

@@ -139,6 +139,8 @@ class LocalModel:
     """One, or the virtual stages, in the order in which a token passes them."""
     placements: list[Placement]
     dtype: torch.dtype
+    states: dict[str, Tensor]
+    """Whole tensors in fp32, the same on all ranks that have them, which parts change after each step."""
 
     @property
     def module(self) -> nn.Module:

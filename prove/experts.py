@@ -1,4 +1,4 @@
-"""The losses that layers with experts add, of a plain model: by the formulas, token by token, from what it computed."""
+"""Losses that layers with experts add and biases of their selection, by the formulas, token by token."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from triplane.model.modules import PartModule
+from triplane.model.parts.balance import SelectionBias
 from triplane.model.parts.experts import Experts
 from triplane.model.transformer import Transformer
 
@@ -20,12 +21,21 @@ class ExpertsOf:
             if isinstance(part := block.get_submodule("feed_forward"), PartModule) and isinstance(part.config, Experts)
         ]
         self._read: dict[nn.Module, Tensor] = {}
+        self._counts: dict[PartModule, list[int]] = {}
         for part in self._parts:
             part.register_forward_pre_hook(self._keep)
 
     def added_losses(self, seq_len: int) -> Tensor:
         """Returns the sum over layers of their means over tokens."""
         return sum((self._losses(part, seq_len) for part in self._parts), torch.zeros(()))
+
+    def update_biases(self) -> None:
+        """Raises the selection bias of experts with fewer tokens than the mean, and lowers that of those with more."""
+        for part, counts in self._counts.items():
+            config, mean = part.config, sum(counts) / len(counts)
+            assert isinstance(config, Experts) and isinstance(config.balance, SelectionBias)
+            for expert, count in enumerate(counts):
+                part.router.selection_bias[expert] += config.balance.rate * ((count < mean) - (count > mean))
 
     def _keep(self, part: nn.Module, args: tuple[Any, ...]) -> None:
         self._read[part] = args[0]
@@ -41,16 +51,26 @@ class ExpertsOf:
             return z
         positive_TE = logits_TE.exp() if config.router == "softmax" else 1 / (1 + (-logits_TE).exp())
         mean_score = positive_TE / positive_TE.sum(-1, keepdim=True)
+        ranked_TE = positive_TE if config.router == "sigmoid" else mean_score
+        if isinstance(config.balance, SelectionBias):
+            self._counts[part] = _counts(config, ranked_TE + part.router.selection_bias)
+            return z
         losses = []
         for start in range(0, len(x_TD), seq_len):
             one = slice(start, start + seq_len)
-            counts = [0] * config.n_experts
-            for scores in positive_TE[one].tolist() if config.router == "sigmoid" else mean_score[one].tolist():
-                for expert in _best(config, scores):
-                    counts[expert] += 1
+            counts = _counts(config, ranked_TE[one])
             frequency = torch.tensor(counts) * config.n_experts / (config.active * seq_len)
             losses.append((frequency * mean_score[one].mean(0)).sum())
         return z + config.balance.weight * torch.stack(losses).mean()
+
+
+def _counts(config: Experts, ranked_TE: Tensor) -> list[int]:
+    """Returns the tokens of each expert."""
+    counts = [0] * config.n_experts
+    for scores in ranked_TE.tolist():
+        for expert in _best(config, scores):
+            counts[expert] += 1
+    return counts
 
 
 def _best(config: Experts, scores: list[float]) -> list[int]:

@@ -68,7 +68,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "experts in groups": {
             "feed_forward": _EXPERTS
             | {"router": "sigmoid", "groups": 4, "active_groups": 2, "routed_scale": 1.5}
-            | {"balance": {"kind": "loss", "weight": 0.1}}
+            | {"balance": {"kind": "bias", "rate": 0.02}}
         },
         "experts with biases": {
             "feed_forward": _EXPERTS

@@ -133,8 +133,9 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED, optimizer: 
             parameter.copy_(weight)
     kind, mesh = OPTIMIZERS[optimizer], Mesh.of_one(torch.device("cpu"))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    pieces = [Piece(placed, placed.parameter) for placed in place(model, mesh, local=shapes, tied={})]
-    state: State = {f"weight/{piece.placement.name}": piece.weight.detach() for piece in pieces}
+    placements = place(model, mesh, local=shapes, tied={})
+    pieces = [Piece(placed, placed.parameter) for placed in placements if placed.parameter.requires_grad]
+    state: State = {f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     updates = kind.build(pieces, mesh)
     homes = {id(weight): update for update in updates for group in update.param_groups for weight in group["params"]}
     for piece in pieces:
@@ -155,6 +156,7 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED, optimizer: 
             set_rate(update, _learning_rate(step))
             update.step()
             update.zero_grad()
+        layers.update_biases()
         losses.append(loss.item())
     return Trace(losses=losses, norms=norms, state=state, tokens_per_s=_tokens_per_s(steps, start_s))
 
@@ -197,7 +199,7 @@ def train_on_mesh(engine: Engine, steps: range, seed: int = SEED) -> Trace:
         norms.append(float(engine.step(_learning_rate(step))))
         losses.append(float(loss.objective))
     rate = _tokens_per_s(len(steps), start_s)
-    boxes = [replace(box, data=box.data.cpu().clone()) for box in engine.optimizer.fragments()]
+    boxes = [replace(box, data=box.data.cpu().clone()) for box in engine.fragments()]
     return Trace(losses=losses, norms=norms, state=boxes, tokens_per_s=rate)
 
 

@@ -29,13 +29,13 @@ def train_between(
     """
     engine = proof_engine(mesh, config, layout, dtype=dtype, optimizer=optimizer)
     if load is not None:
-        Checkpoint(load).fill(engine.optimizer.fragments())
+        Checkpoint(load).fill(engine.fragments())
         engine.optimizer.loaded(steps.start)
     trace = train_on_mesh(engine, steps)
     if save is not None:
         store = CheckpointStore(save, CheckpointConfig(keep_last=100))
         state = {"step": steps.stop, "consumed_sequences": 0, "tokens_seen": 0, "run": {}}
-        store.save(steps.stop, engine.optimizer.fragments(), state)
+        store.save(steps.stop, engine.fragments(), state)
         (saved,) = store.ended(wait=True)
         if saved.error:
             raise OSError(saved.error)

@@ -276,7 +276,7 @@ class Trainer:
         """Starts to write a checkpoint; collective."""
         self.store.save(
             state.step,
-            self.engine.optimizer.fragments(),
+            self.engine.fragments(),
             {**asdict(state), "validation_loss": validation_loss, "run": self.run_record},
         )
 

@@ -21,7 +21,7 @@ def repeated(engine: Engine, step: int) -> Iterator[None]:
     Raises TrainingError with the mismatching ranks if a bit of the state differs. Keeps a copy of the rank's share of
     the state.
     """
-    fragments = list(engine.optimizer.fragments())
+    fragments = list(engine.fragments())
     before = [fragment.data.clone() for fragment in fragments]
     with _deterministic():
         yield

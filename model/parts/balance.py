@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from triplane.model.part import Part
+
+STATE = "router.selection_bias"
+"""The weight in which `SelectionBias` keeps its state."""
 
 
 class SequenceLoss(Part):
@@ -20,3 +23,16 @@ class SequenceLoss(Part):
     """A loss of each sequence."""
     weight: NonNegativeFloat = 1e-2
     """Weight of its mean in the loss of each layer; 1e-4 in DeepSeek-V3, 1e-2 in Switch Transformers."""
+
+
+class SelectionBias(Part):
+    """A bias of each expert's score that counts in the selection alone (Wang et al. 2024), as in DeepSeek-V3.
+
+    After each step it falls by `rate` for experts with more than the mean number of the global batch's tokens, and
+    rises for those with fewer. It takes no part in gradients.
+    """
+
+    kind: Literal["bias"] = "bias"
+    """A bias that counts in the selection alone."""
+    rate: PositiveFloat = 1e-3
+    """Change in each step."""

@@ -6,11 +6,11 @@ No expert has a limit, so no token is dropped. The selection jumps where two sco
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from triplane.model.parts.balance import SequenceLoss
+from triplane.model.parts.balance import STATE, SelectionBias, SequenceLoss
 from triplane.model.parts.gated import Gated
 from triplane.model.weights import Axis, Cost, Weight, linear, stacked, times, under
 
@@ -44,10 +44,20 @@ class Experts(Gated):
     """Groups of `n_experts / groups` experts each; a token chooses groups first, by their two best scores."""
     active_groups: PositiveInt = 1
     """Groups in which a token's experts are; 4 of 8 in DeepSeek-V3."""
-    balance: SequenceLoss | None = None
+    balance: Annotated[SequenceLoss | SelectionBias, Field(discriminator="kind")] | None = None
     """What keeps the experts equally busy. None: nothing."""
     z_loss_weight: NonNegativeFloat = 0.0
     """Weight of the mean squared log-partition of the router's logits in the loss (ST-MoE); 1e-3 there."""
+
+    @property
+    def biased(self) -> bool:
+        """True if a bias counts in the selection."""
+        return isinstance(self.balance, SelectionBias)
+
+    @property
+    def imbalance_weight(self) -> float:
+        """Weight of the loss of uneven loads."""
+        return self.balance.weight if isinstance(self.balance, SequenceLoss) else 0.0
 
     @property
     def tallied(self) -> int:
@@ -61,6 +71,12 @@ class Experts(Gated):
             "router_entropy": entropy,
             "dropped_tokens": dropped,
         }
+
+    def after_step(self, m: PartModule, counts: Tensor, applied: Tensor) -> None:
+        if isinstance(self.balance, SelectionBias):
+            loads_E = counts[2:]
+            above_E = (loads_E * self.n_experts - loads_E.sum()).sign()  # whole numbers, so that equal loads are equal
+            m.router.selection_bias.sub_(self.balance.rate * applied * above_E)
 
     def problems(self) -> Iterator[str]:
         each, rest = divmod(self.n_experts, self.groups)
@@ -79,6 +95,8 @@ class Experts(Gated):
 
     def weights(self, dim: int) -> Iterator[Weight]:
         yield from linear("router", self._axis, Axis("dim", dim), bias=self.router_bias)
+        if self.biased:
+            yield Weight(STATE, (self._axis,), 0.0, "state")
         yield from stacked(self._axis, self.active, super().weights(dim))
         if self.shared:
             yield from under("always", self._always.weights(dim))

@@ -27,6 +27,9 @@ class FeedForward(Part):
         """Returns metrics of what a layer counted, given as means over tokens; the worst layer's is the largest."""
         return {}
 
+    def after_step(self, m: PartModule, counts: Tensor, applied: Tensor) -> None:
+        """Changes its state by what the layer counted over a global batch; `applied` is 0 if the step was not."""
+
     def problems(self) -> Iterator[str]:
         """Yields what its keys contradict, a line each with its operands."""
         yield from ()

@@ -88,7 +88,7 @@ def _run(case: dict[str, Any]) -> None:
             seq_len=_SEQ_LEN,
             optimizer=AdamW(),
         )
-        list(engine.optimizer.fragments())
+        list(engine.fragments())
         engine.optimizer.loaded(step=0)
         if "plant" in case:
             getattr(plants, case["plant"])(engine)
@@ -109,7 +109,7 @@ def _run(case: dict[str, Any]) -> None:
             agreement._pending[-1] = (number, position, spelled, values, copied)  # type: ignore[assignment]
             agreement.take(everything=False)
         RECORD.phase = "snapshot"
-        state = list(engine.optimizer.fragments())
+        state = list(engine.fragments())
         Snapshot().take(state, last_change(state))
 
 

@@ -22,7 +22,7 @@ OTHER_MEANINGS = {
     "linear": {"training/config.py", "launcher/monitor/curves.py"},
     "layer": {"launcher/monitor/facts_table.py"},
 }
-COMMON = {"none", "loss"}
+COMMON = {"none", "loss", "bias"}
 """Too common words to search for."""
 CHOICES = {name: {"model/config.py"} for name in ("pre", "post", "output", "sandwich", "parallel_shared_norm")}
 """Values of the network's own keys, with the files that read them."""

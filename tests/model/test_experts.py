@@ -1,6 +1,7 @@
 """Sparse experts against loops over tokens and experts in fp64: outputs, gradients, added losses, what is counted."""
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from triplane.model.batch import Batch
 from triplane.model.grouped import grouped_product
 from triplane.model.modules import PartModule
+from triplane.model.parts.balance import SequenceLoss
 from triplane.model.parts.experts import Experts
 
 DIM, TOKENS, SEQUENCES = 12, 20, 2
@@ -26,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "odd widths": {"hidden_dim": 5},
     "balanced": {"balance": LOSS, "z_loss_weight": 0.1},
     "balanced sigmoid": {"balance": LOSS, "router": "sigmoid"},
+    "balanced by a bias": {"balance": {"kind": "bias"}, "router": "sigmoid", "groups": 3, "active_groups": 2},
 }
 
 
@@ -65,13 +68,13 @@ def by_hand(part: Experts, w: dict[str, Tensor], x_TD: Tensor) -> tuple[Tensor, 
     for x in x_TD:
         logit = w["router.weight"] @ x + w.get("router.bias", 0)
         score = logit.exp() / logit.exp().sum() if part.router == "softmax" else logit.sigmoid()
-        ranked = score.tolist()
+        ranked = (score + w.get("router.selection_bias", 0)).tolist()
         if part.groups > 1:
             size = part.n_experts // part.groups
             groups = [sorted(ranked[start : start + size]) for start in range(0, part.n_experts, size)]
             worth = [group[-1] + group[-2] for group in groups]
             best = sorted(range(part.groups), key=lambda g: -worth[g])[: part.active_groups]
-            ranked = [r if e // size in best else -1.0 for e, r in enumerate(ranked)]
+            ranked = [r if e // size in best else -inf for e, r in enumerate(ranked)]
         chosen = sorted(range(part.n_experts), key=lambda e: -ranked[e])[: part.active]
         total = score[chosen].sum() if part.normalise else 1.0
         out = sum(part.routed_scale * score[e] / total * gated(x, "", e) for e in chosen)
@@ -80,7 +83,7 @@ def by_hand(part: Experts, w: dict[str, Tensor], x_TD: Tensor) -> tuple[Tensor, 
         shares.append(score / score.sum())
         selected.append(chosen)
     share_TE, losses = torch.stack(shares), torch.zeros((), dtype=torch.float64)
-    if part.balance is not None:
+    if isinstance(part.balance, SequenceLoss):
         seq_len = TOKENS // SEQUENCES
         for start in range(0, TOKENS, seq_len):
             of_sequence = [e for chosen in selected[start : start + seq_len] for e in chosen]
@@ -105,7 +108,8 @@ def test_experts_equal_a_loop(name: str, recomputed: bool) -> None:
     slope_TD = torch.randn(TOKENS, DIM, generator=torch.Generator().manual_seed(2))
     (out_TD * slope_TD).sum().backward()
     ((expected * slope_TD).sum() + 0.25 * losses).backward()  # 0.25 is the batch's scale
-    for ours, theirs in [(x_TD, exact_TD), *((p, weights[name]) for name, p in module.named_parameters())]:
+    trained = {name: p for name, p in module.named_parameters() if not name.endswith("selection_bias")}
+    for ours, theirs in [(x_TD, exact_TD), *((p, weights[name]) for name, p in trained.items())]:
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=2e-5, rtol=2e-5)
     assert module.tally.grad is not None
@@ -114,6 +118,17 @@ def test_experts_equal_a_loop(name: str, recomputed: bool) -> None:
     torch.testing.assert_close(
         module.tally.grad[:2].double(), torch.stack((losses, entropy)).detach(), atol=1e-5, rtol=1e-5
     )
+
+
+def test_a_selection_bias_follows_the_loads() -> None:
+    module, *_ = built({"balance": {"kind": "bias", "rate": 0.5}})
+    part, bias_E = module.config, module.router.selection_bias
+    assert isinstance(part, Experts) and not bias_E.requires_grad
+    before_E, counts = bias_E.clone(), torch.tensor([9.0, 9.0, 1.0, 2, 3, 2, 2, 2], dtype=torch.float64)
+    part.after_step(module, counts, torch.tensor(True))
+    torch.testing.assert_close(bias_E - before_E, torch.tensor([0.5, 0, -0.5, 0, 0, 0]))
+    part.after_step(module, counts, torch.tensor(False))
+    torch.testing.assert_close(bias_E - before_E, torch.tensor([0.5, 0, -0.5, 0, 0, 0]))
 
 
 def test_without_training_nothing_is_added_or_counted() -> None:

@@ -371,6 +371,42 @@ def _with_loads_of_own_tokens(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(context, "_summed", lambda x, cp: x)
 
 
+def _with_a_bias_from_own_loads(patch: pytest.MonkeyPatch) -> None:
+    right = Engine._take_tallies
+
+    def taken(self: Any) -> torch.Tensor:
+        self.own = right(self)
+        return self.own.clone()
+
+    stepped = Engine.step
+
+    def step(self: Any, rate: float) -> torch.Tensor:
+        self._counts = self.own
+        return stepped(self, rate)
+
+    patch.setattr(Engine, "_take_tallies", taken)
+    patch.setattr(Engine, "step", step)
+
+
+def _with_a_bias_of_the_last_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    right: Any = router._Counted.backward
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        weights, losses, tally, *rest = right(ctx, grad)
+        ctx.total.grad = None
+        return weights, losses, tally, *rest
+
+    saved: Any = router._Counted.forward
+
+    def forward(ctx: Any, weights: Any, losses: Any, total: Any, tally: Any, scale: float) -> torch.Tensor:
+        ctx.total = total
+        out: torch.Tensor = saved(ctx, weights, losses, total, tally, scale)
+        return out
+
+    patch.setattr(router._Counted, "forward", forward)
+    patch.setattr(router._Counted, "backward", backward)
+
+
 def _with_counts_in_every_forward(patch: pytest.MonkeyPatch) -> None:
     right: Any = router._Counted.forward
 
@@ -437,8 +473,10 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_sinks_of_the_first_heads, {"cp": 2, "options": ("sinks",)}),
     (_without_the_copied_gradients, {"pp": 2, "options": ("T5 bias",)}),
     (_with_added_losses_of_each_micro_batch, {"options": (ONE_SHARED,)}),
-    (_with_added_losses_of_each_tp_rank, {"tp": 2, "options": (IN_GROUPS,)}),
-    (_with_loads_of_own_tokens, {"cp": 2, "cp_method": "ring", "options": (IN_GROUPS,)}),
+    (_with_added_losses_of_each_tp_rank, {"tp": 2, "options": (ONE_SHARED,)}),
+    (_with_loads_of_own_tokens, {"cp": 2, "cp_method": "ring", "options": (ONE_SHARED,)}),
+    (_with_a_bias_from_own_loads, {"dp": 2, "zero": 0, "options": (IN_GROUPS,)}),
+    (_with_a_bias_of_the_last_micro_batch, {"options": (IN_GROUPS,)}),
     (_with_counts_in_every_forward, {"recompute": "full", "options": (ONE_SHARED,)}),
     (_with_the_experts_bias_on_each_rank, {"tp": 2, "options": (WITH_BIASES,)}),
     (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": (ONE_SHARED,)}),

@@ -212,7 +212,7 @@ def _update_with_a_nan(mesh: Mesh, layout: ParallelConfig, dtype: torch.dtype) -
     batches = [proof_batch(engine.config, 0, [mesh.dp.rank * share + i]) for i in range(share)]
 
     def state() -> list[Tensor]:
-        return [fragment.data.clone() for fragment in engine.optimizer.fragments()]
+        return [fragment.data.clone() for fragment in engine.fragments()]
 
     engine.forward_backward(batches)
     engine.step(1e-3)
@@ -308,7 +308,7 @@ def _step_twice(mesh: Mesh, layout: ParallelConfig, erring: int) -> tuple[str, b
                     update()
             except TrainingError as error:
                 told = str(error)
-        states.append([fragment.data.clone() for fragment in engine.optimizer.fragments()])
+        states.append([fragment.data.clone() for fragment in engine.fragments()])
     return told, all(map(torch.equal, *states))
 
 
