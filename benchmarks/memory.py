@@ -39,6 +39,9 @@ LAYOUTS: list[tuple[dict[str, Any], int, bool]] = [
     ({"dp": 2}, 2, True),
     ({"dp": 2, "zero": 2}, 2, True),
     ({"dp": 2, "zero": 3}, 2, True),
+    ({"dp": 2, "zero": 3}, 2, False),
+    ({"dp": 2, "zero": 3, "recompute": "full"}, 1, True),
+    ({"pp": 2, "dp": 2, "zero": 3}, 4, True),
     ({"tp": 2}, 2, True),
     ({"tp": 2, "sequence_parallel": True}, 2, True),
     ({"tp": 2, "sequence_parallel": True, "recompute": "selective"}, 2, True),
@@ -57,7 +60,7 @@ class Measured:
     """Bytes on one rank."""
 
     state: int
-    """Weights and the optimizer's, before the step; with ZeRO 3 also the buffers that it makes at the start."""
+    """Weights and the optimizer's, before the step."""
     gradients: int
     """Before the last micro-batch."""
     activations: int
@@ -139,7 +142,6 @@ def _predicted(work: Work, kind: RankKind) -> Measured:
     split = work.layout.tp if work.layout.sequence_parallel else 1
     output = work.tokens // split * work.model.dim * work.element_bytes
     activations = kept_activations(work, blocks, "cpu") + output
-    # ZeRO 3 makes its bucket, its gradients and the small weights' whole copies before the step: they are in the peak.
     return Measured(memory.weights + memory.optimizer, memory.gradients, activations, memory.total)
 
 

@@ -84,9 +84,10 @@ class FullyShardedOptimizer:
         self.update = Update(kind, [_piece(placement, mesh) for placement in local.placements], mesh)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulates the gradients of `loss`; `last` marks the step's last micro-batch."""
-        assert isinstance(self.module, FSDPModule)
-        self.module.set_is_last_backward(last)  # before, its reductions overlap the next forward pass
+        """Accumulates the gradients of `loss`, averaged over dp x cp.
+
+        Its reductions end with it: one that went on would keep a whole table of gradients through the next forward.
+        """
         loss.backward()  # type: ignore[no-untyped-call]
 
     def accumulation(self) -> AbstractContextManager[None]:

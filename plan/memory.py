@@ -1,7 +1,7 @@
 """Computes the peak memory of a rank by part, counting what autograd, the optimizer and the schedules keep.
 
-The counts follow our code: `parallel/bucket.py` and `zero.py` for the state, `model/` and `recompute.py` for
-activations. `benchmarks/memory.py` compares them with measurements.
+The counts follow our code: `parallel/bucket.py`, `zero.py` and `fully_sharded.py` for the state, `model/` and
+`recompute.py` for activations. `benchmarks/memory.py` compares them with measurements.
 """
 
 from dataclasses import dataclass, replace
@@ -25,8 +25,6 @@ from triplane.plan.shares import (
 
 Device = Literal["cuda", "cpu"]
 
-_LIVE_ELEMENTS = 1_000_000_000
-"""Gathered weights that DeepSpeed's ZeRO 3 keeps for their next use."""
 _STATISTIC = 4
 """Bytes of an fp32 value that is kept per token or head."""
 
@@ -52,8 +50,9 @@ class Memory:
 def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
     """Returns the peak memory during a step. On a CPU norms keep more, chunks are smaller, and nothing overlaps."""
     layout = work.layout
-    others = layout.uses_deepspeed or layout.shards_weights(work.replicas)
-    state = _others(work, rank, device) if others else _own(work, rank, device)
+    if layout.shards_weights(work.replicas):
+        return max(_moments_of_shards(work, rank, device), key=lambda memory: memory.total)
+    state = _offloaded(work, rank, device) if layout.uses_deepspeed else _own(work, rank, device)
     activations = kept_activations(work, rank, device)
 
     def moment(gradients: int, activations: int, temporary: int) -> Memory:
@@ -62,7 +61,7 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
             gradients=gradients,
             optimizer=state.optimizer,
             activations=activations,
-            temporary=state.gathered + temporary,
+            temporary=temporary,
         )
 
     loss = moment(state.accumulated, activations, state.kept + (_loss(work, device) if rank.has_head else 0))
@@ -91,8 +90,6 @@ class _State(NamedTuple):
     """Buffers as its backward pass starts."""
     last: int
     """Buffers as its backward pass ends."""
-    gathered: int
-    """Whole weights of ZeRO 3."""
     update: int
     """What the update allocates."""
 
@@ -116,34 +113,69 @@ def _own(work: Work, rank: RankKind, device: Device) -> _State:
         first=bucket if partitioned or not accumulated else 0,
         # One bucket is filled while another is on its way.
         last=(min(2 * bucket, _STATISTIC * owned) if partitioned else 0) + received,
-        gathered=0,
         update=received,
     )
 
 
-def _others(work: Work, rank: RankKind, device: Device) -> _State:
-    """Returns the state of ZeRO 3 or of an optimizer on the host."""
+def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
+    """Returns the state of ZeRO 1 and 2 with the optimizer on the host."""
     zero, owned = work.layout.zero, parameters(work, rank)
     share, pipelined = owned // work.replicas, work.layout.pp > 1
     # With a pipeline all gradients are kept until the schedule ends.
-    partitioned = zero == 3 or (zero == 2 and not pipelined)
+    partitioned = zero == 2 and not pipelined
     overlapped = device == "cuda" and not pipelined  # one bucket is filled while the other is sent
     bucket = _STATISTIC * min(BUCKET_ELEMENTS, owned) * (2 if overlapped else 1)
     if pipelined and zero == 2:  # allocated once the activations are freed
         bucket = 0
     gradients = _STATISTIC * (share if partitioned else owned)
     return _State(
-        weights=work.element_bytes * (share if zero == 3 else owned),
-        optimizer=0 if work.layout.offload_optimizer and device == "cuda" else 12 * share,
+        weights=work.element_bytes * owned,
+        optimizer=0 if device == "cuda" else 12 * share,
         gradients=gradients,
-        accumulated=gradients if work.micro_batches > 1 or zero == 3 else 0,
+        accumulated=gradients if work.micro_batches > 1 else 0,
         # ZeRO 1 allocates its bucket in the first backward and keeps it until the last.
-        kept=bucket if zero == 3 or (zero == 1 and max(work.micro_batches, work.layout.pp) > 1) else 0,
+        kept=bucket if zero == 1 and max(work.micro_batches, work.layout.pp) > 1 else 0,
         first=bucket,
         last=bucket,
-        gathered=work.element_bytes * min(_LIVE_ELEMENTS, owned) if zero == 3 else 0,
         update=8 * share,
     )
+
+
+def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memory]:
+    """Returns the fullest moments of a step with ZeRO 3, in which whole weights and gradients are temporary."""
+    width, share = work.element_bytes, parameters(work, rank) // work.replicas
+    kinds = {number % work.period for number in rank.layers}
+    unit = max((layer_parameters(work, kind) for kind in kinds), default=0)
+    block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
+    table, tied = table_parameters(work), work.model.tie_embeddings and rank.has_head and rank.has_embedding
+    on_host = work.layout.offload_optimizer and device == "cuda"
+
+    def moment(activations: int, temporary: int, *, first: bool) -> Memory:
+        gradients = 0 if on_host or (first and work.micro_batches == 1) else 4 * share
+        optimizer = 0 if on_host else 12 * share
+        return Memory(
+            weights=0, gradients=gradients, optimizer=optimizer, activations=activations, temporary=temporary
+        )
+
+    # A tied table is whole throughout, and so is its gradient from the head's backward on.
+    whole = width * table if tied else 0
+    kept = kept_activations(work, rank, device)
+    moments = []
+    backward = 3 * width * unit + block  # the weights of a block, those of the next, gradients
+    reduced = 4 * unit  # the input of a reduction stays until the next one
+    if rank.has_head:
+        # A table is received in memory of its own, and copied.
+        moments.append(moment(kept, _loss(work, device) + (whole or 2 * width * table), first=True))
+        if not tied:
+            moments.append(moment(kept, width * (table + unit) + 4 * table, first=True))
+            reduced = max(reduced, 4 * table)
+        kept -= _head_kept(work, device)
+    moments.append(moment(kept, 2 * whole + reduced + backward, first=True))
+    last = max((_block(work, kind, device) for kind in kinds), default=0)
+    moments.append(moment(last, 2 * whole + 4 * unit + backward, first=False))
+    if rank.has_embedding:
+        moments.append(moment(0, 2 * whole + (width + 4) * table, first=False))
+    return moments
 
 
 def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int:

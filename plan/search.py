@@ -95,7 +95,7 @@ def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
         _MICRO_BATCHES,
     ]
     for tp, pp, cp, virtual, zero, recompute, compiled, micro in product(*axes):
-        if gpus % (tp * pp * cp) or (pp == 1 and virtual > 1) or pp * virtual > layers or (zero == 3 and pp > 1):
+        if gpus % (tp * pp * cp) or (pp == 1 and virtual > 1) or pp * virtual > layers:
             continue
         keys = {
             "tp": tp,

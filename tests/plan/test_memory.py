@@ -35,6 +35,8 @@ def work(micro_batches: int = 4, **layout: Any) -> Work:
         ({"recompute": "selective"}, 1, True),
         ({"dp": 2, "zero": 2}, 2, True),
         ({"dp": 2, "zero": 3}, 2, True),
+        ({"dp": 2, "zero": 3, "recompute": "selective"}, 2, True),
+        ({"pp": 2, "dp": 2, "zero": 3}, 4, True),
         ({"tp": 2, "sequence_parallel": True, "recompute": "selective"}, 2, True),
         ({"cp": 2}, 2, False),
         ({"pp": 2, "virtual_stages": 2}, 4, True),
@@ -43,10 +45,7 @@ def work(micro_batches: int = 4, **layout: Any) -> Work:
 )
 def test_the_peak_of_real_ranks_is_as_predicted(layout: dict[str, Any], micro_batches: int, bf16: bool) -> None:
     for name, measured, predicted in memory.compare(layout, micro_batches, bf16):
-        # That of ZeRO 3 varies by a tenth from run to run, with how many reductions are under way at once.
-        assert predicted.peak == pytest.approx(measured.peak, rel=0.2 if layout.get("zero") == 3 else 0.1), name
-        if layout.get("zero") == 3:  # makes buffers before the step, and gathers weights while blocks run
-            continue
+        assert predicted.peak == pytest.approx(measured.peak, rel=0.1), name
         assert predicted.state == pytest.approx(measured.state, rel=0.05), name
         # Of a pipeline several micro-batches are in flight; what gloo's threads free in tp is not seen.
         if not layout.keys() & {"pp", "tp"}:
