@@ -153,9 +153,7 @@ def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memor
     def moment(activations: int, temporary: int, *, first: bool) -> Memory:
         gradients = 0 if on_host or (first and work.micro_batches == 1) else 4 * share
         optimizer = 0 if on_host else 12 * share
-        return Memory(
-            weights=0, gradients=gradients, optimizer=optimizer, activations=activations, temporary=temporary
-        )
+        return Memory(weights=0, gradients=gradients, optimizer=optimizer, activations=activations, temporary=temporary)
 
     # A tied table is whole throughout, and so is its gradient from the head's backward on.
     whole = width * table if tied else 0
