@@ -13,10 +13,11 @@ def check(config: RunConfig, ranks: int | None) -> list[str]:
     """Returns all problems, a line each with its operands; with `ranks` None only those that do not depend on it."""
     layout = list(_check_ranks(config, ranks)) if ranks is not None else []
     dp = None if layout else _dp(config, ranks)
+    parallel = config.parallel if dp is None else config.parallel.model_copy(update={"dp": dp})
     return [
         *layout,
         *_check_model(config),
-        *layout_problems(config.model, config.parallel, config.training.precision),
+        *layout_problems(config.model, parallel, config.training.precision),
         *_check_batch(config, dp),
         *_check_optimizer(config),
         *_check_schedule(config),

@@ -30,6 +30,9 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage over dp x cp. 0: replicate everything. 1: shard fp32 weights and moments; 2: gradients too; 3: weights
     too."""
+    dp_shard: PositiveInt | None = None
+    """Ranks of dp x cp that share a state by ZeRO 1 or 2, neighbours: those of one machine, say. The others hold copies
+    of it, so that only gradients cross machines. none: all."""
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in host memory and update them there; slow."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -51,6 +54,10 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         """Returns whether a rank holds a shard of each weight: at ZeRO 3, unless nobody and no host shares it."""
         return self.zero == 3 and (replicas > 1 or self.offload_optimizer)
 
+    def shards(self, replicas: int) -> int:
+        """Returns the ranks, of `replicas`, that share the state of the optimizer."""
+        return 1 if self.zero == 0 else self.dp_shard or replicas
+
     @property
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed runs the optimizer, on the host."""
@@ -67,7 +74,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
             f"dp {self.dp}" if self.dp != 1 else "",
         ]
         options = [
-            f"zero {self.zero}",
+            f"zero {self.zero}" + (f" over {self.dp_shard}" if self.dp_shard else ""),
             "offload" if self.offload_optimizer else "",
             f"recompute {self.recompute}" if self.recompute != "none" else "",
             "compile" if self.compile else "",

@@ -32,7 +32,7 @@ def connected(
     if store is None and world_size == 1:
         store = HashStore()
     # With a device NCCL connects at once, but then all ranks must take part in creating each group.
-    alone = config.ranks_of_one == 1
+    alone = config.ranks_of_one == 1 and config.dp_shard is None
     dist.init_process_group(
         _BACKENDS[device.type],
         store=store,
@@ -53,6 +53,9 @@ def _mesh(config: ParallelConfig, device: torch.device, *, rank: int, world_size
             f"dp ({config.dp}) x tp ({config.tp}) x pp ({config.pp}) x cp ({config.cp}) does not make {world_size} "
             f"ranks; set parallel.dp to {max(1, world_size // one)} or start {max(1, dp) * one} ranks"
         )
+    if config.dp_shard and dp * config.cp % config.dp_shard:
+        raise LayoutError(f"dp_shard ({config.dp_shard}) does not divide dp ({dp}) x cp ({config.cp})")
+    groups = Groups(timedelta(seconds=config.timeout_s))
     if one == 1:
         alone, all_ranks = Axis(), Axis(dp, rank, dist.group.WORLD)
         return Mesh(
@@ -64,21 +67,22 @@ def _mesh(config: ParallelConfig, device: torch.device, *, rank: int, world_size
             cp=alone,
             dp=all_ranks,
             replicas=all_ranks,
-            spread=_spread(config, all_ranks),
+            spread=_spread(config, all_ranks, list(range(dp)), groups),
             model=None,
             embedding=None,
         )
-    mesh = _split(config, device, rank=rank, world_size=world_size, dp=dp)
+    mesh = _split(config, device, rank=rank, world_size=world_size, dp=dp, groups=groups)
     from triplane.parallel import megatron  # takes 3 s to import, so only where a model is split
 
     megatron.use_groups_of(mesh)
     return mesh
 
 
-def _split(config: ParallelConfig, device: torch.device, *, rank: int, world_size: int, dp: int) -> Mesh:
+def _split(
+    config: ParallelConfig, device: torch.device, *, rank: int, world_size: int, dp: int, groups: "Groups"
+) -> Mesh:
     """Returns the mesh of a layout in which several ranks hold one model."""
     sizes = {"tp": config.tp, "cp": config.cp, "dp": dp, "pp": config.pp}
-    groups = Groups(timedelta(seconds=config.timeout_s))
 
     def axis(*along: str) -> Axis:
         ranks = peers(rank, sizes, set(along))
@@ -98,14 +102,22 @@ def _split(config: ParallelConfig, device: torch.device, *, rank: int, world_siz
         cp=cp,
         dp=dp_axis,
         replicas=replicas,
-        spread=_spread(config, replicas),
+        spread=_spread(config, replicas, peers(rank, sizes, {"dp", "cp"}), groups),
         model=model,
         embedding=embedding,
     )
 
 
-def _spread(config: ParallelConfig, replicas: Axis) -> Spread:
-    return Spread(shards=Axis(), copies=replicas) if config.zero == 0 else Spread(shards=replicas, copies=Axis())
+def _spread(config: ParallelConfig, replicas: Axis, ranks: list[int], groups: "Groups") -> Spread:
+    """Divides the `ranks` of an axis into neighbours that share a state and copies of it."""
+    size, number = config.shards(replicas.size), replicas.rank
+    if size == 1:
+        return Spread(shards=Axis(), copies=replicas)
+    if size == replicas.size:
+        return Spread(shards=replicas, copies=Axis())
+    first = number - number % size
+    shards = Axis(size, number % size, groups.of(ranks[first : first + size]))
+    return Spread(shards, Axis(replicas.size // size, number // size, groups.of(ranks[number % size :: size])))
 
 
 class Groups:

@@ -52,6 +52,13 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need at least {stages - 1} "
             f"layers, but n_layers is {model.n_layers}"
         )
+    if layout.dp_shard and zero not in (1, 2):
+        yield f"dp_shard ({layout.dp_shard}) requires zero 1 or 2, not {zero}"
+    if layout.dp_shard and layout.offload_optimizer:
+        yield "dp_shard and offload_optimizer cannot be combined: DeepSpeed shards the state among all ranks of dp x cp"
+    if layout.dp_shard and layout.dp != "auto":
+        name = f"dp ({layout.dp}) x cp ({cp}) ="
+        yield from multiple(name, layout.dp * cp, f"dp_shard ({layout.dp_shard})", layout.dp_shard)
     if zero == 0 and layout.offload_optimizer:
         yield "offload_optimizer requires zero > 0: replicated state stays on the GPU"
     if layout.recompute == "selective" and tp > 1 and not layout.sequence_parallel:

@@ -97,7 +97,7 @@ class _State(NamedTuple):
 def _own(work: Work, rank: RankKind, device: Device) -> _State:
     """Returns the state of ZeRO 0 to 2."""
     owned = parameters(work, rank)
-    shards = 1 if work.layout.zero == 0 else work.replicas
+    shards = work.shards
     share = owned // shards
     bucket = _STATISTIC * min(least_elements(shards), owned)
     received = bucket if device == "cpu" and shards > 1 else 0  # gloo exchanges shares, which are then summed

@@ -35,6 +35,11 @@ class Work:
         return self.dp * self.layout.cp
 
     @property
+    def shards(self) -> int:
+        """Ranks that share the state of an optimizer."""
+        return self.layout.shards(self.replicas)
+
+    @property
     def tokens(self) -> int:
         """Tokens per micro-batch on one cp rank."""
         return self.micro_batch_size * self.seq_len // self.layout.cp

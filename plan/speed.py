@@ -156,7 +156,7 @@ def _head(work: Work, rates: Rates) -> _Pass:
 
 
 def _update_s(work: Work, rates: Rates, owned: int) -> float:
-    share = owned / (work.replicas if work.layout.zero else 1)
+    share = owned / work.shards
     if work.layout.offload_optimizer:
         return share * (_UPDATE_BYTES / _HOST_BYTES_PER_S + 6 / _PCIE_BYTES_PER_S)
     return share * _UPDATE_BYTES / rates.memory_bytes_per_s

@@ -17,7 +17,7 @@ _CHOICES: list[list[dict[str, Any]]] = [
     [{"tp": 2}, {"tp": 2, "sequence_parallel": True}],
     [{"pp": 2}, {"pp": 2, "virtual_stages": 2}],
     [{"cp": 2}, {"cp": 2, "cp_method": "ring"}],
-    [{"dp": 2}, {"dp": 2, "zero": 0}, {"dp": 2, "zero": 2}, {"dp": 2, "zero": 3}],
+    [{"dp": 2}, {"dp": 2, "zero": 0}, {"dp": 2, "zero": 2}, {"dp": 2, "zero": 3}, {"dp": 4, "dp_shard": 2}],
     [{"offload_optimizer": True}],
     [{"recompute": "selective"}, {"recompute": "full"}],
     [{"compile": True}],
@@ -58,6 +58,9 @@ _LARGE: list[dict[str, Any]] = [
     {"tp": 8, "sequence_parallel": True},
     {"cp": 8, "cp_method": "ring"},
     {"pp": 4, "dp": 2, "zero": 2},
+    {"pp": 2, "dp": 4, "dp_shard": 2, "zero": 2, "tied": True},
+    {"tp": 2, "dp": 4, "dp_shard": 2, "zero": 2, "optimizer": "muon"},
+    {"cp": 2, "dp": 4, "dp_shard": 4, "precision": "bf16"},
     {"dp": 8, "zero": 3, "recompute": "full", "precision": "bf16"},
 ]
 """Three axes or more, and one axis over eight ranks."""
@@ -91,6 +94,7 @@ _RESHARDED: list[dict[str, Any]] = [
     {"dp": 2},
     {"dp": 4, "zero": 2},
     {"dp": 4, "zero": 3, "precision": "bf16"},
+    {"dp": 4, "dp_shard": 2},
     {"tp": 4},
     {"cp": 2, "cp_method": "ring", "dp": 2, "zero": 3},
     {"tp": 2, "dp": 2, "precision": "bf16"},
@@ -237,6 +241,8 @@ def own_case(
     small = {axis: min(2, setting[axis]) for axis in ("tp", "pp", "cp", "virtual_stages")}
     setting |= small | {"tied": model.tie_embeddings, "precision": "bf16" if precision == "bf16" else "fp32"}
     case_of = partial(_case, model, ranks=ranks, runs_here=runs_here)
+    if layout.dp_shard:
+        return case_of(setting | {"dp": 4, "dp_shard": 2}) or case_of(setting | {"dp_shard": None})
     return case_of(setting | {"dp": 2}) or case_of(setting)
 
 

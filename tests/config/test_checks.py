@@ -78,6 +78,17 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             2,
             "offload_optimizer requires zero > 0: replicated state stays on the GPU",
         ),
+        ({"dp_shard": 2, "zero": 3}, 4, "dp_shard (2) requires zero 1 or 2, not 3"),
+        (
+            {"dp_shard": 3, "tp": 1},
+            4,
+            "dp (4) x cp (1) = (4) is not a multiple of dp_shard (3); the next multiple is 6",
+        ),
+        (
+            {"dp_shard": 2, "offload_optimizer": True},
+            4,
+            "dp_shard and offload_optimizer cannot be combined: DeepSpeed shards the state among all ranks of dp x cp",
+        ),
         (
             {"recompute": "selective"},
             2,

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "zero 0, bf16": ({"layout": {"dp": 2, "zero": 0}, "precision": "bf16"}, 0),
     "zero 1": ({"layout": {"dp": 8}}, 0),
     "zero 2": ({"layout": {"dp": 8, "zero": 2}}, 0),
+    "zero 2 in groups": ({"layout": {"dp": 8, "dp_shard": 4, "zero": 2}}, 0),
     "zero 3": ({"layout": {"dp": 8, "zero": 3}}, 0),
     "zero 3, tied, full": ({"layout": {"dp": 8, "zero": 3, "recompute": "full"}, "packed": True, "tied": True}, 0),
     "zero 3, offload": ({"layout": {"dp": 8, "zero": 3, "offload_optimizer": True}}, 0),

@@ -450,6 +450,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_others_shares, {"dp": 2, "zero": 2}),
     (_without_others_gradients, {"dp": 2, "zero": 1}),
     (_without_the_gradients_of_copies, {"dp": 2, "zero": 0}),
+    (_without_the_gradients_of_copies, {"dp": 4, "dp_shard": 2, "zero": 2}),
+    (_without_others_shares, {"dp": 4, "dp_shard": 2}),
     (_with_every_micro_batch_as_the_last, {"dp": 2, "zero": 2}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3}),
     (_with_the_factor_of_a_tp_ranks_share, {"tp": 2, "optimizer": "muon"}),
@@ -512,6 +514,7 @@ def test_a_planted_bug_is_caught(
         {"dp": 2, "zero": 0, "precision": "bf16"},
         {"dp": 2, "zero": 2, "precision": "bf16"},
         {"tp": 2, "pp": 2, "dp": 2, "zero": 2, "tied": True},
+        {"dp": 4, "dp_shard": 2, "zero": 2},
     ],
     ids=str,
 )
