@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from triplane.model.transformer import Transformer
-from triplane.parallel.mesh import Mesh
+from triplane.parallel.mesh import Mesh, Spread
 from triplane.parallel.placement import Fragment, LocalModel, Placement
 from triplane.parallel.update import OptimizerKind, Piece, Update
 
@@ -32,9 +33,8 @@ def shard_weights(model: Transformer, mesh: Mesh, dtype: torch.dtype, *, offload
 
     What is gathered at once: a block, the embedding, the head, and the rest. With `offload` the rows are on the host.
     """
-    assert mesh.replicas.group is not None
     options: dict[str, Any] = {
-        "mesh": DeviceMesh.from_group(mesh.replicas.group, mesh.device.type),
+        "mesh": _device_mesh(mesh),
         # Casting inputs would round the tables of positions, which are in fp32.
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy(),
@@ -59,6 +59,18 @@ def shard_weights(model: Transformer, mesh: Mesh, dtype: torch.dtype, *, offload
         _shard(parameter).zero_()
 
 
+def _device_mesh(mesh: Mesh) -> DeviceMesh:
+    """Returns the ranks that shard together, or in two dims these and the ranks that hold the same shards."""
+    shards, copies = mesh.spread.shards, mesh.spread.copies
+    assert shards.group is not None
+    if copies.size == 1:
+        return DeviceMesh.from_group(shards.group, mesh.device.type)
+    assert copies.group is not None
+    ranks = torch.tensor(dist.get_process_group_ranks(mesh.replicas.group)).view(copies.size, shards.size)
+    groups, names = [copies.group, shards.group], ("copies", "shards")
+    return DeviceMesh.from_group(groups, mesh.device.type, mesh=ranks, mesh_dim_names=names)
+
+
 def _tie(model: Transformer) -> bool:
     """Ties the head to the embedding if the config says so and this rank has both; returns whether it did."""
     if not model.config.tie_embeddings or model.embedding is None or model.head is None:
@@ -81,7 +93,7 @@ class FullyShardedOptimizer:
         self.stages = local.stages
         self.mesh = mesh
         self.parameters = [placement.parameter for placement in local.placements]
-        self.update = Update(kind, [_piece(placement, mesh) for placement in local.placements], mesh)
+        self.update = Update(kind, list(_pieces(local.placements, mesh.spread)), mesh)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulates the gradients of `loss`, averaged over dp x cp.
@@ -122,10 +134,17 @@ class FullyShardedOptimizer:
             stage.reshard()  # an evaluation leaves what is in no block gathered
 
 
-def _piece(placement: Placement, mesh: Mesh) -> Piece:
-    """Returns this rank's rows of a parameter, possibly none."""
-    weight = _shard(placement.parameter)
-    rows = -(-placement.local[0] // mesh.replicas.size)  # of each rank but the last ones
-    start = min(mesh.replicas.rank * rows, placement.local[0]) * placement.local[1:].numel()
-    whole = weight.shape == placement.local
-    return Piece(placement, weight if whole else weight.view(-1), start=start, cut=mesh.replicas)
+def _pieces(placements: list[Placement], spread: Spread) -> Iterator[Piece]:
+    """Yields this rank's rows of each parameter, possibly none."""
+    shards, copies = spread.shards, spread.copies
+    for number, placement in enumerate(placements):
+        weight = _shard(placement.parameter)
+        rows = -(-placement.local[0] // shards.size)  # of each rank but the last ones
+        yield Piece(
+            placement,
+            weight if weight.shape == placement.local else weight.view(-1),
+            start=min(shards.rank * rows, placement.local[0]) * placement.local[1:].numel(),
+            copies=copies.size,
+            writes=number % copies.size == copies.rank,  # the copies take turns in writing parameters
+            cut=shards,
+        )

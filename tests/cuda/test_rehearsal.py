@@ -43,6 +43,12 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "zero 2 in groups": ({"layout": {"dp": 8, "dp_shard": 4, "zero": 2}}, 0),
     "zero 3": ({"layout": {"dp": 8, "zero": 3}}, 0),
     "zero 3, tied, full": ({"layout": {"dp": 8, "zero": 3, "recompute": "full"}, "packed": True, "tied": True}, 0),
+    "zero 3, selective": ({"layout": {"dp": 8, "zero": 3, "recompute": "selective"}, "packed": True}, 0),
+    "zero 3, first stage": ({"layout": {"pp": 2, "dp": 2, "zero": 3}}, 0),
+    "zero 3, virtual stages, tied": (
+        {"layout": {"pp": 2, "dp": 2, "zero": 3, "virtual_stages": 2}, "rank": 2, "tied": True},
+        0,
+    ),
     "zero 3, offload": ({"layout": {"dp": 8, "zero": 3, "offload_optimizer": True}}, 0),
     "offload": ({"layout": {"offload_optimizer": True}}, 83),
     "all axes": (
@@ -94,7 +100,7 @@ def test_what_goes_to_and_fro_does_not_grow_with_the_layers(name: str, rehearsed
     """Batches go to the GPU, a verdict comes back; an offloaded state travels besides."""
     copies = {(phase, to): count for phase, to, count in rehearsed[name]["copies"] if phase != "snapshot"}
     if "offload" not in name:
-        assert copies == {("data", "to the GPU"): 8, ("agreement", "to the host"): 1}
+        assert copies == {("data", "to the GPU"): 10, ("agreement", "to the host"): 1}
 
 
 def test_a_save_copies_without_waiting_and_on_its_own_gpu(rehearsed: dict[str, dict[str, Any]]) -> None:
