@@ -56,8 +56,12 @@ def data_s(work: Work, rates: Rates, *, parameters: int, micro_batch_s: float) -
         hops_s = 3 * program.hop_s * (work.replicas - 1) * work.model.n_layers / layout.pp
         exposed = max(0.0, 2 * weights_s + collective_s(program.gradient_bytes) - micro_batch_s)
         return work.micro_batches * (exposed + hops_s)
-    halves = 2 if zero == 0 or program.all_reduces else 1
-    gradients_s = halves * collective_s(program.gradient_bytes)
+    shards = work.shards
+    sent = program.gradient_bytes * parameters
+    gradients_s = (2 if program.all_reduces else 1) * rates.collective_s(sent, shards, layout.tp)
+    # Ranks with copies of a share are as far apart as their groups of neighbours are large.
+    gradients_s += 2 * rates.collective_s(sent / shards, work.replicas // shards, layout.tp * shards)
+    weights_s = rates.collective_s(work.element_bytes * parameters, shards, layout.tp)
     if zero and (layout.pp == 1 or program.pipeline_hides):
         gradients_s = max(0.0, gradients_s - micro_batch_s * 2 / 3)
     if zero == 2 and layout.pp == 1:
