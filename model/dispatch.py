@@ -5,6 +5,7 @@ Each gradient is gathered as its value is, by a permutation, so it is added up i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +44,19 @@ class Slots(NamedTuple):
 
     def combined(self, x_SD: Tensor, weights_TA: Tensor) -> Tensor:
         """Returns for each token the sum of its rows by weight, (T, D)."""
-        x_TAD = _Permuted.apply(x_SD, self.row_S, self.pair_S).view(*weights_TA.shape, -1)  # type: ignore[no-untyped-call]
+        x_TAD = permuted(x_SD, self.row_S, self.pair_S).view(*weights_TA.shape, -1)
         return (x_TAD * weights_TA[..., None]).sum(1).to(x_SD.dtype)
+
+
+def permuted(x_SD: Tensor, order_S: Tensor, inverse_S: Tensor) -> Tensor:
+    """Returns the rows in another order, of which `inverse_S` is the inverse."""
+    rows_SD: Tensor = _Permuted.apply(x_SD, order_S, inverse_S)  # type: ignore[no-untyped-call]
+    return rows_SD
+
+
+def here(x_SD: Tensor, slots: Slots) -> tuple[Tensor, Slots, Callable[[Tensor], Tensor]]:
+    """Returns rows and their slots where all experts are on this rank, and what takes outputs back: nothing."""
+    return x_SD, slots, lambda out_SD: out_SD
 
 
 class _Spread(torch.autograd.Function):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from triplane.model.dispatch import Slots, here
 from triplane.model.grouped import grouped_product
 from triplane.model.part import Part
 from triplane.model.weights import Axis, Weight
 
 if TYPE_CHECKING:
-    from triplane.model.dispatch import Slots
     from triplane.model.parts.norm import Mean, Norm
     from triplane.model.parts.positions import Positions
 
@@ -60,9 +60,9 @@ class WeightsModule(nn.Module):
 def _layer(weights: list[Weight]) -> nn.Module:
     """Returns a layer with this matrix, and a bias if there are two; a router may have more."""
     matrix, *bias = weights
-    if matrix.axes[0].name == "expert":
-        own = [replace(weight, name=weight.name.rpartition(".")[2]) for weight in weights]
-        return Stack(own) if len(matrix.axes) > 2 else Router(own)
+    kind = {"expert": Stack, "choice": Router}.get(matrix.axes[0].name)
+    if kind is not None:
+        return kind(replace(weight, name=weight.name.rpartition(".")[2]) for weight in weights)
     out, into = matrix.shape
     return nn.Linear(into, out, bias=bool(bias))
 
@@ -100,6 +100,8 @@ class PartModule(WeightsModule):
     """Ranks that compute the same of it, apart from products, and whose gradients are added up."""
     summed: Callable[[Tensor], Tensor]
     """Adds up outputs of which each rank has a share, (T, D); with sequence parallelism returns its tokens' rows."""
+    dispatched: Callable[[Tensor, Slots], tuple[Tensor, Slots, Callable[[Tensor], Tensor]]]
+    """Takes rows to the ranks of their experts; also returns what takes the outputs back."""
     summed_along: Callable[[Tensor], Tensor]
     """Adds up over the ranks that hold parts of the same sequences; without a gradient."""
     tally: Tensor | None
@@ -114,6 +116,7 @@ class PartModule(WeightsModule):
         self.config = config
         self.copies = 1
         self.summed = self.summed_along = unchanged
+        self.dispatched = here
         self.tally = None
 
     def forward(self, *args: Any) -> Tensor:

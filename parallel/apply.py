@@ -21,10 +21,11 @@ def build_local_model(
 
     1. pipeline: drop the layers of other stages, so that no later step works on them;
     2. tensor: swap in modules that hold a share of each weight;
-    3. context: swap in attention over a share of the tokens;
-    4. fp8: swap the remaining linear layers;
-    5. recompute and compile: wrap each block;
-    6. materialise the share, or with ZeRO 3 its shard, and tie the head to the embedding if this rank has both.
+    3. experts: narrow each stack of experts to a share;
+    4. context: swap in attention over a share of the tokens;
+    5. fp8: swap the remaining linear layers;
+    6. recompute and compile: wrap each block;
+    7. materialise the share, or with ZeRO 3 its shard, and tie the head to the embedding if this rank has both.
 
     The optimizer (sharded.py, zero.py or fully_sharded.py) comes last, around the remaining parameters.
     """
@@ -42,6 +43,10 @@ def build_local_model(
                 from triplane.parallel.tensor import apply_tensor_parallel
 
                 apply_tensor_parallel(model, mesh, layout.sequence_parallel)
+            if mesh.ep.size > 1:
+                from triplane.parallel.experts import apply_expert_parallel
+
+                apply_expert_parallel(model, mesh.ep)
         if mesh.cp.size > 1:
             from triplane.parallel.context import apply_context_parallel
 

@@ -1,4 +1,4 @@
-"""Which axis of a weight the tp ranks split. Imports no torch."""
+"""Which axes of a weight the tp and ep ranks split. Imports no torch."""
 
 from math import prod
 
@@ -6,7 +6,7 @@ from triplane.model.weights import Axis, Elements, Weight
 
 _ROW_MULTIPLE = 8
 _SPLIT = {"vocab", "head", "kv_head", "hidden"}
-_WHOLE = {"dim", "head_dim", "position", "bucket", "gain", "expert"}
+_WHOLE = {"dim", "head_dim", "position", "bucket", "gain", "expert", "choice"}
 
 
 def split_dim(weight: Weight, tp: int) -> int | None:
@@ -24,15 +24,20 @@ def split_dim(weight: Weight, tp: int) -> int | None:
     return dims[0]
 
 
+def spreads_experts(weight: Weight, ep: int) -> bool:
+    """Returns whether each of ep ranks holds a share of the first axis: that of experts."""
+    return ep > 1 and weight.axes[0].name == "expert"
+
+
 def local_shape(weight: Weight, tp: int) -> tuple[int, ...]:
     """Returns the shape of the share that a tp rank holds, padding included."""
     dim = split_dim(weight, tp)
     return tuple(_share(axis, tp) if number == dim else axis.size for number, axis in enumerate(weight.axes))
 
 
-def local_elements(weight: Weight, tp: int) -> int:
-    """Returns the elements that a tp rank holds, padding included."""
-    return prod(local_shape(weight, tp))
+def local_elements(weight: Weight, tp: int, ep: int = 1) -> int:
+    """Returns the elements that a tp and ep rank holds, padding included."""
+    return prod(local_shape(weight, tp)) // (ep if spreads_experts(weight, ep) else 1)
 
 
 def local_activations(axes: Elements, tp: int) -> int:

@@ -21,6 +21,8 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     cp_method: Literal["ulysses", "ring"] = "ulysses"
     """`ulysses`: an all-to-all gives each rank a share of the heads. `ring`: keys and values travel from rank to rank,
     which allows more ranks than heads."""
+    ep: PositiveInt = 1
+    """Expert: ranks that split the experts, of the dp x cp ranks, whose number it divides. No further ranks."""
     pp: PositiveInt = 1
     """Pipeline: ranks that split the layers."""
     virtual_stages: PositiveInt = 1
@@ -72,6 +74,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
             if self.pp > 1
             else "",
             f"dp {self.dp}" if self.dp != 1 else "",
+            f"ep {self.ep}" if self.ep > 1 else "",
         ]
         options = [
             f"zero {self.zero}" + (f" over {self.dp_shard}" if self.dp_shard else ""),

@@ -7,6 +7,7 @@ communicates once per step; then pp, which sends only activations between stages
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def connected(
     if store is None and world_size == 1:
         store = HashStore()
     # With a device NCCL connects at once, but then all ranks must take part in creating each group.
-    alone = config.ranks_of_one == 1 and config.dp_shard is None
+    alone = config.ranks_of_one == config.ep == 1 and config.dp_shard is None
     dist.init_process_group(
         _BACKENDS[device.type],
         store=store,
@@ -53,6 +54,8 @@ def _mesh(config: ParallelConfig, device: torch.device, *, rank: int, world_size
             f"dp ({config.dp}) x tp ({config.tp}) x pp ({config.pp}) x cp ({config.cp}) does not make {world_size} "
             f"ranks; set parallel.dp to {max(1, world_size // one)} or start {max(1, dp) * one} ranks"
         )
+    if dp * config.cp % config.ep:
+        raise LayoutError(f"ep ({config.ep}) does not divide dp ({dp}) x cp ({config.cp}); set parallel.ep=1")
     if config.dp_shard and dp * config.cp % config.dp_shard:
         raise LayoutError(f"dp_shard ({config.dp_shard}) does not divide dp ({dp}) x cp ({config.cp})")
     groups = Groups(timedelta(seconds=config.timeout_s))
@@ -70,6 +73,7 @@ def _mesh(config: ParallelConfig, device: torch.device, *, rank: int, world_size
             spread=_spread(config, all_ranks, list(range(dp)), groups),
             model=None,
             embedding=None,
+            **_experts(config, groups, list(range(world_size)), rank),
         )
     mesh = _split(config, device, rank=rank, world_size=world_size, dp=dp, groups=groups)
     from triplane.parallel import megatron  # takes 3 s to import, so only where a model is split
@@ -105,6 +109,7 @@ def _split(
         spread=_spread(config, replicas, peers(rank, sizes, {"dp", "cp"}), groups),
         model=model,
         embedding=embedding,
+        **_experts(config, groups, peers(rank, sizes, {"dp", "cp"}), rank),
     )
 
 
@@ -118,6 +123,20 @@ def _spread(config: ParallelConfig, replicas: Axis, ranks: list[int], groups: "G
     first = number - number % size
     shards = Axis(size, number % size, groups.of(ranks[first : first + size]))
     return Spread(shards, Axis(replicas.size // size, number // size, groups.of(ranks[number % size :: size])))
+
+
+def _experts(config: ParallelConfig, groups: "Groups", replicas: list[int], rank: int) -> dict[str, Any]:
+    """Returns the axis of ranks that together hold the experts, and the spread of those that hold the same."""
+    if config.ep == 1:
+        return {}
+
+    def axis(ranks: list[int]) -> Axis:
+        return Axis(len(ranks), ranks.index(rank), groups.of(ranks)) if len(ranks) > 1 else Axis()
+
+    start = replicas.index(rank) // config.ep * config.ep
+    alike = axis(replicas[replicas.index(rank) % config.ep :: config.ep])
+    spread = Spread(shards=Axis(), copies=alike) if config.zero == 0 else Spread(shards=alike, copies=Axis())
+    return {"ep": axis(replicas[start : start + config.ep]), "expert_spread": spread}
 
 
 class Groups:

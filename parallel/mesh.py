@@ -44,6 +44,10 @@ class Mesh:
     """The tp x pp ranks that together hold one replica of the model."""
     embedding: ProcessGroup | None
     """The first and last stage, which share a tied embedding; None on other stages and without a pipeline."""
+    ep: Axis = Axis()
+    """Neighbours among the replicas, of which each holds a share of the experts."""
+    expert_spread: Spread | None = None
+    """The ranks that hold the same experts; None if all replicas do."""
 
     @classmethod
     def of_one(cls, device: torch.device) -> "Mesh":

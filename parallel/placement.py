@@ -9,7 +9,7 @@ from torch import Size, Tensor, nn
 from triplane.model.describe import model_weights
 from triplane.model.transformer import Transformer
 from triplane.model.weights import Weight
-from triplane.parallel.axes import split_dim
+from triplane.parallel.axes import split_dim, spreads_experts
 from triplane.parallel.mesh import Mesh, Spread
 
 
@@ -69,7 +69,12 @@ def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[
     for name, parameter in model.named_parameters():
         logical = tied.get(name, name)
         dim = split_dim(weights[logical], mesh.tp.size)
-        offsets = tuple(mesh.tp.rank * size if i == dim else 0 for i, size in enumerate(local[name]))
+        ranks = {} if dim is None else {dim: mesh.tp.rank}
+        spread = mesh.spread
+        if spreads_experts(weights[logical], mesh.ep.size):
+            assert mesh.expert_spread is not None
+            ranks[0], spread = mesh.ep.rank, mesh.expert_spread
+        offsets = tuple(ranks.get(i, 0) * size for i, size in enumerate(local[name]))
         placements.append(
             Placement(
                 weight=weights[logical],
@@ -79,7 +84,7 @@ def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[
                 sharded=dim is not None,
                 primary=name not in tied and (dim is not None or mesh.tp.rank == 0),
                 tied_copy=name in tied,
-                spread=mesh.spread,
+                spread=spread,
             )
         )
     return placements

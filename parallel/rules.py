@@ -36,6 +36,7 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
     for attention in dict.fromkeys(layer.attention for layer in layers):
         assert attention is not None
         yield from attention.split_problems(tp)
+    yield from _expert_problems(layout, [count for name, count in counts if name == "expert"])
     if layout.sequence_parallel and tp == 1:
         yield "sequence_parallel requires tp > 1: it splits tokens over the tp ranks"
     for name, count in counts:
@@ -83,6 +84,26 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         widths = dict.fromkeys((_width(axis), axis.size) for weight in matrices for axis in weight.axes)
         for name, size in widths:
             yield from multiple(f"fp8: {name}", size, f"{_FP8_MULTIPLE}, which its kernels require", _FP8_MULTIPLE)
+
+
+def _expert_problems(layout: ParallelConfig, counts: list[int]) -> Iterator[str]:
+    """Yields why the ranks cannot share layers with so many experts."""
+    ep = layout.ep
+    if ep == 1:
+        return
+    if not counts:
+        yield f"ep ({ep}) splits experts, and the model has none; set parallel.ep=1"
+    for count in counts:
+        yield from multiple("n_experts", count, f"ep ({ep})", ep)
+    if layout.dp != "auto" and layout.dp * layout.cp % ep:
+        yield f"ep ({ep}) does not divide dp ({layout.dp}) x cp ({layout.cp})"
+    if layout.zero == 3 or layout.offload_optimizer:
+        given = "zero = 3" if layout.zero == 3 else "offload_optimizer"
+        yield f"ep ({ep}) and {given} cannot be combined: that spreads all weights over dp x cp; use zero = 1 or 2"
+    if layout.dp_shard:
+        yield f"ep ({ep}) and dp_shard ({layout.dp_shard}) cannot be combined; leave one of them out"
+    if layout.compile:
+        yield f"ep ({ep}) and compile cannot be combined: the rows that a rank receives differ in number each time"
 
 
 def _width(axis: Axis) -> str:

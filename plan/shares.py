@@ -101,7 +101,7 @@ def rank_kinds(work: Work) -> list[RankKind]:
 def layer_parameters(work: Work, kind: int) -> int:
     """Returns the parameters on one tp rank of a layer of `kind`, its number in the pattern."""
     layer = work.model.pattern[kind]
-    return sum(local_elements(weight, work.layout.tp) for weight in layer_weights(work.model, layer))
+    return sum(local_elements(weight, work.layout.tp, work.layout.ep) for weight in layer_weights(work.model, layer))
 
 
 @cache

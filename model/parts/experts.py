@@ -94,10 +94,10 @@ class Experts(Gated):
             yield f"active ({self.active}) is over n_experts ({self.n_experts}){within}"
 
     def weights(self, dim: int) -> Iterator[Weight]:
-        yield from linear("router", self._axis, Axis("dim", dim), bias=self.router_bias)
+        yield from linear("router", self._choices, Axis("dim", dim), bias=self.router_bias)
         if self.biased:
-            yield Weight(STATE, (self._axis,), 0.0, "state")
-        yield from stacked(self._axis, self.active, super().weights(dim))
+            yield Weight(STATE, (self._choices,), 0.0, "state")
+        yield from stacked(Axis("expert", self.n_experts), self.active, super().weights(dim))
         if self.shared:
             yield from under("always", self._always.weights(dim))
 
@@ -107,7 +107,7 @@ class Experts(Gated):
         rows = Axis("dim", self.active * dim)
         routed = Cost(
             inputs=(Axis("dim", dim), *times(self.active, own.inputs)),
-            kept=(rows, *times(self.active, own.kept), Axis("expert", 2 * self.n_experts)),
+            kept=(rows, *times(self.active, own.kept), Axis("choice", 2 * self.n_experts)),
             outputs=times(self.active, own.outputs),
             moved=(Axis("dim", 6 * self.active * dim), *times(self.active, own.moved)),
         )
@@ -119,9 +119,9 @@ class Experts(Gated):
 
         experts_TA, weights_TA = router.route(self, m, x_TD, batch)
         slots = Slots.of(experts_TA, self.n_experts)
-        rows_SD = slots.spread(x_TD)
-        hidden_SF = self.gated(m.w_gate(rows_SD, slots), m.w_up(rows_SD, slots))
-        out_TD = m.summed(slots.combined(m.w_down(hidden_SF, slots), weights_TA))
+        rows_SD, own, back = m.dispatched(slots.spread(x_TD), slots)
+        hidden_SF = self.gated(m.w_gate(rows_SD, own), m.w_up(rows_SD, own))
+        out_TD = m.summed(slots.combined(back(m.w_down(hidden_SF, own)), weights_TA))
         return out_TD + m.always(x_TD, batch) if self.shared else out_TD
 
     def build(self, dim: int) -> PartModule:
@@ -134,8 +134,8 @@ class Experts(Gated):
         return module
 
     @property
-    def _axis(self) -> Axis:
-        return Axis("expert", self.n_experts)
+    def _choices(self) -> Axis:
+        return Axis("choice", self.n_experts)
 
     @property
     def _always(self) -> Gated:
