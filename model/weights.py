@@ -91,6 +91,8 @@ class Cost:
     """fp32 values that attention keeps."""
     scores: Elements = ()
     """Multiply-adds of queries with the keys that a token sees; those with values are as many."""
+    dispatched: Elements = ()
+    """Elements that ranks with other experts receive, and as many that they return."""
     moved: Elements = ()
     """Elements read and written in forward by what is no matrix product."""
 

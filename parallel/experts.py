@@ -36,10 +36,14 @@ def _dispatched(x_SD: Tensor, slots: Slots, ep: Axis) -> tuple[Tensor, Slots, Ca
     sent_E = slots.ends_E.diff(prepend=slots.ends_E.new_zeros(1))
     received_RE = torch.empty_like(sent_E)
     dist.all_to_all_single(received_RE, sent_E, group=ep.group)
-    # The host must know how much to send, so it waits here for the device.
-    there, here = (counts.view(ep.size, -1).sum(1).tolist() for counts in (sent_E, received_RE))
+    if x_SD.is_meta:  # without values all ranks send alike
+        there = here = [len(x_SD) // ep.size] * ep.size
+    else:  # the host must know how much to send, so it waits here for the device
+        there, here = (counts.view(ep.size, -1).sum(1).tolist() for counts in (sent_E, received_RE))
     own = len(sent_E) // ep.size
-    experts_S = torch.arange(own, device=x_SD.device).repeat(ep.size).repeat_interleave(received_RE)
+    experts_S = (
+        torch.arange(own, device=x_SD.device).repeat(ep.size).repeat_interleave(received_RE, output_size=sum(here))
+    )
     local = Slots.of(experts_S[:, None], own)
     arrived_SD = _Exchange.apply(x_SD, there, here, ep)  # type: ignore[no-untyped-call]
 

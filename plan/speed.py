@@ -16,7 +16,7 @@ from triplane.plan.shares import (
     pipeline,
     table_parameters,
 )
-from triplane.plan.traffic import context_s, data_s, sends_s, tensor_s
+from triplane.plan.traffic import context_s, data_s, dispatch_s, sends_s, tensor_s
 
 _HOST_BYTES_PER_S, _PCIE_BYTES_PER_S = 20e9, 25e9
 """A rank's share of its host's bandwidth, for an offloaded optimizer."""
@@ -34,6 +34,7 @@ class Speed:
     """The rest of its blocks, which is bound by memory bandwidth."""
     tensor_s: float
     context_s: float
+    """Communication of context and expert parallelism."""
     pipeline_s: float
     """Waiting at the start and end of a step, and for activations."""
     data_s: float
@@ -130,7 +131,7 @@ def _block(work: Work, kind: int, rates: Rates) -> _Pass:
         # A block takes at least as long as the host needs to launch its kernels.
         memory=max(moving_s, rates.program.launch_s - computing_s),
         tensor=tensor_s(work, rates),
-        context=context_s(work, kind, rates, attention_s),
+        context=context_s(work, kind, rates, attention_s) + dispatch_s(work, kind, rates),
     )
 
 

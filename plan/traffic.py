@@ -1,7 +1,7 @@
 """Estimates the exposed communication time of a step."""
 
 from triplane.plan.rates import Rates
-from triplane.plan.shares import Work
+from triplane.plan.shares import Work, layer_costs
 
 
 def tensor_s(work: Work, rates: Rates) -> float:
@@ -29,6 +29,18 @@ def context_s(work: Work, kind: int, rates: Rates, attention_s: float) -> float:
     hop = 2 * kv_heads * head / bandwidth
     exposed = max(0.0, hop * (layout.cp - 1) * (2 + 4 / work.element_bytes) - attention_s)
     return exposed + 2 * hop_s * layout.cp
+
+
+def dispatch_s(work: Work, kind: int, rates: Rates) -> float:
+    """Returns the time per block of `kind` and micro-batch: rows to their experts and back, and their gradients."""
+    ep = work.layout.ep
+    sent = sum(axis.size for axis in layer_costs(work, kind)[1].dispatched)
+    if ep == 1 or sent == 0:
+        return 0.0
+    again = 0 if work.layout.recompute == "none" else 2
+    exchanged = work.tokens * sent * work.element_bytes * (ep - 1) / ep
+    one_s = exchanged / rates.link_bytes_per_s(ep, work.layout.tp) + rates.program.hop_s * ep
+    return (4 + again) * one_s
 
 
 def sends_s(work: Work, rates: Rates) -> float:

@@ -65,6 +65,23 @@ _LARGE: list[dict[str, Any]] = [
 ]
 """Three axes or more, and one axis over eight ranks."""
 
+_EXPERTS_OVER_RANKS: list[dict[str, Any]] = [
+    {"options": (options,), "ep": 2} | layout
+    for options, layout in (
+        ("experts, one shared", {"dp": 2}),
+        ("experts, one shared", {"cp": 2, "cp_method": "ring"}),
+        ("experts in groups", {"dp": 2, "tp": 2, "sequence_parallel": True, "recompute": "selective"}),
+        ("experts in groups", {"dp": 2, "pp": 2, "zero": 0}),
+        ("experts with biases", {"dp": 2, "tp": 2, "recompute": "full"}),
+        ("experts with biases", {"dp": 2, "pp": 2, "virtual_stages": 2, "zero": 2}),
+        ("experts after a dense layer", {"dp": 4, "ep": 4}),
+        ("experts after a dense layer", {"dp": 4, "zero": 2}),
+        ("experts, one shared", {"dp": 2, "cp": 2, "tp": 2, "ep": 4}),
+        ("experts, one shared", {"dp": 2, "precision": "bf16"}),
+    )
+]
+"""Experts over ranks of one axis or more, with each other axis; ranks keep whole or share the optimizer's state."""
+
 LARGE_VOCABULARY = 65_537
 _LARGE_TENSORS: list[dict[str, Any]] = [
     {"large": True} | setting
@@ -218,11 +235,15 @@ def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick:
         return sum(axis in spread for axis, _ in pair) == 1
 
     fast = spread.keys() - slow
+    over_ranks = [_case(model, setting, ranks=ranks, runs_here=runs_here) for setting in _EXPERTS_OVER_RANKS]
+    experts = [case for case in over_ranks if case is not None]
     if quick:
-        return covered(fast, min(ranks, 4), one_axis)
-    return covered(fast, ranks, lambda _: True) + [
-        found for axis in sorted(slow) for found in covered({axis}, min(ranks, 2), one_axis)
-    ]
+        return covered(fast, min(ranks, 4), one_axis) + [case for case in experts if case.precision == "fp32"]
+    return (
+        covered(fast, ranks, lambda _: True)
+        + experts
+        + [found for axis in sorted(slow) for found in covered({axis}, min(ranks, 2), one_axis)]
+    )
 
 
 def resharding_proof(model: ModelConfig, optimizer: str, *, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:

@@ -109,6 +109,7 @@ class Experts(Gated):
             inputs=(Axis("dim", dim), *times(self.active, own.inputs)),
             kept=(rows, *times(self.active, own.kept), Axis("choice", 2 * self.n_experts)),
             outputs=times(self.active, own.outputs),
+            dispatched=(rows,),
             moved=(Axis("dim", 6 * self.active * dim), *times(self.active, own.moved)),
         )
         return routed + self._always.cost(dim) if self.shared else routed

@@ -16,7 +16,7 @@ import torch
 from triplane.model import router
 from triplane.model.batch import Batch
 from triplane.model.modules import Stack, WeightsModule, unchanged
-from triplane.parallel import bucket, context, engine, megatron, packing, ring, stages, tensor, ulysses, update
+from triplane.parallel import bucket, context, engine, experts, megatron, packing, ring, stages, tensor, ulysses, update
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
@@ -371,6 +371,19 @@ def _with_loads_of_own_tokens(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(context, "_summed", lambda x, cp: x)
 
 
+def _with_doubled_gradients_of_experts(patch: pytest.MonkeyPatch) -> None:
+    right = bucket.Bucket.finish
+
+    def finish(self: Any, replicas: int) -> None:
+        right(self, self.spread.shards.size * self.spread.copies.size)  # the mean over the ranks with these experts
+
+    patch.setattr(bucket.Bucket, "finish", finish)
+
+
+def _with_rows_in_the_order_of_ranks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(experts, "permuted", lambda rows, order, inverse: rows)
+
+
 def _with_a_bias_from_own_loads(patch: pytest.MonkeyPatch) -> None:
     right = Engine._take_tallies
 
@@ -477,6 +490,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_added_losses_of_each_micro_batch, {"options": (ONE_SHARED,)}),
     (_with_added_losses_of_each_tp_rank, {"tp": 2, "options": (ONE_SHARED,)}),
     (_with_loads_of_own_tokens, {"cp": 2, "cp_method": "ring", "options": (ONE_SHARED,)}),
+    (_with_doubled_gradients_of_experts, {"dp": 2, "ep": 2, "options": (ONE_SHARED,)}),
+    (_with_rows_in_the_order_of_ranks, {"dp": 2, "ep": 2, "options": (ONE_SHARED,)}),
     (_with_a_bias_from_own_loads, {"dp": 2, "zero": 0, "options": (IN_GROUPS,)}),
     (_with_a_bias_of_the_last_micro_batch, {"options": (IN_GROUPS,)}),
     (_with_counts_in_every_forward, {"recompute": "full", "options": (ONE_SHARED,)}),
