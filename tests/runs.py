@@ -64,4 +64,6 @@ def small_run(prepared: Prepared, run_dir: Path, **changes: Any) -> RunConfig:
     }
     merged = {name: table | changes.pop(name, {}) for name, table in tables.items()}
     assert not changes, f"unknown tables {changes.keys()}"
+    if "feed_forward" in merged["model"]:
+        del merged["model"]["hidden_dim"]  # is in that table
     return RunConfig.model_validate({"run_dir": str(run_dir), "seed": 5, **merged})

@@ -108,7 +108,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the model over ranks."""
     optimizer: AnyOptimizer = AdamW()
-    """AdamW."""
+    """How weights are updated."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the run."""
     training: TrainingConfig
