@@ -25,7 +25,7 @@ def train_layer() -> None:
     assert layer.positions is not None
     block = Block(model, layer).to(torch.bfloat16)
     batch = Batch.build(*torch.zeros(2, TOKENS, dtype=torch.int64), range(0, TOKENS + 1, TOKENS))
-    positions = layer.positions.build(model.dim, model.attention.n_heads, model.attention.head_dim)
+    positions = layer.positions.build(model.dim, model.attention.n_heads, model.attention.turning_dim)
     tables = positions(positions.config.tables, batch.positions_T, batch.longest)
     x_TD = torch.randn(TOKENS, model.dim, dtype=torch.bfloat16, requires_grad=True)
     out_TD = torch.compile(block)(x_TD, tables, batch)

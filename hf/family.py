@@ -11,6 +11,7 @@ from pydantic import BaseModel, NonNegativeFloat, PositiveInt, ValidationError, 
 from triplane.hf.tensors import Names, Stored, stored_tensors
 from triplane.hf.traits import Hf, Trait, Values, Vocabulary, key, put, switch
 from triplane.model.config import ModelConfig
+from triplane.model.parts.attention import Attention
 from triplane.storage.errors import ModelError
 from triplane.storage.foreign import first_problem
 
@@ -109,7 +110,7 @@ class Family:
         model = config.model_dump(mode="json")
         layers = (config.layer(number) for number in range(config.n_layers))
         model["layers"] = [layer.model_dump(mode="json") for layer in layers]
-        _scaled(model["attention"])
+        model["attention"] |= _implied(config.attention)
         limit = config.longest
         hf: Hf = {"model_type": self.model_type, "architectures": [self.architecture], "pad_token_id": None}
         hf["max_position_embeddings"] = context if limit is None else limit
@@ -203,6 +204,7 @@ def _folded(model: Values) -> Values:
     for layer in model.pop("layers"):
         changes = {name: value for name, value in layer["attention"].items() if value != usual.get(name)}
         own = {"attention": changes} if changes else {}
+        own |= {key: layer[key] for key in ("feed_forward",) if key in layer}
         if layer.get("positions", model.get("positions")) != model.get("positions"):
             own["positions"] = layer["positions"]
         layers.append(own)
@@ -227,10 +229,12 @@ def _spelled_out(config: ModelConfig, context: int) -> Values:
     """Returns every field by its path; those of parts for each run of equal layers."""
     top = config.model_dump(exclude={*_OURS_ALONE, "layers", "attention", "feed_forward", "positions"})
     layers = [config.layer(number).model_dump() for number in range(config.n_layers)]
-    for layer in layers:
+    for number, layer in enumerate(layers):
         if (layer["attention"].get("window") or 0) >= context:
             layer["attention"]["window"] = None
-        _scaled(layer["attention"])
+        attention = config.layer(number).attention
+        assert attention is not None
+        layer["attention"] |= _implied(attention)
         _without_added_losses(layer["feed_forward"])
     flat = dict(_flat(top, ""))
     flat |= dict(_flat(config.positions.model_dump(), "positions.")) if config.positions.limit is not None else {}
@@ -247,10 +251,9 @@ def _without_added_losses(feed_forward: Values) -> None:
         del feed_forward["balance"]
 
 
-def _scaled(attention: Values) -> None:
-    """Spells out the usual scale of scores."""
-    if attention["scale"] is None:
-        attention["scale"] = attention["head_dim"] ** -0.5
+def _implied(attention: Attention) -> Values:
+    """Returns what a kind of attention may not say, but have."""
+    return {"scale": attention.rule().scale, "n_kv_heads": attention.n_kv_heads, "head_dim": attention.head_dim}
 
 
 def _flat(table: Values, prefix: str) -> Iterator[tuple[str, Any]]:

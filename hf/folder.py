@@ -14,6 +14,7 @@ from triplane.hf.family import Family
 from triplane.hf.tensors import Names, Stored
 from triplane.hf.weights import INDEX, SINGLE
 from triplane.model.config import ModelConfig
+from triplane.model.describe import model_weights
 from triplane.storage.errors import CheckpointError
 from triplane.storage.foreign import FileName, Name, first_problem, read_json, regular_file
 
@@ -83,9 +84,9 @@ class FolderWeights(Mapping[str, Tensor]):
                 bad = int((~finite).sum())
                 raise CheckpointError(f"{self._where(name)}: {bad} of {finite.numel()} elements are not finite in fp32")
         for name in self._optional:
-            if name.endswith(".bias"):
+            if name.endswith("bias"):
                 if self._read(name).count_nonzero():
-                    raise CheckpointError(f"{self._where(name)}: not zero, and this model has no output bias")
+                    raise CheckpointError(f"{self._where(name)}: not zero, and this model has no such bias")
             else:
                 self._check_tied(name)
 
@@ -202,10 +203,13 @@ def _optional(names: Names, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         head = next(name for name, held in names.ends.items() if held == "head")
         shapes[f"{head}.weight"] = (config.vocab_size, config.dim)
     output = next((name for name, held in names.layer.items() if held == "attention.wo"), None)
+    ours = model_weights(config)
     for number in range(config.n_layers):
-        attention = config.layer(number).attention
-        if output is not None and attention is not None and attention.qkv_bias and not attention.output_bias:
+        has_bias = [f"blocks.{number}.attention.{layer}.bias" in ours for layer in ("wq", "wo")]
+        if output is not None and has_bias == [True, False]:
             shapes[f"{names.layers}.{number}.{output}.bias"] = (config.dim,)
+        if router := ours.get(f"blocks.{number}.feed_forward.router.weight"):
+            shapes |= {f"{names.layers}.{number}.{name}": router.shape[:1] for name in names.zeros}
     return shapes
 
 

@@ -50,6 +50,8 @@ class Names:
     """Tensors of a layer that old files hold, and that follow from config.json."""
     others: tuple[str, ...] = ()
     """Prefixes of tensors that do not belong to the text model."""
+    zeros: tuple[str, ...] = ()
+    """Tensors of a layer, a number for each expert, that only zeros can stand for, since our model lacks them."""
     renamed: tuple[tuple[str, str], ...] = ()
     """How older versions of transformers began names, and how they begin now."""
 
@@ -122,7 +124,7 @@ def _stored(modules: Modules, weights: Mapping[str, Weight], *, ours: str, their
         for leaf in ("weight", "bias"):
             held_weights = [weights.get(f"{ours}{module}.{leaf}") for module in holds.modules]
             parts = tuple(weight for weight in held_weights if weight is not None)
-            if parts:
+            if parts and ("{}" in name) == (len(weights[f"{ours}{holds.modules[0]}.weight"].axes) > 2):
                 assert len(parts) == len(held_weights), f"{name}.{leaf}: some of {holds.modules} have none"
                 transposed = holds.transposed and len(parts[0].axes) > 1
                 experts = range(parts[0].shape[0]) if "{}" in name else [None]

@@ -9,8 +9,6 @@ _WRAPPER = "a vision or audio part around the text model"
 _LACKING = {
     "bamba": _STATES,
     "bert": _BIDIRECTIONAL,
-    "deepseek_v2": "latent attention",
-    "deepseek_v3": "latent attention",
     "gpt_oss": "tensors in which gate and up of experts alternate",
     "jamba": _STATES,
     "kimi_linear": _STATES,

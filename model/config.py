@@ -12,6 +12,7 @@ from triplane.model.part import default_kind
 from triplane.model.parts.alibi import Alibi
 from triplane.model.parts.experts import Experts
 from triplane.model.parts.gated import Gated
+from triplane.model.parts.latent import Latent
 from triplane.model.parts.learned import LearnedPositions
 from triplane.model.parts.no_positions import NoPositions
 from triplane.model.parts.plain import Plain
@@ -27,7 +28,7 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
 products. Meta stands for a GPU."""
 
 _DEFAULT_KINDS = {"attention": "softmax", "feed_forward": "gated", "positions": "rotary"}
-AnyAttention = Annotated[Softmax, default_kind(_DEFAULT_KINDS["attention"])]
+AnyAttention = Annotated[Softmax | Latent, Field(discriminator="kind"), default_kind(_DEFAULT_KINDS["attention"])]
 AnyFeedForward = Annotated[
     Gated | Plain | Experts, Field(discriminator="kind"), default_kind(_DEFAULT_KINDS["feed_forward"])
 ]
@@ -202,19 +203,19 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
             )
         if self.residual != "serial" and self.norm_placement != "pre":
             yield f'residual "{self.residual}" requires norm_placement "pre", not "{self.norm_placement}"'
-        heads, widths = {self.attention.n_heads}, {self.attention.head_dim}
+        heads, widths = {self.attention.n_heads}, {self.attention.turning_dim}
         for layer in dict.fromkeys(self.pattern):
             assert layer.attention is not None and layer.feed_forward is not None and layer.positions is not None
             attention, positions = layer.attention, layer.positions
             yield from layer.feed_forward.problems()
             heads.add(attention.n_heads)
-            widths.add(attention.head_dim)
+            widths.add(attention.turning_dim)
             if attention.n_heads % attention.n_kv_heads:
                 yield (
                     f"n_heads ({attention.n_heads}) is not a multiple of n_kv_heads ({attention.n_kv_heads}); the next "
                     f"multiple is {attention.n_heads + -attention.n_heads % attention.n_kv_heads}"
                 )
-            yield from positions.problems(self.dim, attention.head_dim)
+            yield from positions.problems(self.dim, attention.turning_dim)
             own_weights = list(positions.weights(self.dim, attention.n_heads))
             if positions != self.positions and (positions.in_embedding or own_weights):
                 yield f'layers: positions of kind "{positions.kind}" serve the whole network; set model.positions'

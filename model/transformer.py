@@ -37,7 +37,9 @@ class Transformer(nn.Module):
         )
         self.embedded = unchanged
         kinds = config.all_positions
-        self.positions = nn.ModuleList(kind.build(config.dim, attention.n_heads, attention.head_dim) for kind in kinds)
+        self.positions = nn.ModuleList(
+            kind.build(config.dim, attention.n_heads, attention.turning_dim) for kind in kinds
+        )
         self.blocks = nn.ModuleDict({str(i): Block(config, config.layer(i)) for i in range(config.n_layers)})
         self.norm = config.norm.build(config.stream) if config.final_norm else nn.Identity()
         self.leave = nn.Identity()

@@ -9,6 +9,7 @@ from triplane.model.weights import Axis
 from triplane.parallel.config import ParallelConfig
 
 _KEYS = {"dim": "dim", "head": "n_heads", "kv_head": "n_kv_heads", "hidden": "hidden_dim"}
+_KEYS |= {"q_rank": "q_rank", "kv_rank": "kv_rank", "rope": "rope_dim"}
 """The config's names of a block's axes."""
 _FP8_MULTIPLE = 16
 """The GPU's kernel requires both dims of a product to be multiples of it."""

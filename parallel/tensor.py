@@ -76,7 +76,7 @@ def _split_layers(part: PartModule, mesh: Mesh, sequence_parallel: bool) -> None
             weight = part.weights[f"{name}.weight"]
             dim = split_dim(weight, mesh.tp.size)
             if dim is None:
-                setattr(part, name, SharedKeyValueLinear(child, weight.axes[0], mesh))
+                setattr(part, name, SharedLinear(child, _needed(weight.axes[0], mesh), mesh))
             elif dim == 0:
                 setattr(part, name, megatron.ColumnParallelLinear(child, mesh))
             else:
@@ -118,21 +118,29 @@ class Gather(Copy):
         return megatron.gather_tokens(x_TD, self.mesh)
 
 
-class SharedKeyValueLinear(nn.Module):
-    """A key or value projection with fewer heads than tp ranks: held whole, used for the one head that a rank needs."""
+def _needed(out: Axis, mesh: Mesh) -> slice:
+    """Returns what a rank needs of an output that is not split: its one key or value head, if there are fewer heads
+    than ranks; else all."""
+    if out.name != "kv_head":
+        return slice(None)
+    start = mesh.tp.rank * out.count // mesh.tp.size * out.width
+    return slice(start, start + out.width)
 
-    def __init__(self, linear: nn.Linear, heads: Axis, mesh: Mesh):
+
+class SharedLinear(nn.Module):
+    """A projection that each tp rank holds whole; computes the rows that this rank's heads need."""
+
+    def __init__(self, linear: nn.Linear, rows: slice, mesh: Mesh):
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(linear.weight))
         self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias))
         self.mesh = mesh
-        start = mesh.tp.rank * heads.count // mesh.tp.size * heads.width
-        self.head = slice(start, start + heads.width)
+        self.rows = rows
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        # Each rank sees a part of its head's gradient, and none of the other heads'.
-        weight = megatron.copy_to_tp(self.weight, self.mesh)[self.head]
-        bias = None if self.bias is None else megatron.copy_to_tp(self.bias, self.mesh)[self.head]
+        # Each rank sees the part of the gradient that comes from its query heads, and none of other rows'.
+        weight = megatron.copy_to_tp(self.weight, self.mesh)[self.rows]
+        bias = None if self.bias is None else megatron.copy_to_tp(self.bias, self.mesh)[self.rows]
         return F.linear(x_TD, weight, bias)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from triplane.config.load import load_config
 from triplane.model.config import Layer, ModelConfig
-from triplane.model.parts.softmax import Softmax
+from triplane.model.parts.attention import Attention
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.prove.cases import Case, full_proof, network_proof, own_case, quick_proof
 from triplane.prove.compare import TIMEOUT_S, Machine, tolerances, train_case, worst
@@ -102,12 +102,10 @@ def _shrunken(model: ModelConfig) -> ModelConfig:
     small = proof_model()
     hidden = {"hidden_dim": small.feed_forward.hidden_dim}
 
-    def attention(part: Softmax) -> Softmax:
-        groups = min(small.attention.n_heads, part.n_heads // part.n_kv_heads)
-        heads = {"n_heads": small.attention.n_heads, "head_dim": small.attention.head_dim}
-        heads["n_kv_heads"] = heads["n_heads"] // groups if heads["n_heads"] % groups == 0 else 2
+    def attention(part: Attention) -> Attention:
         window = None if part.window is None else min(part.window, SEQ_LEN // 4)
-        return part.model_copy(update={**heads, "window": window})
+        own = part.shrunken(small.attention.n_heads, small.attention.head_dim)
+        return own.model_copy(update={"window": window})
 
     def layer(own: Layer) -> Layer:
         return own.model_copy(

@@ -16,6 +16,7 @@ from triplane.model.config import ModelConfig
 
 _RMS, _LAYER = {"kind": "rms"}, {"kind": "layer"}
 _EXPERTS: dict[str, Any] = {"kind": "experts", "n_experts": 8, "active": 2, "hidden_dim": 16}
+_LATENT: dict[str, Any] = {"kind": "latent", "n_heads": 8, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "v_dim": 8}
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "norm": {
         "unit offset": {"norm": {"unit_offset": True}},
@@ -45,6 +46,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "QK-norm of each head": {"attention": {"qk_norm": _LAYER, "qk_norm_over": "each"}},
         "QK-norm over all heads": {"attention": {"qk_norm": _RMS, "qk_norm_over": "all"}},
         "QK-norm after rotation": {"attention": {"qk_norm": _RMS, "qk_norm_after_rotation": True}},
+        "latent": {"attention": _LATENT | {"q_rank": 12}},
+        "latent, whole queries, wide values": {"attention": _LATENT | {"v_dim": 20}},
         "clipped, no biases": {"attention": {"clip_qkv": 4.0, "qkv_bias": False}},
     },
     "scores": {

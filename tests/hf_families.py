@@ -32,6 +32,11 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LOCAL = {"rope_type": "default", "rope_theta": 5e3}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+DEEPSEEK = EQUAL | {
+    "q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+    "num_key_value_heads": 6,
+}  # fmt: skip
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -129,6 +134,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "olmoe": [
         SQUARE | {"num_experts": 5, "num_experts_per_tok": 2},
         SQUARE | {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ],
+    "deepseek_v3": [
+        DEEPSEEK | {"first_k_dense_replace": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+        DEEPSEEK | {"q_lora_rank": None, "rope_interleave": False, "first_k_dense_replace": 0, "v_head_dim": 20}
+        | {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+        DEEPSEEK | {"first_k_dense_replace": 4, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}},
+    ],
+    "deepseek_v2": [
+        DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None, "first_k_dense_replace": 1},
+        DEEPSEEK | {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
     ],
 }  # fmt: skip
 """Keys of config.json, by model type."""

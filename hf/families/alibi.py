@@ -83,7 +83,7 @@ class MptAttention(Trait):
 
     def write(self, model: Values, hf: Hf) -> None:
         attention = model["attention"]
-        content = _MptAttention(clip_qkv=attention["clip_qkv"], softmax_scale=attention["scale"])
+        content = _MptAttention(clip_qkv=attention.get("clip_qkv"), softmax_scale=attention["scale"])
         hf["attn_config"] = content.model_dump() | {"alibi_bias_max": 8}
 
 

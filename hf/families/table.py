@@ -1,6 +1,6 @@
 """All families, as an export tries them: Qwen2 before Llama, which would fit too, with a zero output bias."""
 
-from triplane.hf.families import alibi, classic, cohere, experts, gemma, llama, neox, olmo
+from triplane.hf.families import alibi, classic, cohere, deepseek, experts, gemma, llama, neox, olmo
 
 FAMILIES = {
     family.model_type: family
@@ -12,7 +12,7 @@ FAMILIES = {
         *(cohere.COHERE, cohere.COHERE2),
         *(classic.GPT2, classic.GPT_BIGCODE, classic.OPT, alibi.BLOOM, alibi.MPT),
         *(neox.GPT_NEOX, neox.GPTJ, neox.PHI, neox.PHI3, neox.STARCODER2, neox.STABLELM, neox.NEMOTRON, neox.FALCON),
-        *(experts.MIXTRAL, experts.QWEN3_MOE, experts.OLMOE),
+        *(experts.MIXTRAL, experts.QWEN3_MOE, experts.OLMOE, deepseek.DEEPSEEK_V3, deepseek.DEEPSEEK_V2),
         *(gemma.GEMMA3, llama.INTERNLM3, llama.IQUESTCODER),
     )
 }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from triplane.model.part import Part, default_kind
+from triplane.model.part import default_kind
+from triplane.model.parts.attention import Attention
 from triplane.model.parts.fix_norm import FixNorm
 from triplane.model.parts.layer_norm import LayerNorm
 from triplane.model.parts.positions import Positions, Tables
 from triplane.model.parts.rms import RmsNorm
 from triplane.model.parts.scale_norm import ScaleNorm
-from triplane.model.rule import Rule
 from triplane.model.weights import Axis, Cost, Weight, linear, under
 
 if TYPE_CHECKING:
@@ -25,21 +25,17 @@ if TYPE_CHECKING:
 AnyNorm = Annotated[RmsNorm | LayerNorm | ScaleNorm | FixNorm, Field(discriminator="kind"), default_kind("rms")]
 
 
-class Softmax(Part):
+class Softmax(Attention):
     """Causal attention in which n_heads / n_kv_heads query heads share a key and value head."""
 
     kind: Literal["softmax"] = "softmax"
     """Softmax attention."""
-    n_heads: PositiveInt
-    """Query heads."""
     n_kv_heads: PositiveInt
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
     head_dim: PositiveInt
     """Width of one head; usually `dim / n_heads`."""
     qkv_bias: bool = False
     """True: queries, keys and values have a bias, as in Qwen2."""
-    output_bias: bool = False
-    """True: the output has a bias, as in GPT-2."""
     qk_norm: AnyNorm | None = None
     """Norm of queries and keys (Henry et al. 2020, Dehghani et al. 2023). None: none."""
     qk_norm_over: Literal["head", "each", "all"] = "head"
@@ -49,18 +45,6 @@ class Softmax(Part):
     """True: as in Hunyuan."""
     clip_qkv: PositiveFloat | None = None
     """Queries, keys and values stay within plus and minus this, as in MPT and OLMo. None: any."""
-    window: PositiveInt | None = None
-    """Tokens that a token sees, itself included (Mistral). None: all before it."""
-    softcap: PositiveFloat | None = None
-    """Scores s become softcap tanh(s / softcap), as in Gemma 2. None: any."""
-    sinks: bool = False
-    """True: each head has a learned score that takes probability and gives nothing (gpt-oss)."""
-    scale: PositiveFloat | None = None
-    """Multiplies the scores. None: 1 / sqrt(head_dim)."""
-
-    def rule(self) -> Rule:
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return Rule(scale=scale, window=self.window, softcap=self.softcap)
 
     def weights(self, dim: int) -> Iterator[Weight]:
         yield from self._own_weights(dim)
@@ -69,7 +53,6 @@ class Softmax(Part):
                 yield from under(name, self.qk_norm.weights(*self._normed(axis)))
 
     def cost(self, dim: int, seq_len: int) -> Cost:
-        seen = seq_len if self.window is None else min(seq_len, self.window)
         normed = 0 if self.qk_norm is None else self.head_dim
         moved = 40 * self.head_dim + 20 * normed
 
@@ -82,12 +65,11 @@ class Softmax(Part):
             outputs=(Axis("dim", dim),),
             attended=both(2 * self.head_dim),
             statistics=(Axis("head", self.n_heads),),
-            scores=(Axis("head", self.n_heads, self.head_dim * seen),),
+            scores=(Axis("head", self.n_heads, self.head_dim * self._seen(seq_len)),),
             moved=both(moved),
         )
 
     def split_problems(self, tp: int) -> Iterator[str]:
-        """Yields why `tp` ranks cannot share the heads."""
         if self.n_kv_heads % tp and tp % self.n_kv_heads:
             yield f"n_kv_heads ({self.n_kv_heads}) and tp ({tp}): one must be a multiple of the other"
         elif self.n_kv_heads % tp and self.qk_norm is not None and self.qk_norm_over != "head":
@@ -95,6 +77,11 @@ class Softmax(Part):
                 f'qk_norm_over "{self.qk_norm_over}" needs the weights of whole key heads on each rank, but '
                 f"n_kv_heads ({self.n_kv_heads}) is not a multiple of tp ({tp})"
             )
+
+    def shrunken(self, n_heads: int, head_dim: int) -> Self:
+        groups = min(n_heads, self.n_heads // self.n_kv_heads)
+        kv_heads = n_heads // groups if n_heads % groups == 0 else 2
+        return self.model_copy(update={"n_heads": n_heads, "n_kv_heads": kv_heads, "head_dim": head_dim})
 
     def forward(self, m: PartModule, x_TD: Tensor, positions: Positions, tables: Tables, batch: Batch) -> Tensor:
         # The projections set the number of heads, since they may hold a share of them.
@@ -133,8 +120,7 @@ class Softmax(Part):
 
     def _own_weights(self, dim: int) -> Iterator[Weight]:
         stream = Axis("dim", dim)
-        if self.sinks:
-            yield Weight("sinks", (Axis("head", self.n_heads),), 0.0, "vector")
+        yield from self._sinks()
         yield from linear("wq", self._heads, stream, bias=self.qkv_bias)
         yield from linear("wk", self._kv_heads, stream, bias=self.qkv_bias)
         yield from linear("wv", self._kv_heads, stream, bias=self.qkv_bias)

@@ -130,6 +130,20 @@ def test_every_family_is_tried() -> None:
     assert FAMILIES.keys() == VARIANTS.keys() | {"gemma3", "internlm3", "iquestcoder"}
 
 
+def test_what_a_deepseek_holds_besides_is_passed_over_unless_it_matters(tmp_path: Path) -> None:
+    """A module that predicts a second token, as one layer more; a bias that chooses experts, while it is zero."""
+    theirs = their_model("deepseek_v3", VARIANTS["deepseek_v3"][0])
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.4.eh_proj.weight": torch.ones(48, 96)}, tmp_path / "model.safetensors")
+    _, ours = _read(tmp_path)
+    assert _close(ours.logits(_batch(_tokens(30))), their_logits(theirs, _tokens(30)))
+    tensors["model.layers.2.mlp.gate.e_score_correction_bias"][3] = 0.1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers.2.mlp.gate.e_score_correction_bias: not zero, and this model"):
+        _read(tmp_path)
+
+
 STEPS, CLIP = 10, 0.5
 TRAINED = {"llama": SMALL, "gemma2": VARIANTS["gemma2"][0], "gpt_neox": EQUAL, "olmo2": SQUARE}
 TRAINED |= {"gpt2": GPT | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
@@ -206,6 +220,7 @@ SIZES = {
 }
 SIZES |= {"gpt_bigcode": SIZES["gpt2"], "gptj": SIZES["gpt2"] | {"n_head": 2}}
 USUAL = {"hidden_size": 1280, "num_attention_heads": 160, "num_hidden_layers": 4, "intermediate_size": 80}
+SIZES |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), USUAL | {"num_attention_heads": 128, "num_experts_per_tok": 6})
 HELIUM = {"hidden_size": 2560, "num_attention_heads": 20}
 
 
@@ -346,6 +361,6 @@ def test_biases_that_transformers_ignores_must_be_zero(tmp_path: Path) -> None:
     _read(tmp_path)
     save_file({**tensors, bias: torch.ones(48)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"layers.1.self_attn.o_proj.bias: not zero, and this model has no output"
+        CheckpointError, match=r"layers.1.self_attn.o_proj.bias: not zero, and this model has no such bias"
     ):
         _read(tmp_path)

@@ -35,8 +35,8 @@ def kinds() -> dict[str, set[str]]:
         members = vars(import_module(f"{parts.__name__}.{module.name}")).values()
         for part in members:
             if isinstance(part, type) and issubclass(part, Part) and "kind" in part.model_fields:
-                (name,) = get_args(part.model_fields["kind"].annotation)
-                found[name] = {f"model/parts/{part.__module__.rpartition('.')[2]}.py"}
+                for name in get_args(part.model_fields["kind"].annotation):  # none of a base
+                    found[name] = {f"model/parts/{part.__module__.rpartition('.')[2]}.py"}
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from triplane.model import router
 from triplane.model.batch import Batch
@@ -307,6 +308,10 @@ def _without_the_sum_of_gradients_inside_branches(patch: pytest.MonkeyPatch) -> 
     patch.setattr(tensor, "apply_tensor_parallel", applied)
 
 
+def _without_the_sum_of_gradients_of_whole_layers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tensor.SharedLinear, "forward", lambda self, x_TD: F.linear(x_TD, self.weight[self.rows]))
+
+
 def _with_the_output_bias_on_each_rank(patch: pytest.MonkeyPatch) -> None:
     right = megatron.RowParallelLinear.forward
 
@@ -445,6 +450,7 @@ def _with_the_experts_bias_on_each_rank(patch: pytest.MonkeyPatch) -> None:
 
 ONE_SHARED, IN_GROUPS, WITH_BIASES = "experts, one shared", "experts in groups", "experts with biases"
 MICRO_BATCHES = 4
+LATENT = "latent, whole queries, wide values"
 OVER_ALL = "QK-norm over all heads"
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_sum_over_tp_of_gradients, {"tp": 2}),
@@ -482,6 +488,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_the_gradient_of_shared_means, {"tp": 2, "options": (OVER_ALL,)}),
     (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": ("QK-norm",)}),
     (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "sequence_parallel": True, "options": ("ScaleNorm",)}),
+    (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": (LATENT,)}),
+    (_without_the_sum_of_gradients_of_whole_layers, {"tp": 2, "sequence_parallel": True, "options": (LATENT,)}),
     (_with_the_output_bias_on_each_rank, {"tp": 2, "options": ("sinks",)}),
     (_with_slopes_of_the_first_heads, {"tp": 2, "options": ("ALiBi",)}),
     (_with_positions_of_all_tokens, {"tp": 2, "sequence_parallel": True, "options": ("sinusoidal",)}),

@@ -1,0 +1,155 @@
+"""DeepSeek-V2 and V3: latent attention, and experts after some dense layers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from triplane.hf.families.llama import ENDS, GATED, PRE_NORMS, SILU, eps
+from triplane.hf.family import Family, sizes
+from triplane.hf.rope import Rope, found
+from triplane.hf.tensors import Holds, Names
+from triplane.hf.traits import ACTIVATIONS, Hf, Size, Trait, Values, key, must_be, number, switch
+from triplane.model.config import ModelConfig
+
+_LATENT: dict[str, str | Holds] = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.q_a_proj": "attention.w_dq",
+    "self_attn.q_a_layernorm": "attention.q_norm",
+    "self_attn.q_b_proj": "attention.w_uq",
+    "self_attn.kv_a_proj_with_mqa": Holds(("attention.w_dkv", "attention.w_kr")),
+    "self_attn.kv_a_layernorm": "attention.kv_norm",
+    "self_attn.kv_b_proj": "attention.w_ukv",
+    "self_attn.o_proj": "attention.wo",
+}
+_EXPERTS = {
+    "mlp.gate": "feed_forward.router",
+    **{f"mlp.experts.{{}}.{name}_proj": f"feed_forward.w_{name}" for name in ("gate", "up", "down")},
+    **{f"mlp.shared_experts.{name}_proj": f"feed_forward.always.w_{name}" for name in ("gate", "up", "down")},
+}
+
+
+def _names(config: ModelConfig) -> Names:
+    """Checkpoints hold a module that predicts further tokens as one layer more."""
+    layer = {**PRE_NORMS, **_LATENT, **GATED, **_EXPERTS}
+    zeros = ("mlp.gate.e_score_correction_bias",)
+    return Names(ENDS, layer, zeros=zeros, others=(f"model.layers.{config.n_layers}.",))
+
+
+@dataclass(frozen=True)
+class _Rope(Rope):
+    """`mscale_all_dim` multiplies the scores as well; stands after the dims of heads."""
+
+    def read(self, hf: Hf, model: Values) -> None:
+        super().read(hf, model)
+        scaling, sharper = model["positions"]["scaling"], found(hf).mscale_all_dim
+        if scaling is not None and sharper:
+            factor = 0.1 * sharper * math.log(scaling["factor"]) + 1
+            model["attention"]["scale"] = _query_dim(hf) ** -0.5 * factor**2
+
+    def write(self, model: Values, hf: Hf) -> None:
+        super().write(model, hf)
+        scaling = hf["rope_scaling"]
+        factor = (model["attention"]["scale"] * _query_dim(hf) ** 0.5) ** 0.5
+        if scaling is not None and not math.isclose(factor, 1):
+            own = {"mscale_all_dim": (factor - 1) / (0.1 * math.log(scaling["factor"]))}
+            hf["rope_scaling"] |= own
+            hf["rope_parameters"] |= own
+
+
+def _query_dim(hf: Hf) -> int:
+    width: int = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
+    return width
+
+
+@dataclass(frozen=True)
+class _DenseLayers(Trait):
+    """So many layers without experts before the others; stands before the traits of experts."""
+
+    default: int
+
+    @property
+    def keys(self) -> dict[str, tuple[Any, Any]]:
+        return {"first_k_dense_replace": (NonNegativeInt, self.default), "intermediate_size": (Size, 18_432)}
+
+    def read(self, hf: Hf, model: Values) -> None:
+        dense = {"kind": "gated", "hidden_dim": hf["intermediate_size"], "activation": ACTIVATIONS[hf["hidden_act"]]}
+        for layer in model["layers"][: hf["first_k_dense_replace"]]:
+            layer["feed_forward"] = dense
+
+    def write(self, model: Values, hf: Hf) -> None:
+        parts = [layer["feed_forward"] for layer in model["layers"]]
+        hf["first_k_dense_replace"] = next((n for n, part in enumerate(parts) if part["kind"] != "gated"), len(parts))
+        hf["intermediate_size"] = parts[0]["hidden_dim"]
+        model["feed_forward"] = parts[-1]
+
+
+def _other_heads(hf: Hf) -> str | None:
+    """Each head has a key and a value of its own."""
+    heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
+    if kv_heads in (None, heads):
+        return None
+    return f"num_key_value_heads is {kv_heads}, num_attention_heads {heads}; this family has as many"
+
+
+_ATTENTION = (
+    key("num_attention_heads", "attention.n_heads"),
+    key("num_key_value_heads", type=Size | None, default=lambda hf: hf["num_attention_heads"]),
+    key("q_lora_rank", "attention.q_rank", type=Size | None, default=1536),
+    key("kv_lora_rank", "attention.kv_rank", default=512),
+    key("qk_nope_head_dim", "attention.nope_dim", default=128),
+    key("qk_rope_head_dim", "attention.rope_dim", default=64),
+    key("v_head_dim", "attention.v_dim", default=128),
+    must_be("attention_bias", value=False),
+)
+_FIXED = {
+    "norm.kind": "rms",
+    "attention.kind": "latent",
+    "attention.norm": {"kind": "rms", "eps": 1e-6},
+    "feed_forward.kind": "experts",
+}
+
+
+def _experts(*, of: int, active: Any, width: int, shared: int, scale: float) -> tuple[Trait, ...]:
+    return (
+        key("n_routed_experts", "feed_forward.n_experts", default=of, also=("num_experts", "num_local_experts")),
+        key("num_experts_per_tok", "feed_forward.active", type=PositiveInt, default=active),
+        key("moe_intermediate_size", "feed_forward.hidden_dim", default=width),
+        key("n_shared_experts", "feed_forward.shared", default=shared),
+        number("routed_scaling_factor", "feed_forward.routed_scale", default=scale),
+        SILU,
+    )
+
+
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    _names,
+    (
+        *(*sizes(longest=4096), *_ATTENTION, eps(1e-6), _Rope()),
+        switch("rope_interleave", "positions.interleaved", default=True),
+        _DenseLayers(default=3),
+        *_experts(of=256, active=8, width=2048, shared=1, scale=2.5),
+        key("n_group", "feed_forward.groups", default=8),
+        key("topk_group", "feed_forward.active_groups", default=4),
+        switch("norm_topk_prob", "feed_forward.normalise", default=True),
+        key("num_nextn_predict_layers", type=NonNegativeInt, default=0),
+    ),
+    _FIXED | {"feed_forward.router": "sigmoid"},
+    problem=_other_heads,
+)
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    _names,
+    (
+        *(*sizes(longest=2048), *_ATTENTION, eps(1e-6), _Rope(interleaved=True)),
+        _DenseLayers(default=0),
+        *_experts(of=64, active=8, width=1407, shared=2, scale=1.0),
+        key("topk_method", type=Literal["greedy"], default="greedy"),
+        *(must_be("norm_topk_prob", value=False), must_be("mlp_bias", value=False)),
+    ),
+    _FIXED | {"feed_forward.router": "softmax", "feed_forward.normalise": False},
+    problem=_other_heads,
+)
