@@ -130,7 +130,9 @@ class Family:
         ours, theirs = _spelled_out(config, context), _spelled_out(self.nearest(config, context), context)
         paths = [path for path in dict.fromkeys([*ours, *theirs]) if not _equal(ours.get(path), theirs.get(path))]
         if self.zero_biases:
-            paths = [path for path in paths if not (path.endswith("bias") and theirs.get(path) is True)]
+            paths = [
+                path for path in paths if not (path.endswith("bias") and _in_all(ours.get(path), theirs.get(path)))
+            ]
         return [f"{path} is {_shown(ours.get(path))}, there {_shown(theirs.get(path))}" for path in paths]
 
 
@@ -245,10 +247,10 @@ def _spelled_out(config: ModelConfig, context: int) -> Values:
 
 
 def _without_added_losses(feed_forward: Values) -> None:
-    """Removes what only training needs."""
+    """Removes what only training needs, and says whether there is a bias in the selection of experts."""
     feed_forward.pop("z_loss_weight", None)
-    if (feed_forward.get("balance") or {}).get("kind") == "loss":
-        del feed_forward["balance"]
+    if (feed_forward.pop("balance", None) or {}).get("kind") == "bias":
+        feed_forward["selection_bias"] = True
 
 
 def _implied(attention: Attention) -> Values:
@@ -269,6 +271,17 @@ def _equal(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) and isinstance(theirs, float):
         return isclose(ours, theirs, rel_tol=1e-12)
     return bool(ours == theirs)
+
+
+def _in_all(ours: Any, theirs: Any) -> bool:
+    """Returns whether they have a bias in all layers in which we have one, and in some."""
+    if not isinstance(theirs, list):
+        return theirs is True
+    return True in theirs and all(their or not our for our, their in zip(_by_layer(ours, theirs), theirs))
+
+
+def _by_layer(value: Any, like: list[Any]) -> list[Any]:
+    return value if isinstance(value, list) else [value] * len(like)
 
 
 def _shown(value: Any) -> str:

@@ -84,9 +84,9 @@ class FolderWeights(Mapping[str, Tensor]):
                 bad = int((~finite).sum())
                 raise CheckpointError(f"{self._where(name)}: {bad} of {finite.numel()} elements are not finite in fp32")
         for name in self._optional:
-            if name.endswith("bias"):
+            if name.endswith(".bias"):
                 if self._read(name).count_nonzero():
-                    raise CheckpointError(f"{self._where(name)}: not zero, and this model has no such bias")
+                    raise CheckpointError(f"{self._where(name)}: not zero, and this model has no output bias")
             else:
                 self._check_tied(name)
 
@@ -208,8 +208,6 @@ def _optional(names: Names, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         has_bias = [f"blocks.{number}.attention.{layer}.bias" in ours for layer in ("wq", "wo")]
         if output is not None and has_bias == [True, False]:
             shapes[f"{names.layers}.{number}.{output}.bias"] = (config.dim,)
-        if router := ours.get(f"blocks.{number}.feed_forward.router.weight"):
-            shapes |= {f"{names.layers}.{number}.{name}": router.shape[:1] for name in names.zeros}
     return shapes
 
 

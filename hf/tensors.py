@@ -50,8 +50,8 @@ class Names:
     """Tensors of a layer that old files hold, and that follow from config.json."""
     others: tuple[str, ...] = ()
     """Prefixes of tensors that do not belong to the text model."""
-    zeros: tuple[str, ...] = ()
-    """Tensors of a layer, a number for each expert, that only zeros can stand for, since our model lacks them."""
+    states: tuple[tuple[str, str], ...] = ()
+    """Tensors of a layer that are neither weight nor bias of a module, and ours."""
     renamed: tuple[tuple[str, str], ...] = ()
     """How older versions of transformers began names, and how they begin now."""
 
@@ -113,6 +113,9 @@ def stored_tensors(names: Names, config: ModelConfig) -> dict[str, Stored]:
     found = list(_stored(names.ends, weights, ours="", theirs=""))
     for number in range(config.n_layers):
         found += _stored(names.layer, weights, ours=f"blocks.{number}.", theirs=f"{names.layers}.{number}.")
+        for theirs, ours in names.states:
+            if weight := weights.get(f"blocks.{number}.{ours}"):
+                found.append(Stored(f"{names.layers}.{number}.{theirs}", (weight,), "rows", transposed=False))
     placed = {weight.name for stored in found for weight in stored.weights}
     assert placed == weights.keys(), f"{sorted(weights.keys() - placed)} have no place"
     return {stored.name: stored for stored in found}

@@ -162,6 +162,9 @@ def their_model(family: str, keys: dict[str, Any], seed: int = 0) -> Any:
                 parameter += 0.2 * noise
             else:
                 parameter.copy_(noise / max(parameter.shape[-1], 48) ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.2 * torch.randn(buffer.shape)
     return model
 
 

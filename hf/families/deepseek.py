@@ -33,8 +33,8 @@ _EXPERTS = {
 def _names(config: ModelConfig) -> Names:
     """Checkpoints hold a module that predicts further tokens as one layer more."""
     layer = {**PRE_NORMS, **_LATENT, **GATED, **_EXPERTS}
-    zeros = ("mlp.gate.e_score_correction_bias",)
-    return Names(ENDS, layer, zeros=zeros, others=(f"model.layers.{config.n_layers}.",))
+    states = (("mlp.gate.e_score_correction_bias", "feed_forward.router.selection_bias"),)
+    return Names(ENDS, layer, states=states, others=(f"model.layers.{config.n_layers}.",))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ DEEPSEEK_V3 = Family(
         switch("norm_topk_prob", "feed_forward.normalise", default=True),
         key("num_nextn_predict_layers", type=NonNegativeInt, default=0),
     ),
-    _FIXED | {"feed_forward.router": "sigmoid"},
+    _FIXED | {"feed_forward.router": "sigmoid", "feed_forward.balance": {"kind": "bias"}},
+    zero_biases=True,
     problem=_other_heads,
 )
 DEEPSEEK_V2 = Family(

@@ -32,7 +32,7 @@ UNREADABLE = {
     'model.positions={kind="rotory"}': 'model.positions: kind is "rotory"; did you mean rotary?',
     'model.norm={kind="batch"}': 'model.norm: kind is "batch"; known here: rms, layer, scale, fix',
     "model.feed_forward.kind=gatted": 'model.feed_forward: kind is "gatted"; did you mean gated?',
-    "model.attention.kind=hyena": "model.attention.kind: \"hyena\" given; should be 'softmax'",
+    "model.attention.kind=hyena": 'model.attention: kind is "hyena"; known here: softmax, latent',
     'model.attention.qk_norm={kind="scail"}': 'model.attention.qk_norm: kind is "scail"; did you mean scale?',
     'model.layers=[{positions={kind="learnt"}}]': (
         'model.layers[0].positions: kind is "learnt"; did you mean learned?'

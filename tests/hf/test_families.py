@@ -112,9 +112,10 @@ def test_a_family_computes_what_transformers_does_and_comes_back(
     loss.objective.backward()
     parameters, gradients = dict(ours.named_parameters()), _in_file(theirs, gradients=True)
     tensors = family.tensors(config)
-    assert tensors.keys() == gradients.keys()
+    trained = {name: stored for name, stored in tensors.items() if stored.weights[0].role != "state"}
+    assert trained.keys() == gradients.keys()
     least = max(gradient.abs().max().item() for gradient in gradients.values()) / 100  # biases of keys have none
-    for tensor, stored in tensors.items():
+    for tensor, stored in trained.items():
         parts = [parameters[weight.name].grad for weight in stored.weights]
         assert _close(stored.joined([part for part in parts if part is not None]), gradients[tensor], least), tensor
 
@@ -130,18 +131,14 @@ def test_every_family_is_tried() -> None:
     assert FAMILIES.keys() == VARIANTS.keys() | {"gemma3", "internlm3", "iquestcoder"}
 
 
-def test_what_a_deepseek_holds_besides_is_passed_over_unless_it_matters(tmp_path: Path) -> None:
-    """A module that predicts a second token, as one layer more; a bias that chooses experts, while it is zero."""
+def test_a_module_that_predicts_a_second_token_is_passed_over(tmp_path: Path) -> None:
+    """A module that predicts a second token, as one layer more."""
     theirs = their_model("deepseek_v3", VARIANTS["deepseek_v3"][0])
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"model.layers.4.eh_proj.weight": torch.ones(48, 96)}, tmp_path / "model.safetensors")
     _, ours = _read(tmp_path)
     assert _close(ours.logits(_batch(_tokens(30))), their_logits(theirs, _tokens(30)))
-    tensors["model.layers.2.mlp.gate.e_score_correction_bias"][3] = 0.1
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"layers.2.mlp.gate.e_score_correction_bias: not zero, and this model"):
-        _read(tmp_path)
 
 
 STEPS, CLIP = 10, 0.5
@@ -280,6 +277,13 @@ FITS: dict[str, dict[str, Any]] = {
         "attention": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "qkv_bias": True, "output_bias": True},
         "feed_forward": {"kind": "gated", "hidden_dim": 80, "bias": True},
     },
+    "deepseek_v3": {
+        "attention": {"kind": "latent", "n_heads": 6, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "v_dim": 8},
+        "feed_forward": {"kind": "experts", "n_experts": 8, "active": 2, "hidden_dim": 16, "shared": 1}
+        | {"router": "sigmoid"},
+        "norm": {"eps": 1e-6},
+        "layers": [{"feed_forward": {"kind": "gated", "hidden_dim": 80}}, {}],
+    },
     "gemma3_text": {
         "layers": [{}, {"attention": {"window": 16}, "positions": {"kind": "rotary", "base": 5e3}}],
         "norm": {"kind": "rms", "unit_offset": True},
@@ -361,6 +365,6 @@ def test_biases_that_transformers_ignores_must_be_zero(tmp_path: Path) -> None:
     _read(tmp_path)
     save_file({**tensors, bias: torch.ones(48)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"layers.1.self_attn.o_proj.bias: not zero, and this model has no such bias"
+        CheckpointError, match=r"layers.1.self_attn.o_proj.bias: not zero, and this model has no output"
     ):
         _read(tmp_path)
