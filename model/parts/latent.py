@@ -62,13 +62,12 @@ class Latent(Attention):
 
     def cost(self, dim: int, seq_len: int) -> Cost:
         heads, ranks = self.n_heads, tuple(self._normed.values())
-        made = Axis("head", heads, self.query_dim + self.nope_dim + self.v_dim)
         cut = Axis("head", heads, self.v_dim * (self.v_dim < self.head_dim))
         normed = tuple(Axis(axis.name, 20 * axis.count) for axis in ranks)
         return Cost(
             inputs=(Axis("dim", dim), *ranks),
             kept=(*ranks, cut),
-            outputs=(Axis("dim", dim), *ranks, Axis("rope", self.rope_dim), made),
+            outputs=(Axis("dim", dim), *ranks, Axis("rope", self.rope_dim)),
             attended=(Axis("head", heads, 4 * self.head_dim),),
             statistics=(Axis("head", heads),),
             scores=(Axis("head", heads, (self.query_dim + self.v_dim) * self._seen(seq_len) // 2),),

@@ -10,6 +10,7 @@ from small_models import small_config
 from triplane.model.count import count_parameters
 from triplane.model.parts.balance import SequenceLoss
 from triplane.model.parts.experts import Experts
+from triplane.model.parts.latent import Latent
 from triplane.parallel.config import ParallelConfig
 from triplane.plan.shares import Work, in_flight, parameters, pipeline
 
@@ -52,10 +53,18 @@ def test_the_peak_of_real_ranks_is_as_predicted(layout: dict[str, Any], micro_ba
             assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
 
 
+PARTS: dict[str, Any] = {
+    "feed_forward": Experts(n_experts=8, active=2, hidden_dim=192, shared=1, balance=SequenceLoss()),
+    "attention": Latent(n_heads=8, q_rank=48, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=16),
+}
+
+
 @pytest.mark.parametrize("layout", [{}, {"recompute": "selective"}])
-def test_the_memory_of_experts_is_as_predicted(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = Experts(n_experts=8, active=2, hidden_dim=192, shared=1, balance=SequenceLoss())
-    monkeypatch.setattr(memory, "MODEL", memory.MODEL.model_copy(update={"feed_forward": experts}))
+@pytest.mark.parametrize("part", PARTS)
+def test_the_memory_of_other_parts_is_as_predicted(
+    part: str, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MODEL", memory.MODEL.model_copy(update={part: PARTS[part]}))
     for name, measured, predicted in memory.compare(layout, 1, True):
         assert predicted.peak == pytest.approx(measured.peak, rel=0.1), name
         assert predicted.state == pytest.approx(measured.state, rel=0.05), name
