@@ -54,7 +54,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
 
     def shards_weights(self, replicas: int) -> bool:
         """Returns whether a rank holds a shard of each weight: at ZeRO 3, unless nobody and no host shares it."""
-        return self.zero == 3 and (replicas > 1 or self.offload_optimizer)
+        return self.zero == 3 and (self.shards(replicas) > 1 or self.offload_optimizer)
 
     def shards(self, replicas: int) -> int:
         """Returns the ranks, of `replicas`, that share the state of the optimizer."""

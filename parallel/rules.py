@@ -54,8 +54,8 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need at least {stages - 1} "
             f"layers, but n_layers is {model.n_layers}"
         )
-    if layout.dp_shard and zero not in (1, 2):
-        yield f"dp_shard ({layout.dp_shard}) requires zero 1 or 2, not {zero}"
+    if layout.dp_shard and zero == 0:
+        yield f"dp_shard ({layout.dp_shard}) requires zero > 0: stage 0 shares nothing"
     if layout.dp_shard and layout.offload_optimizer:
         yield "dp_shard and offload_optimizer cannot be combined: DeepSpeed shards the state among all ranks of dp x cp"
     if layout.dp_shard and layout.dp != "auto":

@@ -143,7 +143,7 @@ def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
 
 def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memory]:
     """Returns the fullest moments of a step with ZeRO 3, in which whole weights and gradients are temporary."""
-    width, share = work.element_bytes, parameters(work, rank) // work.replicas
+    width, share = work.element_bytes, parameters(work, rank) // work.shards
     kinds = {number % work.period for number in rank.layers}
     unit = max((layer_parameters(work, kind) for kind in kinds), default=0)
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)

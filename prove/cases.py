@@ -61,6 +61,8 @@ _LARGE: list[dict[str, Any]] = [
     {"pp": 2, "dp": 4, "dp_shard": 2, "zero": 2, "tied": True},
     {"tp": 2, "dp": 4, "dp_shard": 2, "zero": 2, "optimizer": "muon"},
     {"cp": 2, "dp": 4, "dp_shard": 4, "precision": "bf16"},
+    {"dp": 4, "dp_shard": 2, "zero": 3, "precision": "bf16"},
+    {"cp": 2, "pp": 2, "dp": 2, "dp_shard": 2, "zero": 3, "tied": True},
     {"dp": 8, "zero": 3, "recompute": "full", "precision": "bf16"},
 ]
 """Three axes or more, and one axis over eight ranks."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
@@ -17,15 +18,18 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 def differing_ranks(engine: Engine) -> list[int]:
     """Returns the ranks whose weights differ from those of most of their replicas; collective.
 
-    With two replicas, returns both. ZeRO 3 stores no weight twice, so it has nothing to compare.
+    With two replicas, returns both. At ZeRO 3 the replicas are those of a shard.
     """
     mesh = engine.mesh
-    if engine.layout.shards_weights(mesh.replicas.size):
+    sharded = engine.layout.shards_weights(mesh.replicas.size)
+    replicas = mesh.spread.copies if sharded else mesh.replicas
+    if replicas.size == 1:
         return []
-    weights = [placement.parameter.detach() for placement in engine.local.placements]
+    parameters = (placement.parameter.detach() for placement in engine.local.placements)
+    weights = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
     mine = checksum(weights, mesh.device)
-    theirs = [torch.empty_like(mine) for _ in range(mesh.replicas.size)]
-    dist.all_gather(theirs, mine, group=mesh.replicas.group)
+    theirs = [torch.empty_like(mine) for _ in range(replicas.size)]
+    dist.all_gather(theirs, mine, group=replicas.group)
     sums = [int(other) for other in theirs]
     most, count = Counter(sums).most_common(1)[0]
     return ranks_where(mesh, int(mine) != most or count * 2 <= len(sums))
