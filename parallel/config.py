@@ -33,8 +33,8 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """ZeRO stage over dp x cp. 0: replicate everything. 1: shard fp32 weights and moments; 2: gradients too; 3: weights
     too."""
     dp_shard: PositiveInt | None = None
-    """Ranks of dp x cp that share a state by ZeRO 1 or 2, neighbours: those of one machine, say. The others hold copies
-    of it, so that only gradients cross machines. none: all."""
+    """Ranks of dp x cp that share what ZeRO 1 to 3 shards, neighbours: those of one machine, say. The others hold
+    copies, so that only gradients cross machines. none: all."""
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in host memory and update them there; slow."""
     recompute: Literal["none", "selective", "full"] = "none"

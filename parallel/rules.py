@@ -57,7 +57,7 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
     if layout.dp_shard and zero == 0:
         yield f"dp_shard ({layout.dp_shard}) requires zero > 0: stage 0 shares nothing"
     if layout.dp_shard and layout.offload_optimizer:
-        yield "dp_shard and offload_optimizer cannot be combined: DeepSpeed shards the state among all ranks of dp x cp"
+        yield "dp_shard and offload_optimizer cannot be combined: all ranks of dp x cp share the offloaded state"
     if layout.dp_shard and layout.dp != "auto":
         name = f"dp ({layout.dp}) x cp ({cp}) ="
         yield from multiple(name, layout.dp * cp, f"dp_shard ({layout.dp_shard})", layout.dp_shard)

@@ -58,22 +58,18 @@ def data_s(work: Work, rates: Rates, *, parameters: int, micro_batch_s: float) -
     Backward takes two thirds of a micro-batch's `micro_batch_s`, forward the rest.
     """
     layout, zero, program = work.layout, work.layout.zero, rates.program
-
-    def collective_s(width: float) -> float:
-        return rates.collective_s(width * parameters, work.replicas, layout.tp)
-
-    weights_s = collective_s(work.element_bytes)
-    if zero == 3:
-        # Every micro-batch gathers each block's weights twice and reduces its gradients once, while others compute.
-        hops_s = 3 * program.hop_s * (work.replicas - 1) * work.model.n_layers / layout.pp
-        exposed = max(0.0, 2 * weights_s + collective_s(program.gradient_bytes) - micro_batch_s)
-        return work.micro_batches * (exposed + hops_s)
-    shards = work.shards
+    shards, copies = work.shards, work.replicas // work.shards
     sent = program.gradient_bytes * parameters
-    gradients_s = (2 if program.all_reduces else 1) * rates.collective_s(sent, shards, layout.tp)
-    # Ranks with copies of a share are as far apart as their groups of neighbours are large.
-    gradients_s += 2 * rates.collective_s(sent / shards, work.replicas // shards, layout.tp * shards)
     weights_s = rates.collective_s(work.element_bytes * parameters, shards, layout.tp)
+    reduced_s = rates.collective_s(sent, shards, layout.tp)
+    # Ranks with copies of a share are as far apart as their groups of neighbours are large.
+    copies_s = 2 * rates.collective_s(sent / shards, copies, layout.tp * shards)
+    if layout.shards_weights(work.replicas):
+        # Every micro-batch gathers each block's weights twice and reduces its gradients once, while others compute.
+        hops_s = program.hop_s * (3 * (shards - 1) + 2 * (copies - 1)) * work.model.n_layers / layout.pp
+        exposed = max(0.0, 2 * weights_s + reduced_s + copies_s - micro_batch_s)
+        return work.micro_batches * (exposed + hops_s)
+    gradients_s = (2 if program.all_reduces else 1) * reduced_s + copies_s
     if zero and (layout.pp == 1 or program.pipeline_hides):
         gradients_s = max(0.0, gradients_s - micro_batch_s * 2 / 3)
     if zero == 2 and layout.pp == 1:

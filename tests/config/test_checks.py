@@ -78,7 +78,7 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             2,
             "offload_optimizer requires zero > 0: replicated state stays on the GPU",
         ),
-        ({"dp_shard": 2, "zero": 3}, 4, "dp_shard (2) requires zero 1 or 2, not 3"),
+        ({"dp_shard": 2, "zero": 0}, 4, "dp_shard (2) requires zero > 0: stage 0 shares nothing"),
         (
             {"dp_shard": 3, "tp": 1},
             4,
@@ -87,7 +87,7 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
         (
             {"dp_shard": 2, "offload_optimizer": True},
             4,
-            "dp_shard and offload_optimizer cannot be combined: DeepSpeed shards the state among all ranks of dp x cp",
+            "dp_shard and offload_optimizer cannot be combined: all ranks of dp x cp share the offloaded state",
         ),
         (
             {"recompute": "selective"},
@@ -136,6 +136,10 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
 )
 def test_each_check_names_its_operands(changes: dict[str, Any], ranks: int, problem: str) -> None:
     assert check(config(**changes), ranks) == problem.splitlines()
+
+
+def test_zero_3_goes_with_dp_shard() -> None:
+    assert check(config(dp_shard=2, zero=3), 4) == []
 
 
 def test_all_problems_come_together() -> None:

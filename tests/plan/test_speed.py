@@ -57,6 +57,8 @@ def test_a_step_is_never_faster_than_its_flops() -> None:
         (("parallel.compile=false",), ()),
         (("parallel.offload_optimizer=true",), ()),
         (("training.precision=fp32",), ()),
+        (("parallel.zero=3",), ("parallel.zero=3", "parallel.dp_shard=4")),
+        (("parallel.zero=3", "parallel.dp_shard=4"), ("parallel.zero=2", "parallel.dp_shard=4")),
     ],
 )
 def test_what_makes_a_step_slower(slower: dict[str, Any], faster: dict[str, Any]) -> None:

@@ -12,12 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from triplane.model import router
 from triplane.model.batch import Batch
 from triplane.model.modules import Stack, WeightsModule, unchanged
-from triplane.parallel import bucket, context, engine, experts, megatron, packing, ring, stages, tensor, ulysses, update
+from triplane.parallel import (
+    bucket,
+    context,
+    engine,
+    experts,
+    fully_sharded,
+    megatron,
+    packing,
+    ring,
+    stages,
+    tensor,
+    ulysses,
+    update,
+)
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import missing_to_compile
 from triplane.parallel.engine import Engine
@@ -448,6 +462,13 @@ def _with_the_experts_bias_on_each_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor, "_split_layers", split)
 
 
+def _without_the_copies_of_shards(patch: pytest.MonkeyPatch) -> None:
+    def device_mesh(mesh: Any) -> Any:
+        return DeviceMesh.from_group(mesh.spread.shards.group, mesh.device.type)
+
+    patch.setattr(fully_sharded, "_device_mesh", device_mesh)
+
+
 ONE_SHARED, IN_GROUPS, WITH_BIASES = "experts, one shared", "experts in groups", "experts with biases"
 MICRO_BATCHES = 4
 LATENT = "latent, whole queries, wide values"
@@ -476,6 +497,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_the_factor_of_a_tp_ranks_share, {"tp": 2, "optimizer": "muon"}),
     (_with_the_factor_of_a_ranks_rows, {"dp": 2, "zero": 3, "optimizer": "muon"}),
     (_with_swapped_rows, {"dp": 2, "zero": 3}),
+    (_without_the_copies_of_shards, {"dp": 4, "dp_shard": 2, "zero": 3}),
     (_without_the_last_reduction, {"dp": 2, "zero": 3}),
     (_without_the_copied_gradients, {"pp": 2, "dp": 2, "zero": 3, "tied": True}),
     (_without_the_copied_gradients, {"pp": 2, "dp": 2, "zero": 3, "virtual_stages": 2, "options": ("T5 bias",)}),
@@ -528,6 +550,20 @@ def test_a_planted_bug_is_caught(
     result = proven(**layout)
     assert not result.passed
     assert result.difference is None or result.difference.largest > 5e-6
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp": 4, "dp_shard": 2, "zero": 3},
+        {"dp": 4, "dp_shard": 2, "zero": 3, "optimizer": "muon"},
+        {"dp": 2, "dp_shard": 1, "zero": 3},
+    ],
+    ids=str,
+)
+def test_zero_3_shards_over_some_replicas(layout: dict[str, Any], proven: Callable[..., Result]) -> None:
+    result = proven(**layout)
+    assert result.passed, result
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from runs import small_run
 from small_corpora import Prepared
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import deterministic
 from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported before the ranks fork
@@ -243,13 +244,16 @@ def _flip_a_bit(mesh: Mesh, layout: ParallelConfig, flipped: int) -> list[list[i
     engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, dtype=torch.float32)
     before = differing_ranks(engine)
     if mesh.rank == flipped:
-        engine.local.placements[1].parameter.detach().view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
+        weight = engine.local.placements[1].parameter.detach()
+        held = weight.to_local() if isinstance(weight, DTensor) else weight
+        held.view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
     return [before, differing_ranks(engine)]
 
 
 REPLICAS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "of three": ({"dp": 3, "zero": 0}, [2]),
     "of two": ({"dp": 2, "tp": 2}, [0, 2]),
+    "of a shard": ({"dp": 6, "dp_shard": 2, "zero": 3}, [2]),
 }
 
 
