@@ -116,10 +116,10 @@ def _split(
 def _spread(config: ParallelConfig, replicas: Axis, ranks: list[int], groups: "Groups") -> Spread:
     """Divides the `ranks` of an axis into neighbours that share a state and copies of it."""
     size, number = config.shards(replicas.size), replicas.rank
-    if size == 1:
-        return Spread(shards=Axis(), copies=replicas)
     if size == replicas.size:
         return Spread(shards=replicas, copies=Axis())
+    if size == 1:
+        return Spread(shards=Axis(), copies=replicas)
     first = number - number % size
     shards = Axis(size, number % size, groups.of(ranks[first : first + size]))
     return Spread(shards, Axis(replicas.size // size, number // size, groups.of(ranks[number % size :: size])))

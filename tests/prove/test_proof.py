@@ -558,10 +558,11 @@ def test_a_planted_bug_is_caught(
         {"dp": 4, "dp_shard": 2, "zero": 3},
         {"dp": 4, "dp_shard": 2, "zero": 3, "optimizer": "muon"},
         {"dp": 2, "dp_shard": 1, "zero": 3},
+        {"zero": 3, "offload_optimizer": True},
     ],
     ids=str,
 )
-def test_zero_3_shards_over_some_replicas(layout: dict[str, Any], proven: Callable[..., Result]) -> None:
+def test_zero_3_shards_over_some_replicas_or_one(layout: dict[str, Any], proven: Callable[..., Result]) -> None:
     result = proven(**layout)
     assert result.passed, result
 
