@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triplane.model.weights import Weight
+from triplane.parallel.axes import split_dim
 from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.update import Piece
 
@@ -43,11 +44,11 @@ class WholeMatrices:
         """Returns this tp rank's share of the result."""
         placement = piece.placement
         assert share.shape == placement.local, f"{placement.name} is cut within dp x cp"
-        if not placement.sharded:
+        dim = split_dim(placement.weight, self.tp.size)
+        if dim is None:
             return function(placement.weight, share)
         parts = [torch.empty_like(share) for _ in range(self.tp.size)]
         dist.all_gather(parts, share.contiguous(), group=self.tp.group)
-        (dim,) = (i for i, (mine, all_) in enumerate(zip(placement.local, placement.shape)) if mine != all_)
         whole = function(placement.weight, torch.cat(parts, dim))
         return whole.narrow(dim, placement.offsets[dim], placement.local[dim])
 

@@ -53,6 +53,7 @@ _LARGE: list[dict[str, Any]] = [
     {"cp": 2, "pp": 2, "virtual_stages": 2, "dp": 2, "tied": True},
     {"tp": 2, "pp": 2, "dp": 2, "zero": 0, "tied": True},
     {"tp": 2, "pp": 2, "dp": 2, "tied": True, "precision": "bf16", "offload_optimizer": True},
+    {"cp": 2, "cp_method": "ring", "pp": 2, "dp": 2, "zero": 2, "tied": True, "optimizer": "muon"},
     {"tp": 4, "sequence_parallel": True, "pp": 2, "virtual_stages": 2, "tied": True},
     {"tp": 4},
     {"tp": 8, "sequence_parallel": True},
@@ -79,10 +80,27 @@ _EXPERTS_OVER_RANKS: list[dict[str, Any]] = [
         ("experts after a dense layer", {"dp": 4, "ep": 4}),
         ("experts after a dense layer", {"dp": 4, "zero": 2}),
         ("experts, one shared", {"dp": 2, "cp": 2, "tp": 2, "ep": 4}),
+        ("experts in groups", {"dp": 2, "tp": 2, "optimizer": "muon"}),
         ("experts, one shared", {"dp": 2, "precision": "bf16"}),
     )
 ]
 """Experts over ranks of one axis or more, with each other axis; ranks keep whole or share the optimizer's state."""
+
+_EXPERTS_ON_AXES: list[dict[str, Any]] = [
+    {"options": (option,)} | layout
+    for option, layout in (
+        ("experts, one shared", {"pp": 2, "dp": 2, "ep": 2, "optimizer": "muon"}),
+        ("experts in groups", {"tp": 2, "sequence_parallel": True, "pp": 2, "dp": 2, "ep": 2}),
+        ("experts in groups", {"tp": 2, "pp": 2, "dp": 2, "ep": 2, "zero": 2, "optimizer": "muon by head"}),
+        ("experts in groups", {"tp": 2, "pp": 2, "dp": 2, "zero": 3, "optimizer": "muon"}),
+        ("experts, one shared", {"cp": 2, "dp": 2, "ep": 2, "zero": 2}),
+        ("experts with biases", {"tp": 2, "cp": 2, "dp": 2, "optimizer": "muon by head"}),
+        ("experts with biases", {"cp": 2, "cp_method": "ring", "pp": 2, "dp": 2, "ep": 4, "optimizer": "muon"}),
+        ("experts after a dense layer", {"pp": 2, "virtual_stages": 2, "dp": 4, "ep": 2, "zero": 0}),
+        ("experts after a dense layer", {"tp": 2, "cp": 2, "pp": 2, "ep": 2, "tied": True, "optimizer": "muon"}),
+    )
+]
+"""Experts on three axes or more, by AdamW and Muon."""
 
 LARGE_VOCABULARY = 65_537
 _LARGE_TENSORS: list[dict[str, Any]] = [
@@ -237,7 +255,8 @@ def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick:
         return sum(axis in spread for axis, _ in pair) == 1
 
     fast = spread.keys() - slow
-    over_ranks = [_case(model, setting, ranks=ranks, runs_here=runs_here) for setting in _EXPERTS_OVER_RANKS]
+    settings = _EXPERTS_OVER_RANKS if quick else [*_EXPERTS_OVER_RANKS, *_EXPERTS_ON_AXES]
+    over_ranks = [_case(model, setting, ranks=ranks, runs_here=runs_here) for setting in settings]
     experts = [case for case in over_ranks if case is not None]
     if quick:
         return covered(fast, min(ranks, 4), one_axis) + [case for case in experts if case.precision == "fp32"]

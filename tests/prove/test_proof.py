@@ -496,6 +496,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_decay_of_vectors, {"dp": 2, "zero": 3}),
     (_with_the_factor_of_a_tp_ranks_share, {"tp": 2, "optimizer": "muon"}),
     (_with_the_factor_of_a_ranks_rows, {"dp": 2, "zero": 3, "optimizer": "muon"}),
+    (_with_the_factor_of_a_tp_ranks_share, {"tp": 2, "dp": 2, "ep": 2, "optimizer": "muon", "options": (IN_GROUPS,)}),
     (_with_swapped_rows, {"dp": 2, "zero": 3}),
     (_without_the_copies_of_shards, {"dp": 4, "dp_shard": 2, "zero": 3}),
     (_without_the_last_reduction, {"dp": 2, "zero": 3}),
@@ -624,6 +625,14 @@ def test_what_tp_sums_in_place_goes_through_the_compiler(
 @pytest.mark.parametrize("zero", [0, 1])
 def test_the_stages_of_a_rank_share_a_table_that_tp_has_split_once(proven: Callable[..., Result], zero: int) -> None:
     result = proven(tp=2, pp=2, virtual_stages=2, zero=zero, options=("T5 bias",))
+    assert result.passed, result
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "muon by head"])
+def test_matrices_of_experts_that_tp_and_ep_split_are_brought_together(
+    proven: Callable[..., Result], optimizer: str
+) -> None:
+    result = proven(tp=2, dp=2, ep=2, options=(IN_GROUPS,), optimizer=optimizer)
     assert result.passed, result
 
 
