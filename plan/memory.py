@@ -21,6 +21,7 @@ from triplane.plan.shares import (
     layer_parameters,
     parameters,
     table_parameters,
+    updated,
 )
 
 Device = Literal["cuda", "cpu"]
@@ -97,8 +98,7 @@ class _State(NamedTuple):
 def _own(work: Work, rank: RankKind, device: Device) -> _State:
     """Returns the state of ZeRO 0 to 2."""
     owned = parameters(work, rank)
-    shards = work.shards
-    share = owned // shards
+    shards, share = work.shards, updated(work, rank)
     bucket = _STATISTIC * min(least_elements(shards), owned)
     received = bucket if device == "cpu" and shards > 1 else 0  # gloo exchanges shares, which are then summed
     partitioned = work.layout.zero == 2 and work.layout.pp == 1 and shards > 1

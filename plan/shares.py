@@ -1,6 +1,6 @@
 """Computes a rank's share of a model: stages, layers, parameters, micro-batches in flight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from triplane.model.config import ModelConfig
@@ -136,6 +136,15 @@ def parameters(work: Work, rank: RankKind) -> int:
         + sum(local_elements(weight, work.layout.tp) for weight in ends)
         + shared * table_parameters(work)
     )
+
+
+def updated(work: Work, rank: RankKind) -> int:
+    """Returns the parameters that a rank updates, of those it holds: with ZeRO 1 and 2 a share."""
+    if work.shards == 1:
+        return parameters(work, rank)
+    # The ranks that hold the same experts are fewer by ep, and so are those experts.
+    whole = work.layout.model_copy(update={"ep": 1})
+    return parameters(replace(work, layout=whole), rank) // work.shards
 
 
 def in_flight(work: Work, rank: RankKind) -> list[int]:

@@ -15,6 +15,7 @@ from triplane.plan.shares import (
     parameters,
     pipeline,
     table_parameters,
+    updated,
 )
 from triplane.plan.traffic import context_s, data_s, dispatch_s, sends_s, tensor_s
 
@@ -98,7 +99,7 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     waiting = bubble + sends_s(work, rates) * (micro + layout.pp - 1)
     owned = max(parameters(work, rank) for rank in ranks)
     data = data_s(work, rates, parameters=owned, micro_batch_s=slowest.total)
-    update = _update_s(work, rates, owned)
+    update = _update_s(work, rates, max(updated(work, rank) for rank in ranks))
     tokens = work.dp * micro * work.micro_batch_size * work.seq_len
     seconds = steady.total + waiting + data + update
     peak = gpu.bf16_tflops * 1e12 * work.replicas * layout.tp * layout.pp
@@ -156,8 +157,7 @@ def _head(work: Work, rates: Rates) -> _Pass:
     return _Pass(products / rates.products_flops_per_s(work.bf16), moved / rates.memory_bytes_per_s)
 
 
-def _update_s(work: Work, rates: Rates, owned: int) -> float:
-    share = owned / work.shards
+def _update_s(work: Work, rates: Rates, share: int) -> float:
     if work.layout.offload_optimizer:
         return share * (_UPDATE_BYTES / _HOST_BYTES_PER_S + 6 / _PCIE_BYTES_PER_S)
     return share * _UPDATE_BYTES / rates.memory_bytes_per_s

@@ -1,7 +1,8 @@
 """The plan's memory is what real ranks take, and its parameters are those that they hold."""
 
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import pytest
 from benchmark_scripts import benchmark
@@ -12,6 +13,7 @@ from triplane.model.parts.balance import SequenceLoss
 from triplane.model.parts.experts import Experts
 from triplane.model.parts.latent import Latent
 from triplane.parallel.config import ParallelConfig
+from triplane.plan.memory import peak_memory
 from triplane.plan.shares import Work, in_flight, parameters, pipeline
 
 memory = benchmark("memory")
@@ -59,8 +61,14 @@ PARTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("layout", [{}, {"recompute": "selective"}])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("part", "layout"),
+    [
+        *product(PARTS, ({}, {"recompute": "selective"})),
+        ("feed_forward", {"dp": 2, "ep": 2}),
+        ("feed_forward", {"dp": 4, "ep": 2, "zero": 2}),
+    ],
+)
 def test_the_memory_of_other_parts_is_as_predicted(
     part: str, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +77,31 @@ def test_the_memory_of_other_parts_is_as_predicted(
         assert predicted.peak == pytest.approx(measured.peak, rel=0.1), name
         assert predicted.state == pytest.approx(measured.state, rel=0.05), name
         assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("zero", "of_others", "of_experts"),
+    [(0, 1, 2), (1, 4, 4), (2, 4, 4)],  # of 4 ranks 2 hold the same half of the experts, and share its state
+)
+def test_experts_over_ranks_share_their_state_among_those_that_hold_them(
+    zero: Literal[0, 1, 2], of_others: int, of_experts: int
+) -> None:
+    of_all = 6 * 8 * 3 * 192 * 128  # layers, experts, matrices, hidden and model dim
+    experts = Experts(n_experts=8, active=2, hidden_dim=192)
+    one = Work(
+        model=memory.MODEL.model_copy(update={"feed_forward": experts}),
+        layout=ParallelConfig(dp=4, ep=2, zero=zero),
+        dp=4,
+        bf16=True,
+        micro_batch_size=2,
+        micro_batches=2,
+        seq_len=32,
+    )
+    others = count_parameters(one.model) - of_all
+    (rank,) = pipeline(one)
+    found = peak_memory(one, rank)
+    assert found.weights == 2 * (others + of_all // 2)
+    assert found.optimizer == 12 * (others // of_others + of_all // of_experts)
 
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
