@@ -47,11 +47,6 @@ class Placement:
         return Size(self.weight.shape)
 
     @property
-    def trained(self) -> bool:
-        """False for what has no gradient: frozen weights, and state that a part updates itself."""
-        return self.parameter.requires_grad
-
-    @property
     def elements(self) -> int:
         """Elements of the flattened parameter that lie in the global tensor; a vocabulary's padding rows do not."""
         rows = min(self.local[0], max(0, self.shape[0] - self.offsets[0]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from triplane.parallel.bucket import Bucket
 from triplane.parallel.mesh import Mesh, Spread
 from triplane.parallel.packing import bucket_runs
-from triplane.parallel.placement import Fragment, LocalModel, Placement, fragments
+from triplane.parallel.placement import Fragment, LocalModel, Placement
 from triplane.parallel.update import OptimizerKind, Update
 
 
@@ -28,9 +28,7 @@ class ShardedOptimizer:
         self.module = local.module
         self.mesh = mesh
         self.partitions = partition_gradients
-        self.buckets = list(_buckets([placement for placement in local.placements if placement.trained], kind))
-        # Whatever dtype they are used in, a checkpoint holds fp32; what is in fp32 already is not copied.
-        self.frozen = [(p, p.parameter.detach().float()) for p in local.placements if not p.trained]
+        self.buckets = list(_buckets(local.placements, kind))
         self._bucket: dict[Tensor, Bucket] = {p.parameter: bucket for bucket in self.buckets for p in bucket.placements}
         for parameter in self._bucket:
             parameter.register_post_accumulate_grad_hook(self._collect)  # type: ignore[no-untyped-call]
@@ -108,16 +106,11 @@ class ShardedOptimizer:
 
     def fragments(self) -> Iterator[Fragment]:
         """Yields the state on this rank."""
-        yield from self.update.fragments()
-        for placement, weight in self.frozen:
-            first = placement.spread.shards.rank == placement.spread.copies.rank == 0
-            yield from fragments(placement, "weight", weight.view(-1), start=0, primary=first)
+        return self.update.fragments()
 
     def loaded(self, step: int) -> None:
         """Adopts fragments that were filled with the state after `step` updates."""
         self.update.loaded(step)
-        for placement, weight in self.frozen:
-            placement.parameter.detach().copy_(weight)
         self._publish()
 
 

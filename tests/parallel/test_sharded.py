@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from triplane.parallel import engine, megatron, packing  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.packing import bucket_runs, pack
 from triplane.prove.forked import run_ranks
-from triplane.prove.reference import proof_engine, proof_model, train_on_mesh
 
 SIZES = [700, 64, 3, 320, 128, 900, 1, 65, 500]
 
@@ -72,49 +70,3 @@ def test_neighbours_share(layout: dict[str, Any], shards: list[list[int]], copie
     found = run_ranks(config, config.ranks_of_one * config.dp, _groups)
     for answer, *expected in zip(found, shards, copies):
         assert answer == tuple(expected)
-
-
-FROZEN = {"blocks.0.attention.wq.weight", "blocks.1.feed_forward.w_down.weight", "norm.weight"}
-
-
-def _trained(mesh: Mesh, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What became of frozen and other weights in two steps, and what a checkpoint would hold of the frozen ones."""
-    built = engine.build_local_model
-
-    def frozen(*args: Any, **options: Any) -> Any:
-        local = built(*args, **options)
-        for placement in local.placements:
-            placement.parameter.requires_grad_(placement.name not in FROZEN)
-        return local
-
-    engine.build_local_model = frozen
-    running = proof_engine(mesh, proof_model(), layout, dtype=dtype)
-
-    def weights() -> dict[str, Tensor]:
-        return {placement.name: placement.parameter.detach().clone() for placement in running.local.placements}
-
-    before = weights()
-    train_on_mesh(running, range(2))
-    changed = {name for name, weight in weights().items() if not torch.equal(weight, before[name])}
-    held = [box for box in running.optimizer.fragments() if box.name in FROZEN]
-    return {
-        "unchanged": before.keys() - changed,
-        "kinds": {box.kind for box in held},
-        "written": sorted(box.name for box in held if box.primary),
-        "rounded": all(torch.equal(box.data.to(dtype), before[box.name]) for box in held),
-        "filled": all(box.data.any() for box in held),
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [{"dp": 2}, {"dp": 2, "zero": 0}, {"dp": 4, "dp_shard": 2, "zero": 2}], ids=str)
-def test_frozen_weights_stay_and_one_rank_writes_them(layout: dict[str, Any], dtype: torch.dtype) -> None:
-    config = ParallelConfig(**layout)
-    assert isinstance(config.dp, int)
-    answers = run_ranks(config, config.dp, _trained, config, dtype)
-    for answer in answers:
-        assert answer["unchanged"] >= FROZEN
-        # Others may change by less than bf16 resolves.
-        assert not answer["unchanged"] & {"embedding.weight", "blocks.0.attention.wk.weight"}
-        assert answer["kinds"] == {"weight"} and answer["rounded"] and answer["filled"]
-    assert sorted(name for answer in answers for name in answer["written"]) == sorted(FROZEN)
