@@ -50,7 +50,12 @@ class FolderWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path, family: Family, config: ModelConfig):
         self.folder = folder
         names = family.names_of(config)
-        self._found, self._own_names = _by_family_names(_headers(folder), names)
+        headers = _headers(folder)
+        self._found, self._own_names = _by_family_names(headers, names)
+        self.left_out = [
+            other for other in names.others if any(_today(name, names).startswith(other) for name in headers)
+        ]
+        """What the names begin with of tensors that our model has no place for."""
         if (layers := _layers(self._found, names.layers)) != config.n_layers:
             raise CheckpointError(
                 f"{folder}: config.json has {config.n_layers} layers, but {layers} have weights, as "
@@ -184,7 +189,7 @@ def _by_family_names(headers: Mapping[str, _Found], names: Names) -> tuple[dict[
     """Returns the tensors of the text model, and what each is called in its file, by the names of the family today."""
     own = {}
     for name in headers:
-        today = next((new + name.removeprefix(old) for old, new in names.renamed if name.startswith(old)), name)
+        today = _today(name, names)
         if today.startswith(names.others or (" ",)) or today.endswith(_FREQUENCIES):
             continue
         own[today] = name
@@ -194,6 +199,11 @@ def _by_family_names(headers: Mapping[str, _Found], names: Names) -> tuple[dict[
     buffers = re.compile(rf"{re.escape(names.layers)}\.\d+\.({'|'.join(map(re.escape, names.buffers))})")
     own = {name: theirs for name, theirs in own.items() if not (names.buffers and buffers.fullmatch(name))}
     return {name: headers[theirs] for name, theirs in own.items()}, own
+
+
+def _today(name: str, names: Names) -> str:
+    """Returns what the family calls a tensor today."""
+    return next((new + name.removeprefix(old) for old, new in names.renamed if name.startswith(old)), name)
 
 
 def _optional(names: Names, config: ModelConfig) -> dict[str, tuple[int, ...]]:

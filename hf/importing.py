@@ -29,6 +29,8 @@ class Import:
     report: ExportReport
     no_tokenizer: str | None
     """Why the checkpoint holds no tokenizer, with which it could be sampled and exported."""
+    left_out: list[str]
+    """What the names begin with of tensors that it does not hold either."""
 
 
 def import_hf(folder: Path, out: Path) -> Import:
@@ -73,7 +75,7 @@ def import_hf(folder: Path, out: Path) -> Import:
         tokens_BS = probe(config, context, possible_windows(content))
         logits_TV = probe_logits(config, CheckpointWeights(Checkpoint(temporary)), tokens_BS)
         report = verify(folder, tokens_BS, logits_TV, tokenizer=None)
-    return Import(config, report, no_tokenizer)
+    return Import(config, report, no_tokenizer, weights.left_out)
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer | None, str | None]:

@@ -109,6 +109,8 @@ def import_folder(folder: Path, out: Path) -> None:
     _print(f"{out}: {imported.report}")
     if imported.no_tokenizer:
         _print(f"without a tokenizer: {imported.no_tokenizer}")
+    for names in imported.left_out:
+        _print(f"without {names}*, which is no part of the network here")
     _print(f'To train from it:\n\n[checkpoint]\ninitial = "{out}"\n')
     _print(tomli_w.dumps({"model": imported.model.as_tables()}))
 

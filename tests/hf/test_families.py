@@ -245,6 +245,7 @@ def test_a_text_model_within_another_is_imported(tmp_path: Path) -> None:
     assert imported.model.n_layers == 4
     names = load_file(tmp_path / "hf/model.safetensors")
     assert any(".vision_tower." in f".{name}" for name in names)
+    assert imported.left_out == ["model.vision_tower.", "model.multi_modal_projector."]
     assert (imported.report.transformers_difference or 1) < 1e-5
 
 
