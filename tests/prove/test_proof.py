@@ -14,7 +14,7 @@ from triplane.prove.command import prove
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("compiler")
 def test_every_pair_of_features_trains_the_same_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
