@@ -255,11 +255,12 @@ def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick:
         return sum(axis in spread for axis, _ in pair) == 1
 
     fast = spread.keys() - slow
+    ranks = min(ranks, 4) if quick else ranks
     settings = _EXPERTS_OVER_RANKS if quick else [*_EXPERTS_OVER_RANKS, *_EXPERTS_ON_AXES]
     over_ranks = [_case(model, setting, ranks=ranks, runs_here=runs_here) for setting in settings]
     experts = [case for case in over_ranks if case is not None]
     if quick:
-        return covered(fast, min(ranks, 4), one_axis) + [case for case in experts if case.precision == "fp32"]
+        return covered(fast, ranks, one_axis) + [case for case in experts if case.precision == "fp32"]
     return (
         covered(fast, ranks, lambda _: True)
         + experts
