@@ -48,7 +48,9 @@ def work(micro_batches: int = 4, **layout: Any) -> Work:
 )
 def test_the_peak_of_real_ranks_is_as_predicted(layout: dict[str, Any], micro_batches: int, bf16: bool) -> None:
     for name, measured, predicted in memory.compare(layout, micro_batches, bf16):
-        assert predicted.peak == pytest.approx(measured.peak, rel=0.1), name
+        # Gradients on their way to others in backward may have arrived before the peak.
+        most = 1.25 if layout.get("zero") == 2 else 1.1
+        assert 0.9 < predicted.peak / measured.peak < most, (name, predicted.peak, measured.peak)
         assert predicted.state == pytest.approx(measured.state, rel=0.05), name
         # Of a pipeline several micro-batches are in flight; what gloo's threads free in tp is not seen.
         if not layout.keys() & {"pp", "tp"}:
