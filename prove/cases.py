@@ -36,7 +36,6 @@ _COMMUNICATING: list[dict[str, Any]] = [
     {"pp": 2, "virtual_stages": 2},
     {"cp": 2},
     {"cp": 2, "cp_method": "ring"},
-    {"dp": 2},
     {"dp": 2, "zero": 3},
 ]
 """Choices that each network meets in a quick proof."""
