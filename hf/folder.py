@@ -55,7 +55,7 @@ class FolderWeights(Mapping[str, Tensor]):
         self.left_out = [
             other for other in names.others if any(_today(name, names).startswith(other) for name in headers)
         ]
-        """What the names begin with of tensors that our model has no place for."""
+        """Beginnings of the names of tensors that our model has no place for."""
         if (layers := _layers(self._found, names.layers)) != config.n_layers:
             raise CheckpointError(
                 f"{folder}: config.json has {config.n_layers} layers, but {layers} have weights, as "

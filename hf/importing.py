@@ -30,7 +30,7 @@ class Import:
     no_tokenizer: str | None
     """Why the checkpoint holds no tokenizer, with which it could be sampled and exported."""
     left_out: list[str]
-    """What the names begin with of tensors that it does not hold either."""
+    """Beginnings of the names of tensors that it does not hold either."""
 
 
 def import_hf(folder: Path, out: Path) -> Import:

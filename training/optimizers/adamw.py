@@ -47,4 +47,4 @@ class AdamW(Adam):
     """AdamW."""
 
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
-        return self.adamw((piece.weight, piece.placement.weight) for piece in pieces)
+        return self.adamw(self.described(pieces))

@@ -33,5 +33,5 @@ class Lion(Optimizer):
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
         from triplane.training.optimizers.own_update import LionUpdate
 
-        groups = self.grouped((piece.weight, piece.placement.weight) for piece in pieces)
+        groups = self.grouped(self.described(pieces))
         return [LionUpdate(groups, beta1=self.beta1, beta2=self.beta2)]

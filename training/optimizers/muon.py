@@ -54,12 +54,12 @@ class Muon(Adam):
         from triplane.training.optimizers.own_update import MuonUpdate
 
         matrices = [piece for piece in pieces if self.whole(piece.placement.weight)]
-        rest = ((piece.weight, piece.placement.weight) for piece in pieces if not self.whole(piece.placement.weight))
-        others = self.adamw(rest, lr_scale=(self.adamw_lr or self.lr) / self.lr)
+        rest = [piece for piece in pieces if not self.whole(piece.placement.weight)]
+        others = self.adamw(self.described(rest), lr_scale=(self.adamw_lr or self.lr) / self.lr)
         if not matrices:  # they are on other ranks
             return others
         muon = MuonUpdate(
-            self.grouped((piece.weight, piece.placement.weight) for piece in matrices),
+            self.grouped(self.described(matrices)),
             WholeMatrices(matrices, mesh),
             self.orthogonal,
             momentum=self.momentum,

@@ -79,6 +79,11 @@ class Optimizer(BaseModel):
                 near = get_close_matches(group.weights, [weight.name for weight in known], n=1, cutoff=0)
                 yield f"optimizer.groups.{number}: no weight is named {group.weights!r}; the nearest is {near[0]!r}"
 
+    @staticmethod
+    def described(pieces: Iterable[Piece]) -> Iterator[tuple[Tensor, Weight]]:
+        """Yields the tensor of each piece and the weight that it is of."""
+        return ((piece.weight, piece.placement.weight) for piece in pieces)
+
     def grouped(self, weights: Iterable[tuple[Tensor, Weight]], *, lr_scale: float = 1.0) -> list[dict[str, Any]]:
         """Returns torch's parameter groups: weights of one rate and one decay each."""
         found: dict[_Setting, list[Tensor]] = {}
