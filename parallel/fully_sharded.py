@@ -139,11 +139,10 @@ def _pieces(placements: list[Placement], spread: Spread) -> Iterator[Piece]:
     shards, copies = spread.shards, spread.copies
     for number, placement in enumerate(placements):
         weight = _shard(placement.parameter)
-        rows = -(-placement.local[0] // shards.size)  # of each rank but the last ones
         yield Piece(
             placement,
             weight if weight.shape == placement.local else weight.view(-1),
-            start=min(shards.rank * rows, placement.local[0]) * placement.local[1:].numel(),
+            start=placement.cuts(shards.size)[shards.rank],
             copies=copies.size,
             writes=number % copies.size == copies.rank,  # the copies take turns in writing parameters
             cut=shards,

@@ -52,6 +52,14 @@ class Placement:
         rows = min(self.local[0], max(0, self.shape[0] - self.offsets[0]))
         return rows * self.local[1:].numel()
 
+    def cuts(self, ranks: int) -> list[int]:
+        """Returns where each rank's rows begin in the flattened parameter, and the end.
+
+        All ranks have equally many rows but for the last ones, as FSDP2 cuts them.
+        """
+        each = -(-self.local[0] // ranks)
+        return [min(self.local[0], number * each) * self.local[1:].numel() for number in range(ranks + 1)]
+
 
 def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[str, str]) -> list[Placement]:
     """Places the parameters of this rank's `model`.

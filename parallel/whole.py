@@ -1,6 +1,6 @@
 """Brings matrices together whose shares lie on several ranks, for updates that need a whole one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -56,7 +56,8 @@ class WholeMatrices:
         """Returns the shares of at most `axis.size` matrices, by piece: rank i of the axis computes matrix i."""
         mine = [share.numel() for _, share in cut] + [0] * (axis.size - len(cut))
         own = cut[axis.rank][0] if axis.rank < len(cut) else None
-        theirs = [0] * axis.size if own is None else list(_elements(own, axis.size))
+        cuts = [0] * (axis.size + 1) if own is None else own.placement.cuts(axis.size)
+        theirs = [stop - start for start, stop in pairwise(cuts)]
         sent = torch.cat([share.flatten() for _, share in cut])
         received = sent.new_empty(sum(theirs))
         dist.all_to_all_single(received, sent, theirs, mine, group=axis.group)
@@ -67,11 +68,3 @@ class WholeMatrices:
         dist.all_to_all_single(back, received, mine, theirs, group=axis.group)
         parts = torch.split(back, mine[: len(cut)])
         return {id(piece): part.view_as(share) for (piece, share), part in zip(cut, parts)}
-
-
-def _elements(piece: Piece, ranks: int) -> Iterator[int]:
-    """Yields the elements of a matrix that each rank holds, in rows: equally many, but for the last ranks."""
-    rows = piece.placement.local[0]
-    each = -(-rows // ranks)
-    bounds = [min(rows, number * each) for number in range(ranks + 1)]
-    return ((stop - start) * piece.placement.local[1:].numel() for start, stop in pairwise(bounds))
