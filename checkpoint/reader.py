@@ -83,8 +83,8 @@ class Checkpoint:
             name = key.partition("/")[2]
             if not boxes and f"weight/{name}" in self._boxes:
                 raise CheckpointError(
-                    f"{self.folder}: {key} is absent: another kind of optimizer wrote it; set optimizer.kind to that, "
-                    f"or start from the weights alone by checkpoint.initial in a new run_dir"
+                    f"{self.folder}: {key} is absent: another kind of optimizer wrote it; set the table "
+                    f"[optimizer] to that, or start from the weights alone by checkpoint.initial in a new run_dir"
                 )
             found = f"has shape {list(boxes[0].shape)}" if boxes else "is absent"
             raise CheckpointError(f"{self.folder}: {key} {found}, but this model needs {list(shape)}")

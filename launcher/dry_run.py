@@ -22,7 +22,7 @@ from triplane.model.weights import Weight
 from triplane.parallel.engine import Engine
 from triplane.parallel.groups import connected
 from triplane.parallel.mesh import Mesh
-from triplane.parallel.update import Piece
+from triplane.parallel.update import Each, Piece
 from triplane.plan.estimate import work_of
 from triplane.plan.shares import RankKind, Work, rank_kinds
 from triplane.storage.errors import ConfigError
@@ -57,8 +57,8 @@ class _Unused:
 
     grad_clip = 1.0
 
-    def moments(self, weight: Weight) -> tuple[str, ...]:
-        return ()
+    def moments(self, weight: Weight) -> dict[str, Each]:
+        return {}
 
     def whole(self, weight: Weight) -> bool:
         return False

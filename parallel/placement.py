@@ -1,7 +1,7 @@
 """Maps this rank's parameters to boxes of global tensors; initial weights, norms and checkpoints build on it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, Tensor, nn
@@ -45,6 +45,18 @@ class Placement:
     def shape(self) -> Size:
         """Shape of the global tensor."""
         return Size(self.weight.shape)
+
+    @property
+    def rows(self) -> "Placement":
+        """Places one value for each row of the matrix, which the tp ranks that split its columns hold alike."""
+        return replace(
+            self,
+            weight=replace(self.weight, axes=self.weight.axes[:-1]),
+            local=self.local[:-1],
+            offsets=self.offsets[:-1],
+            sharded=self.sharded and self.local[-1] == self.shape[-1],
+            primary=self.primary and self.offsets[-1] == 0,
+        )
 
     @property
     def elements(self) -> int:
@@ -98,7 +110,7 @@ class Fragment:
     """A box of a named global tensor, and the memory that holds it on this rank."""
 
     kind: str
-    """`weight` (fp32 master), `exp_avg` or `exp_avg_sq`."""
+    """`weight` (fp32 master), or what the optimizer calls it, such as `exp_avg`."""
     name: str
     shape: Size
     offsets: tuple[int, ...]

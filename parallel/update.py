@@ -3,18 +3,21 @@
 Shards of any kind become pieces; clipping, the update, its state and checkpoints work on pieces alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Size, Tensor
 
 from triplane.model.weights import Weight
 from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.norm import squared_norm
 from triplane.parallel.placement import Fragment, Placement, fragments
+
+Each = Literal["element", "row"]
+"""Of what a moment has a value: of each element of a weight, or of each row of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,31 @@ class Piece:
     """The ranks among which the rows of the parameter are spread, equally many but for the last; None: it is whole, or
     a run of elements."""
 
+    @property
+    def shape(self) -> Size:
+        """Shape of the rows that it is of its parameter, which no run of elements has."""
+        row = self.placement.local[1:]
+        return Size((self.weight.numel() // row.numel(), *row))
+
+    def zeros(self, each: Each) -> Tensor:
+        """Returns a moment's first values."""
+        return torch.zeros_like(self.weight) if each == "element" else self.weight.new_zeros(self.shape[:-1])
+
+    def fragments(self, kind: str, values: Tensor, each: Each) -> Iterator[Fragment]:
+        """Yields the boxes of the weight or of a moment."""
+        placement, start = self.placement, self.start
+        if each == "row":
+            placement, start = placement.rows, start // placement.local[-1]
+        return fragments(placement, kind, values.view(-1), start=start, primary=self.writes)
+
 
 class OptimizerKind(Protocol):
     """How weights are updated: a table of the config."""
 
     @property
     def grad_clip(self) -> float: ...
-    def moments(self, weight: Weight) -> tuple[str, ...]:
-        """Returns the names of the tensors that an update of `weight` keeps, each of its size."""
+    def moments(self, weight: Weight) -> Mapping[str, Each]:
+        """Returns what an update of `weight` keeps: names of tensors, and of what each has values."""
         ...
 
     def whole(self, weight: Weight) -> bool:
@@ -71,7 +91,7 @@ class Update:
         self._states: list[dict[str, Tensor]] = []
         for piece in pieces:
             # Now rather than in the first step, so that a checkpoint can fill it.
-            moments = {name: torch.zeros_like(piece.weight) for name in kind.moments(piece.placement.weight)}
+            moments = {name: piece.zeros(each) for name, each in kind.moments(piece.placement.weight).items()}
             step = torch.zeros((), device=piece.weight.device)  # the fused update requires it there
             self._states.append({"step": step, **moments})
             place[id(piece.weight)].state[piece.weight] = self._states[-1]
@@ -107,9 +127,9 @@ class Update:
     def fragments(self) -> Iterator[Fragment]:
         """Yields the state on this rank."""
         for piece, state in zip(self.pieces, self._states):
-            moments = {name: tensor for name, tensor in state.items() if name != "step"}
-            for name, tensor in {"weight": piece.weight.detach(), **moments}.items():
-                yield from fragments(piece.placement, name, tensor.view(-1), start=piece.start, primary=piece.writes)
+            yield from piece.fragments("weight", piece.weight.detach(), "element")
+            for name, each in self.kind.moments(piece.placement.weight).items():
+                yield from piece.fragments(name, state[name], each)
 
     def loaded(self, step: int) -> None:
         """Adopts fragments that were filled with the state after `step` updates."""

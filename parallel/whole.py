@@ -1,7 +1,7 @@
 """Brings matrices together whose shares lie on several ranks, for updates that need a whole one."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import torch
 import torch.distributed as dist
@@ -34,11 +34,46 @@ class WholeMatrices:
         for piece, share in given:
             if piece.cut is None:
                 results[id(piece)] = self._over_tp(function, piece, share)
-        for axis in dict.fromkeys(piece.cut for piece in self.pieces if piece.cut is not None):
+        for axis in self._cuts:
             cut = [(piece, share) for piece, share in given if piece.cut == axis]
             for first in range(0, len(cut), axis.size):
                 results |= self._in_turn(function, cut[first : first + axis.size], axis)
         return [results[id(piece)] for piece in self.pieces]
+
+    def sum_over_columns(self, of_rows: Sequence[Tensor]) -> None:
+        """Sums a value of each row, in place, over the ranks that split its columns. Collective."""
+        self._sum(of_rows, self.tp, [self._split(piece) == 1 for piece in self.pieces])
+
+    def sum_over_rows(self, of_matrices: Sequence[Tensor]) -> None:
+        """Sums values of each matrix, in place, over the ranks that split its rows. Collective.
+
+        ZeRO 3 gives its ranks rows of a matrix, but of several matrices whole ones.
+        """
+        self._sum(of_matrices, self.tp, [self._split(piece) == 2 for piece in self.pieces])
+        for axis in self._cuts:
+            self._sum(of_matrices, axis, [piece.cut == axis and len(piece.shape) == 2 for piece in self.pieces])
+
+    @property
+    def _cuts(self) -> list[Axis]:
+        """The axes among whose ranks rows are spread."""
+        return list(dict.fromkeys(piece.cut for piece in self.pieces if piece.cut is not None))
+
+    def _split(self, piece: Piece) -> int | None:
+        """Returns the dim that tp splits, from the last: 1 for columns, 2 for rows."""
+        weight = piece.placement.weight
+        dim = split_dim(weight, self.tp.size)
+        return None if dim is None else len(weight.axes) - dim
+
+    @staticmethod
+    def _sum(values: Sequence[Tensor], axis: Axis, chosen: Sequence[bool]) -> None:
+        """Sums the chosen ones over the ranks of an axis, in one message."""
+        mine = list(compress(values, chosen))
+        if not mine or axis.size == 1:
+            return
+        flat = torch.cat([value.flatten() for value in mine])
+        dist.all_reduce(flat, group=axis.group)
+        for value, total in zip(mine, torch.split(flat, [value.numel() for value in mine])):
+            value.copy_(total.view_as(value))
 
     def _over_tp(self, function: Function, piece: Piece, share: Tensor) -> Tensor:
         """Returns this tp rank's share of the result."""

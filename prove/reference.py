@@ -40,6 +40,7 @@ OPTIMIZERS: dict[str, AnyOptimizer] = {
     "muon by head": Muon(
         kind="muon", iterate_in="fp32", by_head=True, coefficients="classic", scaling="original", **_COMMON
     ),
+    "normuon": Muon(kind="muon", iterate_in="fp32", second_moment_decay=0.9, **_COMMON),
 }
 """Those of the proof; Lion is none, since the sign of a gradient near zero is that of its rounding."""
 _MICRO_BATCH_SIZE = 2
@@ -139,7 +140,7 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED, optimizer: 
     updates = kind.build(pieces, mesh)
     homes = {id(weight): update for update in updates for group in update.param_groups for weight in group["params"]}
     for piece in pieces:
-        moments = {name: torch.zeros_like(piece.weight) for name in kind.moments(piece.placement.weight)}
+        moments = {name: piece.zeros(each) for name, each in kind.moments(piece.placement.weight).items()}
         homes[id(piece.weight)].state[piece.weight] = {"step": torch.zeros(()), **moments}
         state |= {f"{name}/{piece.placement.name}": moment for name, moment in moments.items()}
     layers = ExpertsOf(model)

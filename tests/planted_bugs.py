@@ -128,6 +128,10 @@ def _without_the_gradients_of_copies(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(bucket, "sum_copies", _nothing)
 
 
+def _with_second_moments_of_own_shares(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(WholeMatrices, "_sum", lambda *_: None)
+
+
 def _with_swapped_rows(patch: pytest.MonkeyPatch) -> None:
     right = FullyShardedOptimizer.loaded
 
@@ -425,6 +429,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_the_factor_of_a_tp_ranks_share, {"tp": 2, "optimizer": "muon"}),
     (_with_the_factor_of_a_ranks_rows, {"dp": 2, "zero": 3, "optimizer": "muon"}),
     (_with_the_factor_of_a_tp_ranks_share, {"tp": 2, "dp": 2, "ep": 2, "optimizer": "muon", "options": (IN_GROUPS,)}),
+    (_with_second_moments_of_own_shares, {"tp": 2, "optimizer": "normuon"}),
+    (_with_second_moments_of_own_shares, {"dp": 2, "zero": 3, "optimizer": "normuon"}),
     (_with_swapped_rows, {"dp": 2, "zero": 3}),
     (_without_the_copies_of_shards, {"dp": 4, "dp_shard": 2, "zero": 3}),
     (_without_the_last_reduction, {"dp": 2, "zero": 3}),

@@ -21,6 +21,7 @@ from triplane.prove.command import Result
     [
         {"dp": 4, "dp_shard": 2, "zero": 3},
         {"dp": 4, "dp_shard": 2, "zero": 3, "optimizer": "muon"},
+        {"tp": 2, "dp": 2, "zero": 3, "optimizer": "normuon"},
         {"dp": 2, "dp_shard": 1, "zero": 3},
         {"zero": 3, "offload_optimizer": True},
     ],
@@ -91,7 +92,7 @@ def test_the_stages_of_a_rank_share_a_table_that_tp_has_split_once(proven: Calla
     assert result.passed, result
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "muon by head"])
+@pytest.mark.parametrize("optimizer", ["muon", "muon by head", "normuon"])
 def test_matrices_of_experts_that_tp_and_ep_split_are_brought_together(
     proven: Callable[..., Result], optimizer: str
 ) -> None:

@@ -20,6 +20,9 @@ from triplane.training.optimizers.optimizer import WeightGroup
 
 MATRIX = Weight("blocks.0.attention.wq.weight", (Axis("head", 2, 4), Axis("dim", 6)), "normal", "matrix")
 TALL = Weight("blocks.0.feed_forward.w_up.weight", (Axis("hidden", 20), Axis("dim", 6)), "normal", "matrix")
+EXPERTS = Weight(
+    "blocks.0.feed_forward.w_down.weight", (Axis("expert", 3), Axis("dim", 6), Axis("hidden", 4)), "normal", "matrix"
+)
 TABLE = Weight("embedding.weight", (Axis("vocab", 5), Axis("dim", 6)), "normal", "table")
 VECTOR = Weight("norm.weight", (Axis("dim", 6),), 1.0, "vector")
 
@@ -127,6 +130,30 @@ def test_five_iterations_come_near_to_the_orthogonal_factor(
     assert (singular - 1).abs().max() < error
 
 
+def test_normuon_divides_each_row_by_its_second_moment_and_keeps_the_length(alone: Mesh) -> None:
+    kind = Muon(kind="muon", lr=0.02, second_moment_decay=0.8, iterate_in="fp32", grad_clip=1e9)
+    found, update = run(kind, [MATRIX, TALL, EXPERTS], alone)
+    plain = pieces([MATRIX, TALL, EXPERTS])
+    matrices = [matrix for piece in plain for matrix in piece.weight.detach().view(-1, *piece.weight.shape[-2:])]
+    momenta = [torch.zeros_like(matrix) for matrix in matrices]
+    seconds = [torch.zeros(len(matrix)) for matrix in matrices]
+    for step in range(3):
+        parts = [grad.view(-1, *grad.shape[-2:]) for grad in gradients(plain, step)]
+        for matrix, momentum, second, grad in zip(matrices, momenta, seconds, [one for part in parts for one in part]):
+            momentum.mul_(0.95).add_(0.05 * grad)
+            factor = orthogonal(0.95 * momentum + 0.05 * grad, "polar_express", 5) * 0.2 * max(matrix.shape) ** 0.5
+            for number, row in enumerate(factor):
+                second[number] = 0.8 * second[number] + 0.2 * row.square().mean()
+            even = torch.stack([row / root for row, root in zip(factor, second.sqrt())])
+            matrix.mul_(1 - 0.02 * 0.1).sub_(0.02 * even * factor.norm() / even.norm())
+    for mine, piece in zip(found, plain):
+        torch.testing.assert_close(mine, piece.weight.detach())
+    kept = {fragment.key: fragment for fragment in update.fragments()}
+    values = torch.cat([kept[f"second_moment/{piece.placement.name}"].data.flatten() for piece in plain])
+    torch.testing.assert_close(values, torch.cat(seconds))
+    assert kept[f"second_moment/{EXPERTS.name}"].shape == (3, 6)
+
+
 def test_lion_steps_by_signs(alone: Mesh) -> None:
     kind = Lion(kind="lion", lr=0.01, beta1=0.9, beta2=0.98, grad_clip=1e9)
     found, _ = run(kind, [MATRIX, VECTOR], alone)
@@ -143,7 +170,9 @@ def test_lion_steps_by_signs(alone: Mesh) -> None:
         torch.testing.assert_close(mine, piece.weight.detach())
 
 
-@pytest.mark.parametrize("kind", [AdamW(), Lion(kind="lion"), Muon(kind="muon")])
+@pytest.mark.parametrize(
+    "kind", [AdamW(), Lion(kind="lion"), Muon(kind="muon"), Muon(kind="muon", second_moment_decay=0.9)]
+)
 def test_a_gradient_that_is_not_finite_changes_nothing(alone: Mesh, kind: AnyOptimizer) -> None:
     before, update = run(kind, [MATRIX, VECTOR], alone)
     kept = [tensor.clone() for tensor in before]

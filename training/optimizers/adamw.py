@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from triplane.parallel.mesh import Mesh
-    from triplane.parallel.update import Piece
+    from triplane.parallel.update import Each, Piece
 
 
 class Adam(Optimizer):
@@ -28,8 +28,8 @@ class Adam(Optimizer):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
 
-    def moments(self, weight: Weight) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
+    def moments(self, weight: Weight) -> Mapping[str, Each]:
+        return {"exp_avg": "element", "exp_avg_sq": "element"}
 
     def adamw(self, weights: Iterable[tuple[Tensor, Weight]], *, lr_scale: float = 1.0) -> list[torch.optim.Optimizer]:
         """Builds torch's fused AdamW, if there are weights; the training loop sets the learning rate at each step."""

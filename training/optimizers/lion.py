@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from triplane.parallel.mesh import Mesh
-    from triplane.parallel.update import Piece
+    from triplane.parallel.update import Each, Piece
 
 
 class Lion(Optimizer):
@@ -27,8 +27,8 @@ class Lion(Optimizer):
     beta2: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the moment."""
 
-    def moments(self, weight: Weight) -> tuple[str, ...]:
-        return ("exp_avg",)
+    def moments(self, weight: Weight) -> Mapping[str, Each]:
+        return {"exp_avg": "element"}
 
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
         from triplane.training.optimizers.own_update import LionUpdate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from triplane.parallel.mesh import Mesh
-    from triplane.parallel.update import Piece
+    from triplane.parallel.update import Each, Piece
 
 
 class Muon(Adam):
@@ -37,6 +37,9 @@ class Muon(Adam):
     """Of the Newton-Schulz iteration: `polar_express`, others for each iteration (Amsel et al. 2025), or the same."""
     iterations: PositiveInt = 5
     """Of Newton-Schulz."""
+    second_moment_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Of the mean square of each row's steps, by whose root its step is divided; then the matrix's is brought back to
+    its length: NorMuon (Li et al. 2025), there 0.95. None: as the orthogonal factor is."""
     by_head: bool = False
     """Orthogonalise the queries, keys and values of each head apart."""
     iterate_in: Literal["bf16", "fp32"] = "bf16"
@@ -46,8 +49,11 @@ class Muon(Adam):
         """Returns whether `weight` is a matrix of a block."""
         return weight.role == "matrix"
 
-    def moments(self, weight: Weight) -> tuple[str, ...]:
-        return ("momentum",) if self.whole(weight) else super().moments(weight)
+    def moments(self, weight: Weight) -> Mapping[str, Each]:
+        if not self.whole(weight):
+            return super().moments(weight)
+        kept: dict[str, Each] = {"momentum": "element"}
+        return kept if self.second_moment_decay is None else {**kept, "second_moment": "row"}
 
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
         from triplane.parallel.whole import WholeMatrices
@@ -64,6 +70,7 @@ class Muon(Adam):
             self.orthogonal,
             momentum=self.momentum,
             nesterov=self.nesterov,
+            second_moment_decay=self.second_moment_decay,
         )
         return [muon, *others]
 

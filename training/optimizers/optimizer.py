@@ -5,7 +5,7 @@ A kind is one file: a table of the config that says what it keeps of a weight, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from triplane.parallel.mesh import Mesh
-    from triplane.parallel.update import Piece
+    from triplane.parallel.update import Each, Piece
 
 
 class WeightGroup(BaseModel):
@@ -59,8 +59,8 @@ class Optimizer(BaseModel):
     groups: list[WeightGroup] = []
     """Weights that learn differently."""
 
-    def moments(self, weight: Weight) -> tuple[str, ...]:
-        """Returns the names of the tensors that an update of `weight` keeps."""
+    def moments(self, weight: Weight) -> Mapping[str, Each]:
+        """Returns what an update of `weight` keeps: names of tensors, and of what each has values."""
         raise NotImplementedError
 
     def whole(self, weight: Weight) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from triplane.model.weights import Weight
 from triplane.parallel.whole import WholeMatrices
+
+_EPS = 1e-10
+"""Added to the root of a row's second moment."""
 
 
 class OwnUpdate(torch.optim.Optimizer):
@@ -52,7 +55,11 @@ class LionUpdate(OwnUpdate):
 
 
 class MuonUpdate(OwnUpdate):
-    """w -= lr (orthogonal(direction) + decay w), with the momentum or its Nesterov form as the direction."""
+    """w -= lr (orthogonal(direction) + decay w), with the momentum or its Nesterov form as the direction.
+
+    With `second_moment_decay`, b, the orthogonal factor O becomes that of NorMuon (Li et al. 2025): v is b v + (1 - b)
+    mean(O O) of each row, and O / sqrt(v) is scaled to the norm of O, of each matrix if there are several.
+    """
 
     def __init__(
         self,
@@ -62,16 +69,20 @@ class MuonUpdate(OwnUpdate):
         *,
         momentum: float,
         nesterov: bool,
+        second_moment_decay: float | None,
     ):
         super().__init__(groups)
         self.wholes = wholes
         self.orthogonal = orthogonal
         self.momentum, self.nesterov = momentum, nesterov
+        self.second_moment_decay = second_moment_decay
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         weights = [piece.weight for piece in self.wholes.pieces]
         steps = self.wholes.map(self.orthogonal, [self._direction(weight) for weight in weights])
+        if self.second_moment_decay is not None:
+            self._normalise_rows(steps, self.second_moment_decay)
         by_weight = {id(weight): step for weight, step in zip(weights, steps)}
         for group in self.param_groups:
             for weight in group["params"]:
@@ -81,3 +92,20 @@ class MuonUpdate(OwnUpdate):
         gradient, moment = self.gradient(weight), self.state[weight]["momentum"]
         moment.lerp_(gradient, (1 - self.momentum) * self.taken)
         return torch.lerp(gradient, moment, self.momentum) if self.nesterov else moment
+
+    def _normalise_rows(self, steps: Sequence[Tensor], decay: float) -> None:
+        """Changes `steps` in place. The norms of matrices follow from the mean squares of their rows."""
+        pieces = self.wholes.pieces
+        rows = [step.view(piece.shape) for piece, step in zip(pieces, steps)]
+        squares = [row.square().sum(-1) for row in rows]
+        self.wholes.sum_over_columns(squares)
+        factors, norms = [], []
+        for piece, square in zip(pieces, squares):
+            moment = self.state[piece.weight]["second_moment"]
+            moment.lerp_(square / piece.placement.shape[-1], (1 - decay) * self.taken)
+            factors.append(1 / (moment.sqrt() + _EPS))
+            norms.append(torch.stack((square.sum(-1), (square * factors[-1].square()).sum(-1))))
+        self.wholes.sum_over_rows(norms)
+        for row, factor, (before, after) in zip(rows, factors, norms):
+            length = (before / after.clamp(min=torch.finfo(after.dtype).tiny)).sqrt()
+            row.mul_((factor * length[..., None])[..., None])
