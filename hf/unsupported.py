@@ -19,7 +19,6 @@ _LACKING = {
     "mistral3": _WRAPPER,
     "modernbert": _BIDIRECTIONAL,
     "nemotron_h": _STATES,
-    "qwen2_moe": "a gate before the shared expert",
     "qwen3_5": _WRAPPER,
     "qwen3_next": _STATES,
     "roberta": _BIDIRECTIONAL,

@@ -37,6 +37,9 @@ DEEPSEEK = EQUAL | {
     "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
     "num_key_value_heads": 6,
 }  # fmt: skip
+QWEN2_MOE = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -129,7 +132,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "qwen3_moe": [
         SMALL | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         SMALL | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 1, "attention_bias": True}
-        | {"norm_topk_prob": True},
+        | {"norm_topk_prob": True, "mlp_only_layers": [1, 2]},
+        SMALL | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "mlp_only_layers": [3]}
+        | {"decoder_sparse_step": 2, "num_hidden_layers": 5},
+    ],
+    "qwen2_moe": [
+        SMALL | QWEN2_MOE,
+        SMALL | QWEN2_MOE | {"mlp_only_layers": [0], "qkv_bias": False, "norm_topk_prob": True},
     ],
     "olmoe": [
         SQUARE | {"num_experts": 5, "num_experts_per_tok": 2},

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from triplane.hf.dense_layers import FirstDense
 from triplane.hf.families.llama import ENDS, GATED, PRE_NORMS, SILU, eps
 from triplane.hf.family import Family, sizes
 from triplane.hf.rope import Rope, found
 from triplane.hf.tensors import Holds, Names
-from triplane.hf.traits import ACTIVATIONS, Hf, Size, Trait, Values, key, must_be, number, switch
+from triplane.hf.traits import Hf, Size, Trait, Values, key, must_be, number, switch
 from triplane.model.config import ModelConfig
 
 _LATENT: dict[str, str | Holds] = {
@@ -63,28 +64,6 @@ def _query_dim(hf: Hf) -> int:
     return width
 
 
-@dataclass(frozen=True)
-class _DenseLayers(Trait):
-    """So many layers without experts before the others; stands before the traits of experts."""
-
-    default: int
-
-    @property
-    def keys(self) -> dict[str, tuple[Any, Any]]:
-        return {"first_k_dense_replace": (NonNegativeInt, self.default), "intermediate_size": (Size, 18_432)}
-
-    def read(self, hf: Hf, model: Values) -> None:
-        dense = {"kind": "gated", "hidden_dim": hf["intermediate_size"], "activation": ACTIVATIONS[hf["hidden_act"]]}
-        for layer in model["layers"][: hf["first_k_dense_replace"]]:
-            layer["feed_forward"] = dense
-
-    def write(self, model: Values, hf: Hf) -> None:
-        parts = [layer["feed_forward"] for layer in model["layers"]]
-        hf["first_k_dense_replace"] = next((n for n, part in enumerate(parts) if part["kind"] != "gated"), len(parts))
-        hf["intermediate_size"] = parts[0]["hidden_dim"]
-        model["feed_forward"] = parts[-1]
-
-
 def _other_heads(hf: Hf) -> str | None:
     """Each head has a key and a value of its own."""
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
@@ -129,7 +108,7 @@ DEEPSEEK_V3 = Family(
     (
         *(*sizes(longest=4096), *_ATTENTION, eps(1e-6), _Rope()),
         switch("rope_interleave", "positions.interleaved", default=True),
-        _DenseLayers(default=3),
+        FirstDense(width=18_432, count=3),
         *_experts(of=256, active=8, width=2048, shared=1, scale=2.5),
         key("n_group", "feed_forward.groups", default=8),
         key("topk_group", "feed_forward.active_groups", default=4),
@@ -146,7 +125,7 @@ DEEPSEEK_V2 = Family(
     _names,
     (
         *(*sizes(longest=2048), *_ATTENTION, eps(1e-6), _Rope(interleaved=True)),
-        _DenseLayers(default=0),
+        FirstDense(width=11_008, count=0),
         *_experts(of=64, active=8, width=1407, shared=2, scale=1.0),
         key("topk_method", type=Literal["greedy"], default="greedy"),
         *(must_be("norm_topk_prob", value=False), must_be("mlp_bias", value=False)),

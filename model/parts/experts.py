@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from triplane.model.parts.balance import STATE, SelectionBias, SequenceLoss
 from triplane.model.parts.gated import Gated
+from triplane.model.parts.shared import SharedExperts
 from triplane.model.weights import Axis, Cost, Weight, linear, stacked, times, under
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Experts(Gated):
     """Experts that a token passes."""
     shared: NonNegativeInt = 0
     """Experts that all tokens pass besides (DeepSeekMoE), as one layer of width `shared x hidden_dim`."""
+    shared_gate: bool = False
+    """True: what the shared experts add is multiplied by sigmoid(w x), a number for each token (Qwen2-MoE)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How the router's logits become scores: `softmax` (Mixtral), `sigmoid` (DeepSeek-V3)."""
     router_bias: bool = False
@@ -79,6 +82,8 @@ class Experts(Gated):
             m.router.selection_bias.sub_(self.balance.rate * applied * above_E)
 
     def problems(self) -> Iterator[str]:
+        if self.shared_gate and (self.bias or not self.shared):
+            yield f"shared_gate requires shared experts without bias, but shared is {self.shared}, bias {self.bias}"
         each, rest = divmod(self.n_experts, self.groups)
         if rest:
             yield (
@@ -139,6 +144,6 @@ class Experts(Gated):
         return Axis("choice", self.n_experts)
 
     @property
-    def _always(self) -> Gated:
+    def _always(self) -> SharedExperts:
         fields = {name: getattr(self, name) for name in Gated.model_fields if name != "kind"}
-        return Gated(**fields | {"hidden_dim": self.shared * self.hidden_dim})
+        return SharedExperts(**fields | {"hidden_dim": self.shared * self.hidden_dim, "weighed": self.shared_gate})

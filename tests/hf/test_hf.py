@@ -61,9 +61,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no table": ([], "holds no table"),
     "nothing": (None, "holds no table"),
     "no type": ({"model_type": ...}, "no model_type; this model reads .*llama"),
-    "experts": (
-        {"model_type": "qwen2_moe"},
-        "'qwen2_moe', which has a gate before the shared expert; this model reads .*llama",
+    "other layers": (
+        {"model_type": "qwen3_next"},
+        "'qwen3_next', which has layers other than attention; this model reads .*llama",
+    ),
+    "a shared expert of another width": (
+        {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 2000},
+        r"shared_expert_intermediate_size \(2000\) is not a multiple of the width of an expert \(1408\)",
     ),
     "unheard of": ({"model_type": "kraken"}, "model_type is 'kraken'; this"),
     "type a list": ({"model_type": []}, r"model_type is '\[\]'"),
