@@ -37,6 +37,8 @@ DEEPSEEK = EQUAL | {
     "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
     "num_key_value_heads": 6,
 }  # fmt: skip
+MULTIPLIERS = {"embedding_multiplier": 12.0, "logits_scaling": 3.0, "residual_multiplier": 0.22}
+MULTIPLIERS |= {"attention_multiplier": 0.0625}
 QWEN2_MOE = {
     "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48,
 }  # fmt: skip
@@ -56,11 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         SMALL,
         SMALL | WINDOW | {"use_sliding_window": True, "no_rope_layers": [1, 0, 1, 1], "attention_bias": True},
     ],
-    "granite": [
-        SMALL
-        | {"embedding_multiplier": 12.0, "logits_scaling": 3.0, "residual_multiplier": 0.22}
-        | {"attention_multiplier": 0.0625, "mlp_bias": True}
-    ],
+    "granite": [SMALL | MULTIPLIERS | {"mlp_bias": True}],
     "helium": [SMALL | {"head_dim": 8, "attention_bias": True}],
     "ernie4_5": [SMALL, SMALL | {"use_bias": True, "tie_word_embeddings": False}],
     "hunyuan_v1_dense": [
@@ -143,6 +141,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "olmoe": [
         SQUARE | {"num_experts": 5, "num_experts_per_tok": 2},
         SQUARE | {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ],
+    "granitemoe": [
+        SMALL | MULTIPLIERS | {"num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True},
+        SMALL | {"num_local_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ],
+    "granitemoeshared": [
+        SMALL | MULTIPLIERS | {"num_local_experts": 5, "shared_intermediate_size": 128},
+        SMALL | {"num_local_experts": 5},
     ],
     "deepseek_v3": [
         DEEPSEEK | {"first_k_dense_replace": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},

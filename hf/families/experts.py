@@ -1,6 +1,6 @@
 """Families with sparse experts and softmax attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,6 +11,7 @@ from triplane.hf.families.llama import (
     ATTENTION_BIAS,
     ENDS,
     GATED,
+    MULTIPLIERS,
     PRE_NORMS,
     QK_EPS,
     QK_NORM,
@@ -22,7 +23,7 @@ from triplane.hf.families.llama import (
 )
 from triplane.hf.family import Family, sizes
 from triplane.hf.rope import Rope
-from triplane.hf.tensors import Names
+from triplane.hf.tensors import Holds, Names
 from triplane.hf.traits import Heads, Hf, Required, Trait, Values, key, must_be, switch
 from triplane.storage.errors import ModelError
 
@@ -43,6 +44,13 @@ _QWEN = {
     "mlp.shared_expert_gate": "feed_forward.always.weigh",
 }
 """Modules of a layer, dense or with experts; `{}` stands for the number of an expert."""
+_GRANITE: dict[str, str | Holds] = {
+    "block_sparse_moe.router.layer": "feed_forward.router",
+    "block_sparse_moe.input_linear": Holds(("feed_forward.w_gate", "feed_forward.w_up"), stacked=True),
+    "block_sparse_moe.output_linear": Holds(("feed_forward.w_down",), stacked=True),
+    "shared_mlp.input_linear": Holds(("feed_forward.always.w_gate", "feed_forward.always.w_up")),
+    "shared_mlp.output_linear": "feed_forward.always.w_down",
+}
 
 
 def _numbers(
@@ -130,4 +138,21 @@ OLMOE = Family(
     ),
     FIXED | {"attention.qk_norm": {"kind": "rms"}, "attention.qk_norm_over": "all"},
     problem=no_clip,
+)
+_GRANITE_TRAITS = (
+    *(*sizes(longest=2048), Heads(width="head_dim"), eps(1e-6), Rope(), ATTENTION_BIAS, *MULTIPLIERS),
+    *_numbers("num_local_experts", of=8, active=2, width_default=11_008),
+)
+GRANITEMOE = Family(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    Names(ENDS, {**_LAYER, **_GRANITE}),
+    _GRANITE_TRAITS,
+    FIXED | {"feed_forward.normalise": True},
+)
+GRANITEMOESHARED = replace(
+    GRANITEMOE,
+    model_type="granitemoeshared",
+    architecture="GraniteMoeSharedForCausalLM",
+    traits=(*_GRANITE_TRAITS, SharedWidth("shared_intermediate_size", default=0)),
 )
