@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Join = Literal["rows", "groups"]
+Join = Literal["rows", "groups", "pairs"]
 """How weights lie along the output axis of a tensor that holds several. `rows`: one after another. `groups`: of
-queries, keys and values, for each key head: its query heads, it, its value head (GPT-NeoX, BLOOM, Falcon)."""
+queries, keys and values, for each key head: its query heads, it, its value head (GPT-NeoX, BLOOM, Falcon). `pairs`: a
+row of each in turn (gpt-oss)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Holds:
     """True: matrices have their input axis first, as GPT-2's."""
     stacked: bool = False
     """True: a tensor holds the matrices of all experts."""
+    leaves: tuple[str, str] = (".weight", ".bias")
+    """What follows its name in those of its tensors."""
 
 
 QKV = ("attention.wq", "attention.wk", "attention.wv")
@@ -90,6 +93,8 @@ class Stored:
         if self.join == "groups":
             apart = [part.reshape(*self._heads(w), *part.shape[1:]) for part, w in zip(parts, self.weights)]
             parts = [torch.cat(apart, dim=1).flatten(0, 2)]
+        elif self.join == "pairs":
+            parts = [torch.stack(parts, dim=self._rows + 1).flatten(self._rows, self._rows + 1)]
         whole = torch.cat(parts, dim=self._rows) if len(parts) > 1 else parts[0]
         return whole.mT if self.transposed else whole
 
@@ -100,6 +105,8 @@ class Stored:
         if self.expert is not None:
             return whole
         whole = whole.mT if self.transposed else whole
+        if self.join == "pairs":
+            return whole.movedim(self._rows, 0)[number :: len(self.weights)].movedim(0, self._rows)
         if self.join == "groups":
             heads = [self._heads(weight) for weight in self.weights]
             groups, _, width = heads[0]
@@ -135,13 +142,13 @@ def stored_tensors(names: Names, config: ModelConfig) -> dict[str, Stored]:
 def _stored(modules: Modules, weights: Mapping[str, Weight], *, ours: str, theirs: str) -> Iterator[Stored]:
     for name, held in modules.items():
         holds = Holds((held,)) if isinstance(held, str) else held
-        for leaf in ("weight", "bias"):
+        for leaf, end in zip(("weight", "bias"), holds.leaves):
             held_weights = [weights.get(f"{ours}{module}.{leaf}") for module in holds.modules]
             parts = tuple(weight for weight in held_weights if weight is not None)
             if parts and (holds.stacked or "{}" in name) == (parts[0].axes[0].name == "expert"):
-                assert len(parts) == len(held_weights), f"{name}.{leaf}: some of {holds.modules} have none"
+                assert len(parts) == len(held_weights), f"{name}{end}: some of {holds.modules} have none"
                 transposed = holds.transposed and parts[0].role == "matrix"
                 experts = range(parts[0].shape[0]) if "{}" in name else [None]
                 for expert in experts:
-                    theirs_one = f"{theirs}{name.format(expert)}.{leaf}"
+                    theirs_one = f"{theirs}{name.format(expert)}{end}"
                     yield Stored(theirs_one, parts, holds.join, transposed=transposed, expert=expert)

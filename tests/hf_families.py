@@ -150,6 +150,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         SMALL | MULTIPLIERS | {"num_local_experts": 5, "shared_intermediate_size": 128},
         SMALL | {"num_local_experts": 5},
     ],
+    "gpt_oss": [
+        SMALL | WINDOW | {"num_local_experts": 5, "num_experts_per_tok": 3},
+        SMALL | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 1, "attention_bias": False}
+        | {"layer_types": MIXED, "swiglu_limit": 0.8, "rope_parameters": YARN, "tie_word_embeddings": True},
+    ],
     "deepseek_v3": [
         DEEPSEEK | {"first_k_dense_replace": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
         DEEPSEEK | {"q_lora_rank": None, "rope_interleave": False, "first_k_dense_replace": 0, "v_head_dim": 20}

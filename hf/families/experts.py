@@ -22,9 +22,10 @@ from triplane.hf.families.llama import (
     window,
 )
 from triplane.hf.family import Family, sizes
+from triplane.hf.layer_kinds import Windows, every
 from triplane.hf.rope import Rope
 from triplane.hf.tensors import Holds, Names
-from triplane.hf.traits import Heads, Hf, Required, Trait, Values, key, must_be, switch
+from triplane.hf.traits import Heads, Hf, Required, Trait, Values, key, must_be, number, switch
 from triplane.storage.errors import ModelError
 
 FIXED = {"norm.kind": "rms", "feed_forward.kind": "experts", "feed_forward.router": "softmax"}
@@ -51,6 +52,14 @@ _GRANITE: dict[str, str | Holds] = {
     "shared_mlp.input_linear": Holds(("feed_forward.always.w_gate", "feed_forward.always.w_up")),
     "shared_mlp.output_linear": "feed_forward.always.w_down",
 }
+_LEAVES = ("", "_bias")
+_GPT_OSS: dict[str, str | Holds] = {
+    "mlp.router": "feed_forward.router",
+    "mlp.experts.gate_up_proj": Holds(
+        ("feed_forward.w_gate", "feed_forward.w_up"), join="pairs", stacked=True, transposed=True, leaves=_LEAVES
+    ),
+    "mlp.experts.down_proj": Holds(("feed_forward.w_down",), stacked=True, transposed=True, leaves=_LEAVES),
+}
 
 
 def _numbers(
@@ -62,7 +71,6 @@ def _numbers(
         key(experts, "feed_forward.n_experts", default=of, also=(other[experts],)),
         key("num_experts_per_tok", "feed_forward.active", default=active),
         key(width, "feed_forward.hidden_dim", default=width_default),
-        SILU,
     )
 
 
@@ -97,7 +105,7 @@ MIXTRAL = Family(
     Names(ENDS, {**_LAYER, **_MIXTRAL}),
     (
         *(*sizes(longest=131_072), Heads(width="head_dim", kv_default=8), eps(1e-5), Rope(theta=1e6), window(None)),
-        *_numbers("num_local_experts", of=8, active=2),
+        *(*_numbers("num_local_experts", of=8, active=2), SILU),
     ),
     FIXED | {"feed_forward.normalise": True},
 )
@@ -109,7 +117,7 @@ QWEN3_MOE = Family(
         *(*sizes(longest=32_768), Heads(width="head_dim", kv_default=4), eps(1e-6, QK_EPS), Rope(), ATTENTION_BIAS),
         ListedDense(width=6144),
         *_numbers("num_experts", of=128, active=8, width="moe_intermediate_size", width_default=768),
-        *(_NORMALISE, _NO_WINDOW),
+        *(SILU, _NORMALISE, _NO_WINDOW),
     ),
     FIXED | QK_NORM,
 )
@@ -123,7 +131,7 @@ QWEN2_MOE = Family(
         ListedDense(width=5632),
         *_numbers("num_experts", of=60, active=4, width="moe_intermediate_size", width_default=1408),
         SharedWidth("shared_expert_intermediate_size", default=5632),
-        *(_NORMALISE, _NO_WINDOW),
+        *(SILU, _NORMALISE, _NO_WINDOW),
     ),
     FIXED | {"feed_forward.shared_gate": True},
 )
@@ -133,7 +141,7 @@ OLMOE = Family(
     Names(ENDS, {**_LAYER, **_QWEN}),
     (
         *(*sizes(longest=4096), Heads(), eps(1e-5, QK_EPS), Rope(), ATTENTION_BIAS),
-        *(*_numbers("num_experts", of=64, active=8), _NORMALISE),
+        *(*_numbers("num_experts", of=64, active=8), SILU, _NORMALISE),
         key("clip_qkv", type=float | None, default=None),  # after the norms, where ours clips before
     ),
     FIXED | {"attention.qk_norm": {"kind": "rms"}, "attention.qk_norm_over": "all"},
@@ -141,7 +149,7 @@ OLMOE = Family(
 )
 _GRANITE_TRAITS = (
     *(*sizes(longest=2048), Heads(width="head_dim"), eps(1e-6), Rope(), ATTENTION_BIAS, *MULTIPLIERS),
-    *_numbers("num_local_experts", of=8, active=2, width_default=11_008),
+    *(*_numbers("num_local_experts", of=8, active=2, width_default=11_008), SILU),
 )
 GRANITEMOE = Family(
     "granitemoe",
@@ -155,4 +163,22 @@ GRANITEMOESHARED = replace(
     model_type="granitemoeshared",
     architecture="GraniteMoeSharedForCausalLM",
     traits=(*_GRANITE_TRAITS, SharedWidth("shared_intermediate_size", default=0)),
+)
+GPT_OSS = Family(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    Names(ENDS, {**_LAYER, **_GPT_OSS}, states=(("self_attn.sinks", "attention.sinks"),)),
+    (
+        *(*sizes(longest=131_072), Heads(width="head_dim", kv_default=8, width_default=64), eps(1e-5)),
+        Rope(theta=150_000.0, absent={"kind": "yarn", "factor": 32.0, "original_seq_len": 4096, "truncate": False}),
+        switch("attention_bias", "attention.qkv_bias", "attention.output_bias", default=True),
+        Windows(every(2), window=128),
+        *_numbers("num_local_experts", of=128, active=4, width_default=2880),
+        key("swiglu_alpha", type=Annotated[float, Field(ge=1.702, le=1.702)], default=1.702),
+        number("swiglu_limit", "feed_forward.clamp", default=7.0),
+    ),
+    FIXED
+    | {"attention.sinks": True, "feed_forward.normalise": True}
+    | {"feed_forward.bias": True, "feed_forward.router_bias": True}
+    | {"feed_forward.activation": "gelu_sigmoid", "feed_forward.up_offset": 1.0},
 )

@@ -64,7 +64,7 @@ def _in_file(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
             found["embed_out.weight"] = value
         elif model.config.model_type.startswith("granitemoe"):
             found[_of_granite(name)] = value
-        elif ".mlp.experts." in name:
+        elif ".mlp.experts." in name and model.config.model_type != "gpt_oss":
             found |= _by_expert(name, value, model.config.model_type)
         elif model.config.model_type == "mixtral":
             found[name.replace(".mlp.", ".block_sparse_moe.")] = value
