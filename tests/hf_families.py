@@ -164,6 +164,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "deepseek_v2": [
         DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None, "first_k_dense_replace": 1},
         DEEPSEEK | {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "first_k_dense_replace": 1},
     ],
 }  # fmt: skip
 """Keys of config.json, by model type."""

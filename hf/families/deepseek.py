@@ -13,6 +13,7 @@ from triplane.hf.rope import Rope, found
 from triplane.hf.tensors import Holds, Names
 from triplane.hf.traits import Hf, Size, Trait, Values, key, must_be, number, switch
 from triplane.model.config import ModelConfig
+from triplane.storage.errors import ModelError
 
 _LATENT: dict[str, str | Holds] = {
     "self_attn.q_proj": "attention.wq",
@@ -62,6 +63,30 @@ class _Rope(Rope):
 def _query_dim(hf: Hf) -> int:
     width: int = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
     return width
+
+
+@dataclass(frozen=True)
+class _Groups(Trait):
+    """Groups of experts, ranked by their best one, where `topk_method` says so (V2)."""
+
+    @property
+    def keys(self) -> dict[str, tuple[Any, Any]]:
+        methods = Literal["greedy", "group_limited_greedy"]
+        sizes = dict.fromkeys(("n_group", "topk_group"), (PositiveInt | None, None))
+        return {"topk_method": (methods, "greedy"), **sizes}
+
+    def read(self, hf: Hf, model: Values) -> None:
+        groups, active = hf["n_group"], hf["topk_group"]
+        if hf["topk_method"] == "greedy" or groups == 1:
+            return
+        if groups is None or active is None:
+            raise ModelError(f"topk_method is {hf['topk_method']!r}, but n_group {groups} and topk_group {active}")
+        model["feed_forward"] |= {"groups": groups, "active_groups": active, "group_best": 1}
+
+    def write(self, model: Values, hf: Hf) -> None:
+        part = model["feed_forward"]
+        hf["topk_method"] = "group_limited_greedy" if part.get("groups", 1) > 1 else "greedy"
+        hf["n_group"], hf["topk_group"] = part.get("groups"), part.get("active_groups")
 
 
 def _other_heads(hf: Hf) -> str | None:
@@ -127,7 +152,7 @@ DEEPSEEK_V2 = Family(
         *(*sizes(longest=2048), *_ATTENTION, eps(1e-6), _Rope(interleaved=True)),
         FirstDense(width=11_008, count=0),
         *_experts(of=64, active=8, width=1407, shared=2, scale=1.0),
-        key("topk_method", type=Literal["greedy"], default="greedy"),
+        _Groups(),
         *(must_be("norm_topk_prob", value=False), must_be("mlp_bias", value=False)),
     ),
     _FIXED | {"feed_forward.router": "softmax", "feed_forward.normalise": False},

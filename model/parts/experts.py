@@ -44,9 +44,11 @@ class Experts(Gated):
     routed_scale: PositiveFloat = 1.0
     """Multiplies the weights; 2.5 in DeepSeek-V3."""
     groups: PositiveInt = 1
-    """Groups of `n_experts / groups` experts each; a token chooses groups first, by their two best scores."""
+    """Groups of `n_experts / groups` experts each; a token chooses groups first."""
     active_groups: PositiveInt = 1
     """Groups in which a token's experts are; 4 of 8 in DeepSeek-V3."""
+    group_best: PositiveInt = 2
+    """A group's rank is the sum of its so many best scores: 2 in DeepSeek-V3, 1 in DeepSeek-V2."""
     balance: Annotated[SequenceLoss | SelectionBias, Field(discriminator="kind")] | None = None
     """What keeps the experts equally busy. None: nothing."""
     z_loss_weight: NonNegativeFloat = 0.0
@@ -90,8 +92,8 @@ class Experts(Gated):
                 f"n_experts ({self.n_experts}) is not a multiple of groups ({self.groups}); the next multiple is "
                 f"{self.n_experts + self.groups - rest}"
             )
-        elif self.groups > 1 and each < 2:
-            yield f"n_experts / groups is {each}; a group is ranked by two experts, so it must have 2 or more"
+        elif self.groups > 1 and each < self.group_best:
+            yield f"group_best ({self.group_best}) is over n_experts ({self.n_experts}) / groups ({self.groups})"
         elif self.active_groups > self.groups:
             yield f"active_groups ({self.active_groups}) is over groups ({self.groups})"
         elif self.active > self.active_groups * each:
