@@ -68,6 +68,8 @@ class _Progress(BaseModel, strict=True, extra="allow"):
     recent: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = []
     unlogged: tuple[float, _Count, float] = (0.0, 0, 0.0)
     validation_loss: float | None = None
+    mean_of: list[_Count] = []
+    """The steps of which the weights are the mean; none: those of `step`."""
     run: dict[str, Any]
 
 

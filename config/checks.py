@@ -83,6 +83,11 @@ def _check_optimizer(config: RunConfig) -> Iterator[str]:
     yield from config.optimizer.problems(model_weights(config.model).values())
     if config.parallel.offload_optimizer and config.optimizer.kind != "adamw":
         yield f'offload_optimizer requires optimizer.kind "adamw", not "{config.optimizer.kind}"'
+    if config.parallel.uses_deepspeed and config.optimizer.average_decay is not None:
+        yield (
+            f"average_decay ({config.optimizer.average_decay}) with offload_optimizer requires zero = 3, not "
+            f"{config.parallel.zero}: DeepSpeed keeps no average"
+        )
 
 
 def _check_schedule(config: RunConfig) -> Iterator[str]:

@@ -7,15 +7,13 @@ from triplane.checkpoint.kept_tokenizer import kept_tokenizer, write_tokenizer
 from triplane.checkpoint.manifest import Manifest, write_manifest
 from triplane.checkpoint.parent import parent_in
 from triplane.checkpoint.reader import Checkpoint
-from triplane.checkpoint.tensors import write_tensors
-from triplane.checkpoint.weights import CheckpointWeights
+from triplane.checkpoint.weights import CheckpointWeights, write_weights
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.tokenizer import Tokenizer
 from triplane.hf.config import describe, possible_windows
 from triplane.hf.folder import FolderWeights
 from triplane.hf.verify import ExportReport, probe, probe_logits, verify
 from triplane.model.config import ModelConfig
-from triplane.parallel.placement import Fragment
 from triplane.storage.errors import CheckpointError, TriplaneError
 from triplane.storage.foreign import read_json, refuse_unprintable
 from triplane.storage.publish import publishing, refuse_existing
@@ -53,15 +51,7 @@ def import_hf(folder: Path, out: Path) -> Import:
     weights.check_values()
     tokenizer, no_tokenizer = _tokenizer(folder, config)
     with publishing(out) as temporary:
-        boxes, sizes = [], {}
-        for name, weight in weights.items():
-            data = weight.float().contiguous()
-            file = temporary / f"{name}.safetensors"
-            fragment = Fragment(
-                kind="weight", name=name, shape=data.shape, offsets=(0,) * data.dim(), data=data, primary=True
-            )
-            written, sizes[file.name] = write_tensors(file, [fragment])
-            boxes += written
+        boxes, sizes = write_weights(weights, temporary)
         run = {
             "model": config.model_dump(mode="json"),
             "imported_from": str(folder),

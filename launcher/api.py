@@ -73,11 +73,11 @@ class LoadedModel:
         return TextLoss(float(loss.cross_entropy), targets, len(text.encode()) / targets)
 
 
-def load(checkpoint: str | Path, *, tokenizer: str | Path | None = None) -> LoadedModel:
+def load(checkpoint: str | Path, *, tokenizer: str | Path | None = None, average: bool = False) -> LoadedModel:
     """Loads a checkpoint, or the newest of a run folder, on a GPU if there is one; a path or URL.
 
-    `tokenizer` is a file or folder, for a checkpoint that has none.
+    `tokenizer` is a file or folder, for a checkpoint that has none. `average` takes the average of the weights.
     """
-    trained = TrainedModel.open(str(checkpoint))
+    trained = TrainedModel.open(str(checkpoint), average=average)
     opened = trained.tokenizer(None if tokenizer is None else Path(tokenizer))
     return LoadedModel(trained.load()[0], opened, trained.context)

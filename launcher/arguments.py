@@ -36,6 +36,7 @@ RunTokenizer = Annotated[
     Path | None,
     typer.Option(help="Tokenizer file or folder, if the checkpoint contains none.", show_default=False),
 ]
+Average = Annotated[bool, typer.Option("--average", help="Take the average of the weights that the run kept.")]
 Nodes = Annotated[str, typer.Option(help="Number of nodes, or a range such as 2-4 to use what is free.")]
 RanksPerNode = Annotated[
     int | None,

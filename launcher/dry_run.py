@@ -56,6 +56,7 @@ class _Unused:
     """An optimizer for meta tensors, on which the fused ones refuse to work; no step is taken."""
 
     grad_clip = 1.0
+    average_decay = None
 
     def moments(self, weight: Weight) -> dict[str, Each]:
         return {}

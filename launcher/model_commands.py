@@ -1,14 +1,15 @@
 """`triplane evaluate`, `generate`, `export`, `import`, and `inspect` for a checkpoint: a whole model in one process."""
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 import tomli_w
 from rich.console import Console
 
+from triplane.checkpoint.average import last_checkpoints, write_average
 from triplane.checkpoint.kept_tokenizer import read_tokenizer
 from triplane.checkpoint.reader import Checkpoint
-from triplane.checkpoint.weights import CheckpointWeights
 from triplane.config.preflight import beside_config, config_of, find_checkpoint
 from triplane.data.baseline import unigram_loss
 from triplane.data.opening import open_sources
@@ -23,9 +24,9 @@ from triplane.training.feed import Feed
 from triplane.training.hardware import DTYPES
 
 
-def evaluate(run: str, sequences: int | None, corpora: list[str]) -> None:
+def evaluate(run: str, sequences: int | None, corpora: list[str], *, average: bool) -> None:
     """Prints the validation loss, and a unigram model's, on `corpora` or else on those of the run."""
-    trained = TrainedModel.open(run)
+    trained = TrainedModel.open(run, average=average)
     data = trained.data(corpora)
     config = trained.config
     try:
@@ -53,14 +54,22 @@ def _shown(loss: TextLoss) -> str:
 
 
 def generate(
-    run: str, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int, tokenizer_path: Path | None
+    run: str,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    tokenizer_path: Path | None,
+    average: bool,
 ) -> None:
     """Prints the prompt and its continuation, on a terminal as it is sampled."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"--prompt: not UTF-8 at character {error.start}; give text") from None
-    loaded = load(run, tokenizer=tokenizer_path)
+    loaded = load(run, tokenizer=tokenizer_path, average=average)
     options: Sampling = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
     console = _console()
     if not console.is_terminal:
@@ -71,19 +80,19 @@ def generate(
     console.print()
 
 
-def export(run: str, out: Path, *, dtype: str, context: int | None, tokenizer_path: Path | None) -> None:
+def export(run: str, out: Path, *, dtype: str, context: int | None, tokenizer_path: Path | None, average: bool) -> None:
     """Writes and verifies a Hugging Face folder."""
-    trained = TrainedModel.open(run)
+    trained = TrainedModel.open(run, average=average)
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype is {dtype}; give one of {', '.join(DTYPES)}")
     report = export_weights(
-        CheckpointWeights(trained.checkpoint),
+        trained.weights,
         trained.model,
         out,
         context=context or trained.context,
         tokenizer=trained.tokenizer(tokenizer_path),
         dtype=DTYPES[dtype],
-        provenance=_provenance(trained),
+        provenance=_provenance(trained) | ({"weights": "exponential average"} if average else {}),
         parent=trained.parent,
     )
     _print(f"{out}: {report}")
@@ -94,13 +103,27 @@ def _provenance(trained: TrainedModel) -> dict[str, str]:
         return {}
     state, config = trained.checkpoint.state, trained.config
     digests = beside_config(state["run"], trained.checkpoint.folder).corpus_digests
+    mean = {"weights": _mean_of(steps)} if (steps := state.get("mean_of")) else {}
     return {
         "run": config.run_dir,
         "step": f"{state['step']:,}",
+        **mean,
         "tokens seen": f"{state['tokens_seen']:,}",
         "corpora": ", ".join(f"{source.corpus} ({digest})" for source, digest in zip(config.data.sources, digests)),
         "seed": str(config.seed),
     }
+
+
+def average(run: str, out: Path, last: int) -> None:
+    """Writes a checkpoint of the mean weights of the last ones."""
+    newest = find_checkpoint(run)
+    kept = beside_config(Checkpoint(newest).state["run"], newest).tokenizer
+    steps = write_average(last_checkpoints(newest, last), out, kept)
+    _print(f"{out}: {_mean_of(steps)}")
+
+
+def _mean_of(steps: Sequence[int]) -> str:
+    return f"mean of steps {', '.join(f'{step:,}' for step in steps)}"
 
 
 def import_folder(folder: Path, out: Path) -> None:
@@ -127,6 +150,8 @@ def show_checkpoint(console: Console, path: str, verify: bool) -> None:
     else:
         written_by = f"written by {config_of(run, checkpoint.folder).parallel.describe()}"
     console.print(f"{written_by}; loads into every layout", markup=False)
+    if steps := state.get("mean_of"):
+        console.print(f"weights: {_mean_of(steps)}", highlight=False)
     kinds: dict[str, int] = {}
     for key in checkpoint.shapes:
         kind = key.partition("/")[0]

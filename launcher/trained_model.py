@@ -35,14 +35,15 @@ class TrainedModel:
     model: ModelConfig
     config: RunConfig | None
     """None for an imported model."""
+    weights: CheckpointWeights
 
     @classmethod
-    def open(cls, path: str) -> "TrainedModel":
-        """Opens a checkpoint, or the newest of a run folder."""
+    def open(cls, path: str, *, average: bool = False) -> "TrainedModel":
+        """Opens a checkpoint, or the newest of a run folder; with `average` in place of the weights their average."""
         checkpoint = Checkpoint(find_checkpoint(path))
         run, where = checkpoint.state["run"], checkpoint.folder
         config = None if "imported_from" in run else config_of(run, where)
-        return cls(checkpoint, model_of(run, where), config)
+        return cls(checkpoint, model_of(run, where), config, CheckpointWeights(checkpoint, average=average))
 
     def tokenizer(self, given: Path | None) -> Tokenizer:
         """Opens the `given` tokenizer, else the checkpoint's, else, for earlier versions, the corpus's."""
@@ -112,4 +113,4 @@ class TrainedModel:
         if reason is not None:
             print(f"triplane: loading {self.checkpoint.folder} {reason}", file=sys.stderr)
         device = torch.device(kind)
-        return load_model(self.model, CheckpointWeights(self.checkpoint), DTYPES[precision]).to(device), device
+        return load_model(self.model, self.weights, DTYPES[precision]).to(device), device

@@ -1,7 +1,7 @@
 """Runs training steps of a distributed model: forward and backward of the micro-batches, then the update."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from math import lcm
 from typing import NamedTuple, Protocol
@@ -24,7 +24,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, LocalModel
 from triplane.parallel.rules import token_multiple
-from triplane.parallel.update import OptimizerKind
+from triplane.parallel.update import AVERAGE, OptimizerKind
 
 Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
 """Maps (module, micro-batch number, the previous stage's output) to this stage's output or scaled loss."""
@@ -136,6 +136,22 @@ class Engine:
             assert isinstance(config, FeedForward)
             config.after_step(part, counts[number], norm.isfinite())
         return norm
+
+    @contextmanager
+    def averaged(self, step: int) -> Iterator[None]:
+        """Puts the average of the weights after `step` updates in their place, and them back at the end. Collective."""
+        self._exchange_average(step)
+        yield
+        self._exchange_average(step)
+
+    def _exchange_average(self, step: int) -> None:
+        found = list(self.optimizer.fragments())
+        weights, averages = ([each.data for each in found if each.kind == kind] for kind in ("weight", AVERAGE))
+        for weight, average in zip(weights, averages, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+        self.optimizer.loaded(step)
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Returns the scores of the token that follows `tokens`, (V,) fp32, equal on all ranks; collective."""

@@ -16,6 +16,9 @@ from triplane.parallel.mesh import Axis, Mesh
 from triplane.parallel.norm import squared_norm
 from triplane.parallel.placement import Fragment, Placement, fragments
 
+AVERAGE = "average"
+"""The kind of fragments of the average of the weights."""
+
 Each = Literal["element", "row"]
 """Of what a moment has a value: of each element of a weight, or of each row of a matrix."""
 
@@ -60,6 +63,11 @@ class OptimizerKind(Protocol):
 
     @property
     def grad_clip(self) -> float: ...
+    @property
+    def average_decay(self) -> float | None:
+        """Decay of the average of the weights; None: there is none."""
+        ...
+
     def moments(self, weight: Weight) -> Mapping[str, Each]:
         """Returns what an update of `weight` keeps: names of tensors, and of what each has values."""
         ...
@@ -89,9 +97,11 @@ class Update:
         self.optimizers = kind.build(pieces, mesh)
         place = {id(weight): optimizer for optimizer in self.optimizers for weight in _weights(optimizer)}
         self._states: list[dict[str, Tensor]] = []
+        self._steps = 0
+        """Updates so far."""
         for piece in pieces:
             # Now rather than in the first step, so that a checkpoint can fill it.
-            moments = {name: piece.zeros(each) for name, each in kind.moments(piece.placement.weight).items()}
+            moments = {name: piece.zeros(each) for name, each in self._kept(piece).items()}
             step = torch.zeros((), device=piece.weight.device)  # the fused update requires it there
             self._states.append({"step": step, **moments})
             place[id(piece.weight)].state[piece.weight] = self._states[-1]
@@ -110,7 +120,22 @@ class Update:
             optimizer.found_inf = (~here.isfinite()).float()  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad()
+        self._steps += 1
+        self._follow(here.isfinite().float())
         return norm
+
+    def _kept(self, piece: Piece) -> dict[str, Each]:
+        """Returns what is kept of a piece besides its weight, as `OptimizerKind.moments` does."""
+        average: dict[str, Each] = {} if self.kind.average_decay is None else {AVERAGE: "element"}
+        return {**self.kind.moments(piece.placement.weight), **average}
+
+    def _follow(self, taken: Tensor) -> None:
+        """Moves the average of the weights, by nothing if `taken` is 0; that of the first step is its weights."""
+        if self.kind.average_decay is None:
+            return
+        decay = min(self.kind.average_decay, (self._steps - 1) / (self._steps + 8))
+        for piece, state in zip(self.pieces, self._states):
+            state[AVERAGE].lerp_(piece.weight.detach(), (1 - decay) * taken)
 
     def _gradient_norm(self) -> Tensor:
         """Returns the norm over the whole model: sums over all ranks, and counts copies once."""
@@ -128,11 +153,12 @@ class Update:
         """Yields the state on this rank."""
         for piece, state in zip(self.pieces, self._states):
             yield from piece.fragments("weight", piece.weight.detach(), "element")
-            for name, each in self.kind.moments(piece.placement.weight).items():
+            for name, each in self._kept(piece).items():
                 yield from piece.fragments(name, state[name], each)
 
     def loaded(self, step: int) -> None:
         """Adopts fragments that were filled with the state after `step` updates."""
+        self._steps = step
         for state in self._states:
             state["step"].fill_(step)
 

@@ -11,9 +11,6 @@ from triplane.storage.location import entries
 from triplane.storage.remote import is_url
 from triplane.training.config import RunConfig
 
-_STATE_BYTES = 12
-"""fp32 weight and two moments per parameter."""
-
 
 def kept_checkpoints(config: RunConfig) -> int:
     """Returns the maximum number of checkpoints at once: those that the rules keep, and one being written."""
@@ -25,7 +22,7 @@ def kept_checkpoints(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Returns the size of one checkpoint."""
-    return _STATE_BYTES * count_parameters(config.model)
+    return config.optimizer.state_bytes * count_parameters(config.model)
 
 
 def disk_problems(config: RunConfig) -> Iterator[str]:

@@ -37,7 +37,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    """fp32 weights and moments."""
+    """fp32 weights, moments, and the average of weights."""
     activations: int
     """Tensors that forward keeps for backward."""
     temporary: int
@@ -106,7 +106,7 @@ def _own(work: Work, rank: RankKind, device: Device) -> _State:
     accumulated = gradients if work.micro_batches > 1 else 0
     return _State(
         weights=work.element_bytes * owned,
-        optimizer=(12 if work.bf16 else 8) * share,  # weights in fp32 are their own masters
+        optimizer=(work.state_bytes - (0 if work.bf16 else 4)) * share,  # weights in fp32 are their own masters
         gradients=gradients,
         accumulated=accumulated,
         kept=0,
@@ -130,7 +130,7 @@ def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
     gradients = _STATISTIC * (share if partitioned else owned)
     return _State(
         weights=work.element_bytes * owned,
-        optimizer=0 if device == "cuda" else 12 * share,
+        optimizer=0 if device == "cuda" else work.state_bytes * share,
         gradients=gradients,
         accumulated=gradients if work.micro_batches > 1 else 0,
         # ZeRO 1 allocates its bucket in the first backward and keeps it until the last.
@@ -152,7 +152,7 @@ def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memor
 
     def moment(activations: int, temporary: int, *, first: bool) -> Memory:
         gradients = 0 if on_host or (first and work.micro_batches == 1) else 4 * share
-        optimizer = 0 if on_host else 12 * share
+        optimizer = 0 if on_host else work.state_bytes * share
         return Memory(weights=0, gradients=gradients, optimizer=optimizer, activations=activations, temporary=temporary)
 
     # A tied table is whole throughout, and so is its gradient from the head's backward on.

@@ -23,6 +23,8 @@ class Work:
     micro_batches: int
     """Micro-batches per dp rank and step."""
     seq_len: int
+    state_bytes: int = 12
+    """Bytes a parameter of the optimizer's state, the weight in fp32 included."""
 
     @property
     def period(self) -> int:

@@ -62,6 +62,8 @@ _LARGE: list[dict[str, Any]] = [
     {"tp": 2, "dp": 4, "dp_shard": 2, "zero": 2, "optimizer": "muon"},
     {"tp": 2, "sequence_parallel": True, "pp": 2, "dp": 2, "zero": 2, "optimizer": "normuon"},
     {"tp": 2, "cp": 2, "dp": 2, "zero": 3, "optimizer": "normuon"},
+    {"tp": 2, "pp": 2, "virtual_stages": 2, "dp": 2, "tied": True, "optimizer": "averaged"},
+    {"cp": 2, "pp": 2, "dp": 2, "zero": 3, "optimizer": "averaged"},
     {"cp": 2, "dp": 4, "dp_shard": 4, "precision": "bf16"},
     {"dp": 4, "dp_shard": 2, "zero": 3, "precision": "bf16"},
     {"cp": 2, "pp": 2, "dp": 2, "dp_shard": 2, "zero": 3, "tied": True},
@@ -82,7 +84,6 @@ _EXPERTS_OVER_RANKS: list[dict[str, Any]] = [
         ("experts after a dense layer", {"dp": 4, "zero": 2}),
         ("experts, one shared", {"dp": 2, "cp": 2, "tp": 2, "ep": 4}),
         ("experts in groups", {"dp": 2, "tp": 2, "optimizer": "muon"}),
-        ("experts, one shared", {"dp": 2, "compile": True}),
         ("experts, one shared", {"dp": 2, "precision": "bf16"}),
     )
 ]
@@ -101,11 +102,9 @@ _EXPERTS_ON_AXES: list[dict[str, Any]] = [
         ("experts with biases", {"cp": 2, "cp_method": "ring", "pp": 2, "dp": 2, "ep": 4, "optimizer": "muon"}),
         ("experts after a dense layer", {"pp": 2, "virtual_stages": 2, "dp": 4, "ep": 2, "zero": 0}),
         ("experts after a dense layer", {"tp": 2, "cp": 2, "pp": 2, "ep": 2, "tied": True, "optimizer": "muon"}),
-        ("experts in groups", {"tp": 2, "dp": 2, "ep": 2, "compile": True}),
-        ("experts, one shared", {"dp": 2, "ep": 2, "compile": True, "recompute": "selective"}),
     )
 ]
-"""Experts on three axes or more, by AdamW and Muon, or compiled."""
+"""Experts on three axes or more, by AdamW and Muon."""
 
 LARGE_VOCABULARY = 65_537
 _LARGE_TENSORS: list[dict[str, Any]] = [

@@ -24,7 +24,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, place
-from triplane.parallel.update import Piece, set_rate
+from triplane.parallel.update import AVERAGE, Piece, set_rate
 from triplane.prove.experts import ExpertsOf
 from triplane.training.optimizers.adamw import AdamW
 from triplane.training.optimizers.kinds import AnyOptimizer
@@ -40,6 +40,7 @@ OPTIMIZERS: dict[str, AnyOptimizer] = {
     "muon by head": Muon(
         kind="muon", iterate_in="fp32", by_head=True, coefficients="classic", scaling="original", **_COMMON
     ),
+    "averaged": AdamW(average_decay=0.3, **_COMMON),
     "normuon": Muon(kind="muon", iterate_in="fp32", second_moment_decay=0.9, **_COMMON),
 }
 """Those of the proof; Lion is none, since the sign of a gradient near zero is that of its rounding."""
@@ -157,6 +158,11 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED, optimizer: 
             set_rate(update, _learning_rate(step))
             update.step()
             update.zero_grad()
+        if kind.average_decay is not None:
+            decay = min(kind.average_decay, step / (step + 9))
+            for piece in pieces:
+                key, weight = f"{AVERAGE}/{piece.placement.name}", piece.weight.detach()
+                state[key] = decay * state[key] + (1 - decay) * weight if step else weight.clone()
         layers.update_biases()
         losses.append(loss.item())
     return Trace(losses=losses, norms=norms, state=state, tokens_per_s=_tokens_per_s(steps, start_s))

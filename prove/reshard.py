@@ -29,10 +29,11 @@ _WIDTH = 9
 
 
 def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
-    """Prints a table for an untied head, one for a tied head and one with NorMuon; returns the exit code."""
+    """Prints a table for an untied head, one for a tied head and an average, and one with NorMuon; returns the exit
+    code."""
     machine = Machine.here(ranks)
     rows = []
-    for tied, optimizer in ((False, "adamw"), (True, "adamw"), (True, "normuon")):
+    for tied, optimizer in ((False, "adamw"), (True, "averaged"), (True, "normuon")):
         with TemporaryDirectory(prefix="triplane-reshard-") as folder:
             rows += _prove(proof_model(tied), optimizer, machine, Path(folder))
     if json_path is not None:

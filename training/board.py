@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _GROUPS = {
-    "1 loss": ("loss", "perplexity"),
+    "1 loss": ("loss", "average_loss", "perplexity"),
     "2 learning": (
         "added_loss",
         "bits_per_byte",

@@ -251,11 +251,18 @@ class Trainer:
         return replace(state, unlogged=State.unlogged) if regular else state
 
     def _validate(self, state: State) -> float:
-        sequences = self.config.training.eval_sequences
-        loss, by_source = validation_losses(
-            self.engine.evaluate, self.feed, self.corpora.validation, sequences=sequences
+        validate = partial(
+            validation_losses,
+            self.engine.evaluate,
+            self.feed,
+            self.corpora.validation,
+            sequences=self.config.training.eval_sequences,
         )
-        self.report.validation(state.step, loss, by_source)
+        (loss, by_source), of_average = validate(), None
+        if self.config.optimizer.average_decay is not None:
+            with self.engine.averaged(state.step):
+                of_average, _ = validate()
+        self.report.validation(state.step, loss, by_source, of_average)
         return loss.nats
 
     def _sample(self, state: State) -> None:

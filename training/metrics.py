@@ -41,6 +41,9 @@ METRICS = {
     "validation_bits_per_byte": Metric(
         "bits/byte", "mean over held-out tokens of the first sources", "{:.4f} bits/byte".format
     ),
+    "validation_average_loss": Metric(
+        "nats/token", "as `validation_loss`, of the average of the weights", "of the average {:.4f}".format
+    ),
     "learning_rate": Metric("1", _SAME, "learning rate {:.2e}".format),
     "gradient_norm": Metric("1", "norm over all parameters, before clipping", "gradient norm {:.3f}".format),
     "added_loss": Metric("nats/token", "sum over layers, mean over tokens of the last batch", "added {:.4f}".format),

@@ -33,11 +33,16 @@ class Report:
             self._tell(step, lambda callback: callback.metrics(step, values))
             self._progress.update(step, values)
 
-    def validation(self, step: int, loss: TextLoss, by_source: Mapping[str, TextLoss]) -> None:
-        """Records and shows the loss on held-out text, also by source if there are several."""
+    def validation(
+        self, step: int, loss: TextLoss, by_source: Mapping[str, TextLoss], of_average: TextLoss | None
+    ) -> None:
+        """Records and shows the loss on held-out text, also by source if there are several, and of the average of the
+        weights if there is one."""
         if self._first:
             several = by_source if len(by_source) > 1 else {}
             values = {"validation_loss": loss.nats, "validation_bits_per_byte": loss.bits_per_byte}
+            if of_average is not None:
+                values["validation_average_loss"] = of_average.nats
             shown = [METRICS[name].format(value) for name, value in values.items()]
             for name, its in several.items():
                 values[f"validation_loss/{name}"] = its.nats

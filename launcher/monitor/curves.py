@@ -27,7 +27,13 @@ class _Chart:
     """Whether it can also be shown on logarithmic axes."""
 
 
-_LOSS = _Chart("Loss", "nats/token", {"loss": "training", "validation_loss": "validation"}, from_zero=False, log=True)
+_LOSS = _Chart(
+    "Loss",
+    "nats/token",
+    {"loss": "training", "validation_loss": "validation", "validation_average_loss": "of the average"},
+    from_zero=False,
+    log=True,
+)
 _ONE = (
     _LOSS,
     _Chart("Gradient norm", "before clipping", {"gradient_norm": "gradient norm"}, log=True),

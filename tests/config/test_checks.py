@@ -6,6 +6,7 @@ import pytest
 
 from triplane.config.checks import check
 from triplane.training.config import RunConfig
+from triplane.training.optimizers.adamw import AdamW
 
 
 def config(**changes: Any) -> RunConfig:
@@ -136,6 +137,14 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
 )
 def test_each_check_names_its_operands(changes: dict[str, Any], ranks: int, problem: str) -> None:
     assert check(config(**changes), ranks) == problem.splitlines()
+
+
+def test_an_average_is_not_kept_by_deepspeed() -> None:
+    averaged = {"optimizer": AdamW(average_decay=0.9)}
+    assert check(config(offload_optimizer=True, zero=2).model_copy(update=averaged), 4) == [
+        "average_decay (0.9) with offload_optimizer requires zero = 3, not 2: DeepSpeed keeps no average"
+    ]
+    assert check(config(offload_optimizer=True, zero=3).model_copy(update=averaged), 4) == []
 
 
 def test_zero_3_goes_with_dp_shard() -> None:

@@ -22,6 +22,7 @@ from triplane.prove.command import Result
         {"dp": 4, "dp_shard": 2, "zero": 3},
         {"dp": 4, "dp_shard": 2, "zero": 3, "optimizer": "muon"},
         {"tp": 2, "dp": 2, "zero": 3, "optimizer": "normuon"},
+        {"dp": 2, "zero": 3, "optimizer": "averaged"},
         {"dp": 2, "dp_shard": 1, "zero": 3},
         {"zero": 3, "offload_optimizer": True},
     ],

@@ -28,7 +28,7 @@ def _run(prepared: Prepared, run_dir: Path, layout: dict[str, Any]) -> list[dict
         prepared,
         run_dir,
         model={"n_layers": 3, "n_kv_heads": 1},
-        optimizer={"eps": 1e-3},
+        optimizer={"eps": 1e-3, "average_decay": 0.5},
         parallel=layout,
         training={"sample_every_steps": 8},
     )
@@ -36,7 +36,8 @@ def _run(prepared: Prepared, run_dir: Path, layout: dict[str, Any]) -> list[dict
     run_ranks(config.parallel, config.parallel.dp * config.parallel.ranks_of_one, _train, config)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
-    losses = [{key: entry[key] for key in ("step", "loss", "validation_loss") if key in entry} for entry in entries]
+    known = ("step", "loss", "validation_loss", "validation_average_loss")
+    losses = [{key: entry[key] for key in known if key in entry} for entry in entries]
     return [entry for entry in losses if len(entry) > 1]  # a save is logged when it has ended
 
 
@@ -55,6 +56,7 @@ def test_a_run_logs_what_one_process_logs(
 ) -> None:
     logged = _run(prepared, tmp_path / "run", LAYOUTS[name])
     assert [entry.keys() for entry in logged] == [entry.keys() for entry in one]
-    assert any("validation_loss" in entry for entry in one)
+    of_average = [entry for entry in one if "validation_average_loss" in entry]
+    assert of_average and all(entry["validation_average_loss"] != entry["validation_loss"] for entry in of_average)
     for ours, theirs in zip(logged, one):
         assert ours == pytest.approx(theirs, abs=1e-5)

@@ -170,8 +170,23 @@ def test_lion_steps_by_signs(alone: Mesh) -> None:
         torch.testing.assert_close(mine, piece.weight.detach())
 
 
+def test_the_average_begins_with_the_first_weights_and_soon_forgets_them(alone: Mesh) -> None:
+    made = pieces([MATRIX, VECTOR])
+    update = Update(AdamW(lr=0.1, average_decay=0.4), made, alone)
+    expected: list[Tensor] = []
+    for step in range(1, 9):
+        for piece, gradient in zip(made, gradients(made, step)):
+            piece.weight.grad = gradient
+        update.apply(0.1)
+        weights = [piece.weight.detach().clone() for piece in made]
+        decay = [0, 1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 0.4][step - 1]
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected or weights, weights)]
+    found = [fragment.data for fragment in update.fragments() if fragment.kind == "average"]
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
-    "kind", [AdamW(), Lion(kind="lion"), Muon(kind="muon"), Muon(kind="muon", second_moment_decay=0.9)]
+    "kind", [AdamW(average_decay=0.9), Lion(kind="lion"), Muon(kind="muon"), Muon(kind="muon", second_moment_decay=0.9)]
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(alone: Mesh, kind: AnyOptimizer) -> None:
     before, update = run(kind, [MATRIX, VECTOR], alone)

@@ -69,6 +69,21 @@ def test_interrupted_after_each_step_and_resumed_is_bitwise_the_same(
     assert curve(whole) == curve(cut)
 
 
+def test_a_second_moment_of_rows_and_an_average_resume_bitwise(prepared: Prepared, tmp_path: Path) -> None:
+    optimizer = {"kind": "muon", "second_moment_decay": 0.9, "average_decay": 0.9}
+    parallel = {"tp": 2, "dp": 2, "zero": 3}
+    whole = small_run(prepared, tmp_path / "whole", parallel=parallel, optimizer=optimizer)
+    start(whole)
+    for stop in (2, STEPS):
+        cut = small_run(
+            prepared, tmp_path / "cut", parallel=parallel, optimizer=optimizer, training={"stop_at_step": stop}
+        )
+        start(cut)
+    assert_equal(final_state(whole), final_state(cut))
+    for name in ("loss", "validation_average_loss"):
+        assert curve(whole, name) == curve(cut, name) != []
+
+
 def test_another_layout_goes_on_to_the_same_model(prepared: Prepared, tmp_path: Path) -> None:
     whole = small_run(prepared, tmp_path / "whole", optimizer={"eps": 1e-3})
     start(whole)

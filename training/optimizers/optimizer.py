@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
 from triplane.model.weights import Weight
 
@@ -58,6 +58,14 @@ class Optimizer(BaseModel):
     """Maximum global gradient norm."""
     groups: list[WeightGroup] = []
     """Weights that learn differently."""
+    average_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Decay a step of an exponential average of the weights, such as 0.999, which is kept beside them in fp32, and
+    validated; step n uses at most (n - 1) / (n + 8), which soon forgets the first weights. None: no average."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes a parameter of weight, two moments, of which some kinds have one, and average: all in fp32."""
+        return 12 if self.average_decay is None else 16
 
     def moments(self, weight: Weight) -> Mapping[str, Each]:
         """Returns what an update of `weight` keeps: names of tensors, and of what each has values."""
