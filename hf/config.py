@@ -4,7 +4,7 @@ from typing import Any
 
 from triplane.hf.families.table import FAMILIES
 from triplane.hf.family import Described, Family
-from triplane.hf.unsupported import family_problem
+from triplane.hf.unsupported import family_problem, weights_problem
 from triplane.model.config import ModelConfig
 from triplane.storage.errors import ModelError
 
@@ -20,7 +20,7 @@ def describe(content: object, where: str = "config.json") -> Described:
     """
     if not isinstance(content, dict):
         raise ModelError(f"{where}: holds no table of keys; give a Hugging Face folder")
-    if problem := family_problem(content, list(FAMILIES)):
+    if problem := family_problem(content, list(FAMILIES)) or weights_problem(content):
         raise ModelError(f"{where}: {problem}")
     family = FAMILIES[content["model_type"]]
     try:

@@ -17,16 +17,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Join = Literal["rows", "groups", "pairs"]
+"""How weights lie along the output axis of a tensor that holds several. `rows`: one after another. `groups`: of
+queries, keys and values, for each key head: its query heads, it, its value head (GPT-NeoX, BLOOM, Falcon). `pairs`: a
+row of each in turn (gpt-oss)."""
+
+
 @dataclass(frozen=True)
 class Holds:
     """The modules of ours whose weights one module of theirs holds."""
 
     modules: tuple[str, ...]
-    join: Literal["rows", "groups"] = "rows"
-    """`rows`: one after another. `groups`: of queries, keys and values, for each key head: its query heads, it, its
-    value head (GPT-NeoX, BLOOM, Falcon)."""
+    join: Join = "rows"
     transposed: bool = False
     """True: matrices have their input axis first, as GPT-2's."""
+    stacked: bool = False
+    """True: a tensor holds the matrices of all experts."""
+    leaves: tuple[str, str] = (".weight", ".bias")
+    """What follows its name in those of its tensors."""
 
 
 QKV = ("attention.wq", "attention.wk", "attention.wv")
@@ -63,7 +71,7 @@ class Stored:
     name: str
     weights: tuple[Weight, ...]
     """Our modules that it holds."""
-    join: Literal["rows", "groups"]
+    join: Join
     transposed: bool
     expert: int | None = None
     """The expert whose part of the weight it holds; None: all of it."""
@@ -72,8 +80,9 @@ class Stored:
     def shape(self) -> tuple[int, ...]:
         if self.expert is not None:
             return self.weights[0].shape[1:]
-        rows, *rest = (sum(weight.shape[0] for weight in self.weights), *self.weights[0].shape[1:])
-        return (*rest, rows) if self.transposed else (rows, *rest)
+        shape = list(self.weights[0].shape)
+        shape[self._rows] = sum(weight.shape[self._rows] for weight in self.weights)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else tuple(shape)
 
     def joined(self, parts: list[Tensor]) -> Tensor:
         """Returns the tensor that holds these weights."""
@@ -84,8 +93,10 @@ class Stored:
         if self.join == "groups":
             apart = [part.reshape(*self._heads(w), *part.shape[1:]) for part, w in zip(parts, self.weights)]
             parts = [torch.cat(apart, dim=1).flatten(0, 2)]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return whole.T if self.transposed else whole
+        elif self.join == "pairs":
+            parts = [torch.stack(parts, dim=self._rows + 1).flatten(self._rows, self._rows + 1)]
+        whole = torch.cat(parts, dim=self._rows) if len(parts) > 1 else parts[0]
+        return whole.mT if self.transposed else whole
 
     def part(self, whole: Tensor, number: int) -> Tensor:
         """Returns one of the weights that the tensor holds, or its expert's part of one."""
@@ -93,13 +104,20 @@ class Stored:
 
         if self.expert is not None:
             return whole
-        whole = whole.T if self.transposed else whole
+        whole = whole.mT if self.transposed else whole
+        if self.join == "pairs":
+            return whole.movedim(self._rows, 0)[number :: len(self.weights)].movedim(0, self._rows)
         if self.join == "groups":
             heads = [self._heads(weight) for weight in self.weights]
             groups, _, width = heads[0]
             apart = whole.reshape(groups, -1, width, *whole.shape[1:])
             return torch.split(apart, [each for _, each, _ in heads], dim=1)[number].flatten(0, 2)
-        return torch.split(whole, [weight.shape[0] for weight in self.weights])[number]
+        return torch.split(whole, [weight.shape[self._rows] for weight in self.weights], dim=self._rows)[number]
+
+    @property
+    def _rows(self) -> int:
+        """The dim along which the tensor joins weights: their output axis."""
+        return int(self.weights[0].axes[0].name == "expert")
 
     def _heads(self, weight: Weight) -> tuple[int, int, int]:
         """Returns groups, heads of each group, width of a head."""
@@ -124,13 +142,13 @@ def stored_tensors(names: Names, config: ModelConfig) -> dict[str, Stored]:
 def _stored(modules: Modules, weights: Mapping[str, Weight], *, ours: str, theirs: str) -> Iterator[Stored]:
     for name, held in modules.items():
         holds = Holds((held,)) if isinstance(held, str) else held
-        for leaf in ("weight", "bias"):
+        for leaf, end in zip(("weight", "bias"), holds.leaves):
             held_weights = [weights.get(f"{ours}{module}.{leaf}") for module in holds.modules]
             parts = tuple(weight for weight in held_weights if weight is not None)
-            if parts and ("{}" in name) == (len(weights[f"{ours}{holds.modules[0]}.weight"].axes) > 2):
-                assert len(parts) == len(held_weights), f"{name}.{leaf}: some of {holds.modules} have none"
-                transposed = holds.transposed and len(parts[0].axes) > 1
+            if parts and (holds.stacked or "{}" in name) == (parts[0].axes[0].name == "expert"):
+                assert len(parts) == len(held_weights), f"{name}{end}: some of {holds.modules} have none"
+                transposed = holds.transposed and parts[0].role == "matrix"
                 experts = range(parts[0].shape[0]) if "{}" in name else [None]
                 for expert in experts:
-                    theirs_one = f"{theirs}{name.format(expert)}.{leaf}"
+                    theirs_one = f"{theirs}{name.format(expert)}{end}"
                     yield Stored(theirs_one, parts, holds.join, transposed=transposed, expert=expert)

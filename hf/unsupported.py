@@ -1,4 +1,4 @@
-"""Hugging Face model types that cannot be read, and what they have that this model lacks. Imports no torch."""
+"""Hugging Face models that cannot be read, and what they have that this model lacks. Imports no torch."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ _WRAPPER = "a vision or audio part around the text model"
 _LACKING = {
     "bamba": _STATES,
     "bert": _BIDIRECTIONAL,
-    "gpt_oss": "tensors in which gate and up of experts alternate",
     "jamba": _STATES,
     "kimi_linear": _STATES,
     "lfm2": _STATES,
@@ -19,7 +18,6 @@ _LACKING = {
     "mistral3": _WRAPPER,
     "modernbert": _BIDIRECTIONAL,
     "nemotron_h": _STATES,
-    "qwen2_moe": "a gate before the shared expert",
     "qwen3_5": _WRAPPER,
     "qwen3_next": _STATES,
     "roberta": _BIDIRECTIONAL,
@@ -42,3 +40,21 @@ def family_problem(hf: dict[str, Any], families: list[str]) -> str | None:
         lacking = "an encoder"
     has = f", which has {lacking}" if lacking else ""
     return f"model_type is {str(model_type)[:60]!r}{has}; {readable}"
+
+
+_DEQUANTIZERS = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Classes of transformers that turn weights back, by what config.json calls the method."""
+
+
+def weights_problem(hf: dict[str, Any]) -> str | None:
+    """Returns why the weights of a config.json cannot be read: they are quantized; None if they are not."""
+    if not (table := hf.get("quantization_config")):
+        return None
+    method = str(table.get("quant_method") if isinstance(table, dict) else table)[:60]
+    turned = "give a folder whose weights have 16 bits or more"
+    if method in _DEQUANTIZERS:
+        turned = (
+            f"load the folder by transformers with quantization_config={_DEQUANTIZERS[method]}(dequantize=True), and "
+            "save it by save_pretrained"
+        )
+    return f"its weights are quantized ({method}), and such are not read; {turned}"

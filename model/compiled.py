@@ -12,6 +12,7 @@ def compile_blocks(model: Transformer) -> None:
     Blocks share their code, so one compilation serves all, and a second one serves any number of tokens.
     Call it after swapping modules.
     """
+    torch._dynamo.config.capture_scalar_outputs = True  # numbers of rows, which experts on other ranks send
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     if type(model.head) is Head:  # that of tp has collectives in its loss

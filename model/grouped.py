@@ -19,7 +19,7 @@ def grouped_product(x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Multiplies the rows from `ends_E[e - 1]` to `ends_E[e]` by the transpose of matrix e."""
     if _fits(x_SD, weight_EFD):
         return torch._grouped_mm(x_SD, weight_EFD.transpose(1, 2), offs=ends_E)
-    out_SF = x_SD.new_empty(len(x_SD), weight_EFD.shape[1])
+    out_SF = x_SD.new_empty(x_SD.shape[0], weight_EFD.shape[1])
     for rows, weight_FD in zip(_groups(ends_E), weight_EFD, strict=True):
         out_SF[rows] = x_SD[rows] @ weight_FD.T
     return out_SF
@@ -27,7 +27,7 @@ def grouped_product(x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 
 @grouped_product.register_fake
 def _(x_SD: Tensor, weight_EFD: Tensor, _: Tensor) -> Tensor:
-    return x_SD.new_empty(len(x_SD), weight_EFD.shape[1])
+    return x_SD.new_empty(x_SD.shape[0], weight_EFD.shape[1])  # `len` would ask for a number
 
 
 @torch.library.custom_op("triplane::grouped_product_backward", mutates_args=())

@@ -51,7 +51,7 @@ def chosen(part: Experts, scores_TE: Tensor) -> Tensor:
     """Returns the numbers of the experts with the best scores, of the best groups if there are several."""
     if part.groups > 1:
         scores_TGE = scores_TE.view(len(scores_TE), part.groups, -1)
-        groups_TG = scores_TGE.topk(2).values.sum(-1).topk(part.active_groups).indices
+        groups_TG = scores_TGE.topk(part.group_best).values.sum(-1).topk(part.active_groups).indices
         kept_TG = torch.zeros_like(scores_TGE[..., 0], dtype=torch.bool).scatter(1, groups_TG, True)
         scores_TE = scores_TGE.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
     return scores_TE.topk(part.active).indices

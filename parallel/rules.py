@@ -103,8 +103,6 @@ def _expert_problems(layout: ParallelConfig, counts: list[int]) -> Iterator[str]
         yield f"ep ({ep}) and {given} cannot be combined: that spreads all weights over dp x cp; use zero = 1 or 2"
     if layout.dp_shard:
         yield f"ep ({ep}) and dp_shard ({layout.dp_shard}) cannot be combined; leave one of them out"
-    if layout.compile:
-        yield f"ep ({ep}) and compile cannot be combined: the rows that a rank receives differ in number each time"
 
 
 def _width(axis: Axis) -> str:

@@ -84,6 +84,7 @@ _EXPERTS_OVER_RANKS: list[dict[str, Any]] = [
         ("experts after a dense layer", {"dp": 4, "zero": 2}),
         ("experts, one shared", {"dp": 2, "cp": 2, "tp": 2, "ep": 4}),
         ("experts in groups", {"dp": 2, "tp": 2, "optimizer": "muon"}),
+        ("experts, one shared", {"dp": 2, "compile": True}),
         ("experts, one shared", {"dp": 2, "precision": "bf16"}),
     )
 ]
@@ -102,9 +103,11 @@ _EXPERTS_ON_AXES: list[dict[str, Any]] = [
         ("experts with biases", {"cp": 2, "cp_method": "ring", "pp": 2, "dp": 2, "ep": 4, "optimizer": "muon"}),
         ("experts after a dense layer", {"pp": 2, "virtual_stages": 2, "dp": 4, "ep": 2, "zero": 0}),
         ("experts after a dense layer", {"tp": 2, "cp": 2, "pp": 2, "ep": 2, "tied": True, "optimizer": "muon"}),
+        ("experts in groups", {"tp": 2, "dp": 2, "ep": 2, "compile": True}),
+        ("experts, one shared", {"dp": 2, "ep": 2, "compile": True, "recompute": "selective"}),
     )
 ]
-"""Experts on three axes or more, by AdamW and Muon."""
+"""Experts on three axes or more, by AdamW and Muon, or compiled."""
 
 LARGE_VOCABULARY = 65_537
 _LARGE_TENSORS: list[dict[str, Any]] = [

@@ -78,6 +78,6 @@ def _best(config: Experts, scores: list[float]) -> list[int]:
     size = config.n_experts // config.groups
     groups = [range(first, first + size) for first in range(0, config.n_experts, size)]
     if config.groups > 1:
-        groups.sort(key=lambda group: -sum(sorted((scores[e] for e in group), reverse=True)[:2]))
+        groups.sort(key=lambda group: -sum(sorted((scores[e] for e in group), reverse=True)[: config.group_best]))
         groups = groups[: config.active_groups]
     return sorted((e for group in groups for e in group), key=lambda e: -scores[e])[: config.active]

@@ -78,7 +78,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             | {"active": 4, "bias": True, "router_bias": True, "normalise": False}
             | {"activation": "gelu_sigmoid", "clamp": 7.0, "up_offset": 1.0}
         },
-        "experts after a dense layer": {"layers": [{}, {"feed_forward": _EXPERTS | {"shared": 2}, "repeat": 4}]},
+        "experts after a dense layer": {
+            "layers": [{}, {"feed_forward": _EXPERTS | {"shared": 2, "shared_gate": True}, "repeat": 4}]
+        },
     },
     "ends": {
         "capped logits": {"embedding_scale": 3.0, "head_softcap": 3.0},

@@ -37,6 +37,11 @@ DEEPSEEK = EQUAL | {
     "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
     "num_key_value_heads": 6,
 }  # fmt: skip
+MULTIPLIERS = {"embedding_multiplier": 12.0, "logits_scaling": 3.0, "residual_multiplier": 0.22}
+MULTIPLIERS |= {"attention_multiplier": 0.0625}
+QWEN2_MOE = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -53,11 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         SMALL,
         SMALL | WINDOW | {"use_sliding_window": True, "no_rope_layers": [1, 0, 1, 1], "attention_bias": True},
     ],
-    "granite": [
-        SMALL
-        | {"embedding_multiplier": 12.0, "logits_scaling": 3.0, "residual_multiplier": 0.22}
-        | {"attention_multiplier": 0.0625, "mlp_bias": True}
-    ],
+    "granite": [SMALL | MULTIPLIERS | {"mlp_bias": True}],
     "helium": [SMALL | {"head_dim": 8, "attention_bias": True}],
     "ernie4_5": [SMALL, SMALL | {"use_bias": True, "tie_word_embeddings": False}],
     "hunyuan_v1_dense": [
@@ -129,11 +130,30 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "qwen3_moe": [
         SMALL | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         SMALL | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 1, "attention_bias": True}
-        | {"norm_topk_prob": True},
+        | {"norm_topk_prob": True, "mlp_only_layers": [1, 2]},
+        SMALL | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "mlp_only_layers": [3]}
+        | {"decoder_sparse_step": 2, "num_hidden_layers": 5},
+    ],
+    "qwen2_moe": [
+        SMALL | QWEN2_MOE,
+        SMALL | QWEN2_MOE | {"mlp_only_layers": [0], "qkv_bias": False, "norm_topk_prob": True},
     ],
     "olmoe": [
         SQUARE | {"num_experts": 5, "num_experts_per_tok": 2},
         SQUARE | {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ],
+    "granitemoe": [
+        SMALL | MULTIPLIERS | {"num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True},
+        SMALL | {"num_local_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ],
+    "granitemoeshared": [
+        SMALL | MULTIPLIERS | {"num_local_experts": 5, "shared_intermediate_size": 128},
+        SMALL | {"num_local_experts": 5},
+    ],
+    "gpt_oss": [
+        SMALL | WINDOW | {"num_local_experts": 5, "num_experts_per_tok": 3},
+        SMALL | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 1, "attention_bias": False}
+        | {"layer_types": MIXED, "swiglu_limit": 0.8, "rope_parameters": YARN, "tie_word_embeddings": True},
     ],
     "deepseek_v3": [
         DEEPSEEK | {"first_k_dense_replace": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
@@ -144,6 +164,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "deepseek_v2": [
         DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None, "first_k_dense_replace": 1},
         DEEPSEEK | {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "first_k_dense_replace": 1},
     ],
 }  # fmt: skip
 """Keys of config.json, by model type."""

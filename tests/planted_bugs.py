@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from triplane.model import router
 from triplane.model.batch import Batch
 from triplane.model.modules import Stack, WeightsModule, unchanged
+from triplane.model.parts.gated import Gated
+from triplane.model.parts.shared import SharedExperts
 from triplane.parallel import (
     bucket,
     context,
@@ -394,6 +396,14 @@ def _with_the_experts_bias_on_each_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor, "_split_layers", split)
 
 
+def _with_the_gate_of_shared_experts_after_the_sum(patch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, m: Any, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        out: torch.Tensor = Gated.forward(self, m, x_TD, batch)
+        return out * m.weigh(x_TD).sigmoid()
+
+    patch.setattr(SharedExperts, "forward", forward)
+
+
 def _without_the_copies_of_shards(patch: pytest.MonkeyPatch) -> None:
     def device_mesh(mesh: Any) -> Any:
         return DeviceMesh.from_group(mesh.spread.shards.group, mesh.device.type)
@@ -402,6 +412,7 @@ def _without_the_copies_of_shards(patch: pytest.MonkeyPatch) -> None:
 
 
 ONE_SHARED, IN_GROUPS, WITH_BIASES = "experts, one shared", "experts in groups", "experts with biases"
+AFTER_DENSE = "experts after a dense layer"
 MICRO_BATCHES = 4
 LATENT = "latent, whole queries, wide values"
 OVER_ALL = "QK-norm over all heads"
@@ -462,6 +473,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_counts_in_every_forward, {"recompute": "full", "options": (ONE_SHARED,)}),
     (_with_the_experts_bias_on_each_rank, {"tp": 2, "options": (WITH_BIASES,)}),
     (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": (ONE_SHARED,)}),
+    (_with_the_gate_of_shared_experts_after_the_sum, {"tp": 2, "options": (AFTER_DENSE,)}),
     (_without_fp32_masters, {"precision": "bf16"}),
     (_without_fp32_masters, {"dp": 2, "precision": "bf16"}),
     (_without_fp32_masters, {"dp": 2, "zero": 0, "precision": "bf16"}),

@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from triplane.hf.dense_layers import FirstDense
 from triplane.hf.families.llama import ENDS, GATED, PRE_NORMS, SILU, eps
 from triplane.hf.family import Family, sizes
 from triplane.hf.rope import Rope, found
 from triplane.hf.tensors import Holds, Names
-from triplane.hf.traits import ACTIVATIONS, Hf, Size, Trait, Values, key, must_be, number, switch
+from triplane.hf.traits import Hf, Size, Trait, Values, key, must_be, number, switch
 from triplane.model.config import ModelConfig
+from triplane.storage.errors import ModelError
 
 _LATENT: dict[str, str | Holds] = {
     "self_attn.q_proj": "attention.wq",
@@ -64,25 +66,27 @@ def _query_dim(hf: Hf) -> int:
 
 
 @dataclass(frozen=True)
-class _DenseLayers(Trait):
-    """So many layers without experts before the others; stands before the traits of experts."""
-
-    default: int
+class _Groups(Trait):
+    """Groups of experts, ranked by their best one, where `topk_method` says so (V2)."""
 
     @property
     def keys(self) -> dict[str, tuple[Any, Any]]:
-        return {"first_k_dense_replace": (NonNegativeInt, self.default), "intermediate_size": (Size, 18_432)}
+        methods = Literal["greedy", "group_limited_greedy"]
+        sizes = dict.fromkeys(("n_group", "topk_group"), (PositiveInt | None, None))
+        return {"topk_method": (methods, "greedy"), **sizes}
 
     def read(self, hf: Hf, model: Values) -> None:
-        dense = {"kind": "gated", "hidden_dim": hf["intermediate_size"], "activation": ACTIVATIONS[hf["hidden_act"]]}
-        for layer in model["layers"][: hf["first_k_dense_replace"]]:
-            layer["feed_forward"] = dense
+        groups, active = hf["n_group"], hf["topk_group"]
+        if hf["topk_method"] == "greedy" or groups == 1:
+            return
+        if groups is None or active is None:
+            raise ModelError(f"topk_method is {hf['topk_method']!r}, but n_group {groups} and topk_group {active}")
+        model["feed_forward"] |= {"groups": groups, "active_groups": active, "group_best": 1}
 
     def write(self, model: Values, hf: Hf) -> None:
-        parts = [layer["feed_forward"] for layer in model["layers"]]
-        hf["first_k_dense_replace"] = next((n for n, part in enumerate(parts) if part["kind"] != "gated"), len(parts))
-        hf["intermediate_size"] = parts[0]["hidden_dim"]
-        model["feed_forward"] = parts[-1]
+        part = model["feed_forward"]
+        hf["topk_method"] = "group_limited_greedy" if part.get("groups", 1) > 1 else "greedy"
+        hf["n_group"], hf["topk_group"] = part.get("groups"), part.get("active_groups")
 
 
 def _other_heads(hf: Hf) -> str | None:
@@ -129,7 +133,7 @@ DEEPSEEK_V3 = Family(
     (
         *(*sizes(longest=4096), *_ATTENTION, eps(1e-6), _Rope()),
         switch("rope_interleave", "positions.interleaved", default=True),
-        _DenseLayers(default=3),
+        FirstDense(width=18_432, count=3),
         *_experts(of=256, active=8, width=2048, shared=1, scale=2.5),
         key("n_group", "feed_forward.groups", default=8),
         key("topk_group", "feed_forward.active_groups", default=4),
@@ -146,9 +150,9 @@ DEEPSEEK_V2 = Family(
     _names,
     (
         *(*sizes(longest=2048), *_ATTENTION, eps(1e-6), _Rope(interleaved=True)),
-        _DenseLayers(default=0),
+        FirstDense(width=11_008, count=0),
         *_experts(of=64, active=8, width=1407, shared=2, scale=1.0),
-        key("topk_method", type=Literal["greedy"], default="greedy"),
+        _Groups(),
         *(must_be("norm_topk_prob", value=False), must_be("mlp_bias", value=False)),
     ),
     _FIXED | {"feed_forward.router": "softmax", "feed_forward.normalise": False},

@@ -51,6 +51,22 @@ _LLAMA = (Heads(width="head_dim", divides=True), INNER, SILU, Rope(), ATTENTION_
 LLAMA = Family("llama", "LlamaForCausalLM", NAMES, (*sizes(longest=2048), *_LLAMA, eps(1e-6)), FIXED, zero_biases=True)
 
 
+MULTIPLIERS = (
+    number("embedding_multiplier", "embedding_scale", default=1.0),
+    number("residual_multiplier", "residual_scale", default=1.0),
+    key("attention_multiplier", "attention.scale", type=PositiveFloat, default=1.0),
+    key(
+        "logits_scaling",
+        "head_scale",
+        type=PositiveFloat,
+        default=1.0,
+        decode=lambda divisor: 1 / divisor,
+        encode=lambda scale: 1 / scale,
+    ),
+)
+"""Of the Granite families."""
+
+
 def no_clip(hf: Hf) -> str | None:
     """Says that queries, keys and values are clipped, if they are."""
     return None if hf["clip_qkv"] is None else f"clip_qkv is {hf['clip_qkv']}; this family does not clip"
@@ -124,17 +140,7 @@ GRANITE = _like_llama(
     "granite",
     "GraniteForCausalLM",
     *(*sizes(longest=2048), _wide(None), eps(1e-6), Rope(), ATTENTION_BIAS, MLP_BIAS),
-    number("embedding_multiplier", "embedding_scale", default=1.0),
-    number("residual_multiplier", "residual_scale", default=1.0),
-    key("attention_multiplier", "attention.scale", type=PositiveFloat, default=1.0),
-    key(
-        "logits_scaling",
-        "head_scale",
-        type=PositiveFloat,
-        default=1.0,
-        decode=lambda divisor: 1 / divisor,
-        encode=lambda scale: 1 / scale,
-    ),
+    *MULTIPLIERS,
 )
 HELIUM = _like_llama(
     "helium",

@@ -12,7 +12,9 @@ FAMILIES = {
         *(cohere.COHERE, cohere.COHERE2),
         *(classic.GPT2, classic.GPT_BIGCODE, classic.OPT, alibi.BLOOM, alibi.MPT),
         *(neox.GPT_NEOX, neox.GPTJ, neox.PHI, neox.PHI3, neox.STARCODER2, neox.STABLELM, neox.NEMOTRON, neox.FALCON),
-        *(experts.MIXTRAL, experts.QWEN3_MOE, experts.OLMOE, deepseek.DEEPSEEK_V3, deepseek.DEEPSEEK_V2),
+        *(experts.MIXTRAL, experts.QWEN3_MOE, experts.QWEN2_MOE, experts.OLMOE, experts.GRANITEMOE),
+        *(experts.GRANITEMOESHARED, experts.GPT_OSS),
+        *(deepseek.DEEPSEEK_V3, deepseek.DEEPSEEK_V2),
         *(gemma.GEMMA3, llama.INTERNLM3, llama.IQUESTCODER),
     )
 }

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from triplane.model.parts.balance import STATE, SelectionBias, SequenceLoss
 from triplane.model.parts.gated import Gated
+from triplane.model.parts.shared import SharedExperts
 from triplane.model.weights import Axis, Cost, Weight, linear, stacked, times, under
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Experts(Gated):
     """Experts that a token passes."""
     shared: NonNegativeInt = 0
     """Experts that all tokens pass besides (DeepSeekMoE), as one layer of width `shared x hidden_dim`."""
+    shared_gate: bool = False
+    """True: what the shared experts add is multiplied by sigmoid(w x), a number for each token (Qwen2-MoE)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How the router's logits become scores: `softmax` (Mixtral), `sigmoid` (DeepSeek-V3)."""
     router_bias: bool = False
@@ -41,9 +44,11 @@ class Experts(Gated):
     routed_scale: PositiveFloat = 1.0
     """Multiplies the weights; 2.5 in DeepSeek-V3."""
     groups: PositiveInt = 1
-    """Groups of `n_experts / groups` experts each; a token chooses groups first, by their two best scores."""
+    """Groups of `n_experts / groups` experts each; a token chooses groups first."""
     active_groups: PositiveInt = 1
     """Groups in which a token's experts are; 4 of 8 in DeepSeek-V3."""
+    group_best: PositiveInt = 2
+    """A group's rank is the sum of its so many best scores: 2 in DeepSeek-V3, 1 in DeepSeek-V2."""
     balance: Annotated[SequenceLoss | SelectionBias, Field(discriminator="kind")] | None = None
     """What keeps the experts equally busy. None: nothing."""
     z_loss_weight: NonNegativeFloat = 0.0
@@ -79,14 +84,16 @@ class Experts(Gated):
             m.router.selection_bias.sub_(self.balance.rate * applied * above_E)
 
     def problems(self) -> Iterator[str]:
+        if self.shared_gate and (self.bias or not self.shared):
+            yield f"shared_gate requires shared experts without bias, but shared is {self.shared}, bias {self.bias}"
         each, rest = divmod(self.n_experts, self.groups)
         if rest:
             yield (
                 f"n_experts ({self.n_experts}) is not a multiple of groups ({self.groups}); the next multiple is "
                 f"{self.n_experts + self.groups - rest}"
             )
-        elif self.groups > 1 and each < 2:
-            yield f"n_experts / groups is {each}; a group is ranked by two experts, so it must have 2 or more"
+        elif self.groups > 1 and each < self.group_best:
+            yield f"group_best ({self.group_best}) is over n_experts ({self.n_experts}) / groups ({self.groups})"
         elif self.active_groups > self.groups:
             yield f"active_groups ({self.active_groups}) is over groups ({self.groups})"
         elif self.active > self.active_groups * each:
@@ -139,6 +146,6 @@ class Experts(Gated):
         return Axis("choice", self.n_experts)
 
     @property
-    def _always(self) -> Gated:
+    def _always(self) -> SharedExperts:
         fields = {name: getattr(self, name) for name in Gated.model_fields if name != "kind"}
-        return Gated(**fields | {"hidden_dim": self.shared * self.hidden_dim})
+        return SharedExperts(**fields | {"hidden_dim": self.shared * self.hidden_dim, "weighed": self.shared_gate})

@@ -62,13 +62,22 @@ def _in_file(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
         value = parameter.grad if gradients else parameter
         if name == "lm_head.weight" and model.config.model_type == "gpt_neox":
             found["embed_out.weight"] = value
-        elif ".mlp.experts." in name:
+        elif model.config.model_type.startswith("granitemoe"):
+            found[_of_granite(name)] = value
+        elif ".mlp.experts." in name and model.config.model_type != "gpt_oss":
             found |= _by_expert(name, value, model.config.model_type)
         elif model.config.model_type == "mixtral":
             found[name.replace(".mlp.", ".block_sparse_moe.")] = value
         else:
             found[name] = value
     return found
+
+
+def _of_granite(name: str) -> str:
+    """The name in a file of one of GraniteMoE's parameters, which transformers renames when it loads them."""
+    name = name.replace(".router.weight", ".router.layer.weight")
+    name = name.replace(".experts.gate_up_proj", ".input_linear.weight")
+    return name.replace(".experts.down_proj", ".output_linear.weight")
 
 
 def _by_expert(name: str, value: Tensor, family: str) -> dict[str, Tensor]:

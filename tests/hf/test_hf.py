@@ -61,10 +61,20 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no table": ([], "holds no table"),
     "nothing": (None, "holds no table"),
     "no type": ({"model_type": ...}, "no model_type; this model reads .*llama"),
-    "experts": (
-        {"model_type": "qwen2_moe"},
-        "'qwen2_moe', which has a gate before the shared expert; this model reads .*llama",
+    "other layers": (
+        {"model_type": "qwen3_next"},
+        "'qwen3_next', which has layers other than attention; this model reads .*llama",
     ),
+    "a shared expert of another width": (
+        {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 2000},
+        r"shared_expert_intermediate_size \(2000\) is not a multiple of the width of an expert \(1408\)",
+    ),
+    "quantized": (
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+        r"quantized \(mxfp4\), .*Mxfp4Config\(dequantize=True\), and save it by save_pretrained$",
+    ),
+    "otherwise quantized": ({"quantization_config": {"quant_method": "awq"}}, r"\(awq\), .* have 16 bits or more$"),
+    "another slope of the gate": ({"model_type": "gpt_oss", "swiglu_alpha": 1.5}, "swiglu_alpha is 1.5"),
     "unheard of": ({"model_type": "kraken"}, "model_type is 'kraken'; this"),
     "type a list": ({"model_type": []}, r"model_type is '\[\]'"),
     "vision": ({"model_type": "pixels", "text_config": {}}, "'pixels', which has a vision"),

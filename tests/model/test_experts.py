@@ -23,7 +23,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scores as weights": {"normalise": False, "routed_scale": 2.5},
     "one expert each": {"active": 1, "normalise": False},
     "shared": {"shared": 2, "activation": "gelu"},
+    "shared, weighed": {"shared": 1, "shared_gate": True},
     "groups": {"router": "sigmoid", "groups": 3, "active_groups": 2, "active": 3, "routed_scale": 1.5},
+    "groups by their best": {"groups": 2, "active_groups": 1, "group_best": 1, "normalise": False},
     "biases": {"bias": True, "router_bias": True, "clamp": 0.5, "up_offset": 1.0, "activation": "gelu_sigmoid"},
     "odd widths": {"hidden_dim": 5},
     "balanced": {"balance": LOSS, "z_loss_weight": 0.1},
@@ -72,13 +74,16 @@ def by_hand(part: Experts, w: dict[str, Tensor], x_TD: Tensor) -> tuple[Tensor, 
         if part.groups > 1:
             size = part.n_experts // part.groups
             groups = [sorted(ranked[start : start + size]) for start in range(0, part.n_experts, size)]
-            worth = [group[-1] + group[-2] for group in groups]
+            worth = [sum(group[-part.group_best :]) for group in groups]
             best = sorted(range(part.groups), key=lambda g: -worth[g])[: part.active_groups]
             ranked = [r if e // size in best else -inf for e, r in enumerate(ranked)]
         chosen = sorted(range(part.n_experts), key=lambda e: -ranked[e])[: part.active]
         total = score[chosen].sum() if part.normalise else 1.0
         out = sum(part.routed_scale * score[e] / total * gated(x, "", e) for e in chosen)
-        outputs.append(out + gated(x, "always.", None) if part.shared else out)
+        if part.shared:
+            weight = (w["always.weigh.weight"] @ x).sigmoid() if part.shared_gate else 1.0
+            out = out + weight * gated(x, "always.", None)
+        outputs.append(out)
         logits.append(logit)
         shares.append(score / score.sum())
         selected.append(chosen)
@@ -165,8 +170,12 @@ def test_grouped_products_with_empty_groups(widths: tuple[int, int], dtype: torc
     ("options", "problem"),
     [
         ({"active": 7}, "active (7) is over n_experts (6)"),
+        (
+            {"shared_gate": True},
+            "shared_gate requires shared experts without bias, but shared is 0, bias False",
+        ),
         ({"groups": 4}, "n_experts (6) is not a multiple of groups (4); the next multiple is 8"),
-        ({"groups": 6}, "n_experts / groups is 1; a group is ranked by two experts, so it must have 2 or more"),
+        ({"groups": 6}, "group_best (2) is over n_experts (6) / groups (6)"),
         ({"groups": 3, "active_groups": 4}, "active_groups (4) is over groups (3)"),
         ({"groups": 3, "active": 3}, "active (3) is over n_experts (6) / groups (3) x active_groups (1)"),
     ],

@@ -13,6 +13,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.rules import layout_problems
 from triplane.prove.forked import run_ranks
+from triplane.prove.networks import network
 from triplane.prove.reference import proof_batch, proof_engine, proof_model
 
 CASES: list[tuple[dict[str, Any], int]] = [
@@ -25,6 +26,8 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"cp": 2, "recompute": "selective"}, 0),
     ({"cp": 2, "cp_method": "ring", "recompute": "full"}, 1),  # between what stands before and after its attention
     ({"pp": 2}, 0),
+    ({"dp": 2, "ep": 2}, 0),
+    ({"dp": 2, "ep": 2, "recompute": "selective"}, 0),
 ]
 """Layouts, and how often the graph of a block is interrupted."""
 
@@ -33,7 +36,8 @@ def _graphs(mesh: Mesh, layout: ParallelConfig) -> tuple[int, int]:
     """Graphs that a step has compiled, and reasons why one ended before its block did."""
     torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     with torch._dynamo.config.patch(disable=False):  # the other tests compile nothing
-        engine = proof_engine(mesh, proof_model(), layout, dtype=torch.bfloat16)
+        model = network(proof_model(), ("experts, one shared",) if layout.ep > 1 else ())
+        engine = proof_engine(mesh, model, layout, dtype=torch.bfloat16)
         engine.forward_backward([proof_batch(engine.config, 0, [mesh.dp.rank + i]) for i in range(2)])
         engine.step(1e-3)
     return counters["stats"]["unique_graphs"], len(counters["graph_break"])

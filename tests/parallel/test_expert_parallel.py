@@ -60,10 +60,6 @@ def test_a_run_goes_on_over_other_ranks(saved: str, loaded: str, tmp_path: Path)
             {"dp": 2, "ep": 2, "zero": 3},
             "ep (2) and zero = 3 cannot be combined: that spreads all weights over dp x cp; use zero = 1 or 2",
         ),
-        (
-            {"dp": 2, "ep": 2, "compile": True},
-            "ep (2) and compile cannot be combined: the rows that a rank receives differ in number each time",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused(layout: dict[str, Any], problem: str) -> None:
