@@ -7,6 +7,7 @@ import pytest
 from triplane.config.checks import check, tokens_per_step
 from triplane.config.load import load_config
 from triplane.model.count import count_parameters
+from triplane.model.describe import model_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Ranks, parameters, tokens in a step. The totals of released models are those of their checkpoints.
@@ -24,6 +25,7 @@ SHIPPED = {
     "8b": (64, 8_030_261_248, 2_097_152),
     "mixtral-8x7b": (64, 46_702_792_704, 4_194_304),
     "qwen3-30b-a3b": (64, 30_532_122_624, 4_194_304),
+    "deepseek-v3": (2048, 671_026_419_200, 62_914_560),
     "70b": (256, 70_553_706_496, 4_194_304),
     "405b": (512, 405_853_388_800, 4_194_304),
 }
@@ -43,3 +45,9 @@ def test_shipped_config(name: str) -> None:
     assert config.run_dir == f"runs/{name}"
     if ranks > 2:
         assert f"{ranks} GPUs" in (CONFIGS / f"{name}.toml").read_text().split("\n\n")[0]
+
+
+def test_a_token_multiplies_37_billion_weights_of_deepseek_v3() -> None:
+    weights = model_weights(load_config(CONFIGS / "deepseek-v3.toml").model).values()
+    products = (w for w in weights if w.role == "matrix" or w.name == "head.weight")
+    assert round(sum(w.elements * w.share for w in products) / 1e9) == 37
