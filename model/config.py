@@ -171,16 +171,20 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
     def pattern(self) -> tuple[Layer, ...]:
         """The layers of one period, complete; layer i is `pattern[i % len(pattern)]`."""
         whole = {"attention": self.attention, "feed_forward": self.feed_forward, "positions": self.positions}
-        layers = [layer for layer in self.layers or (Layer(),) for _ in range(layer.repeat)]
-        return tuple(
-            layer.model_copy(update={"repeat": 1} | {key: getattr(layer, key) or part for key, part in whole.items()})
-            for layer in layers
-        )
+        pattern: list[Layer] = []
+        for layer in self.layers or (Layer(),):
+            complete = {key: getattr(layer, key) or part for key, part in whole.items()}
+            pattern += [layer.model_copy(update={"repeat": 1} | complete)] * layer.repeat
+        return tuple(pattern)
+
+    @property
+    def period(self) -> int:
+        """Layers after which their kinds repeat."""
+        return sum(layer.repeat for layer in self.layers) or 1
 
     def layer(self, number: int) -> Layer:
         """Returns the complete layer `number`."""
-        pattern = self.pattern
-        return pattern[number % len(pattern)]
+        return self.pattern[number % self.period]
 
     @property
     def all_positions(self) -> tuple[AnyPositions, ...]:
@@ -194,8 +198,8 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
 
     def problems(self) -> Iterator[str]:
         """Yields what keys of different tables contradict, a line each with its operands."""
-        period = sum(layer.repeat for layer in self.layers)
-        if period and self.n_layers % period:
+        period = self.period
+        if self.n_layers % period:
             multiple = self.n_layers + -self.n_layers % period
             yield (
                 f"layers repeat every {period}, which does not divide n_layers ({self.n_layers}); the next multiple is "

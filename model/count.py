@@ -1,5 +1,7 @@
 """Counts parameters and floating-point operations, from the config alone."""
 
+from functools import cache
+
 from triplane.model.config import Layer, ModelConfig
 from triplane.model.describe import embedding_weights, head_weights, layer_weights
 
@@ -12,6 +14,7 @@ def count_parameters(config: ModelConfig) -> int:
     return layers * config.n_layers // len(period) + ends
 
 
+@cache
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Counts forward and backward of one token, as PaLM's appendix B does for MFU."""
     period = config.pattern

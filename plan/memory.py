@@ -66,9 +66,9 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
         )
 
     loss = moment(state.accumulated, activations, state.kept + (_loss(work, device) if rank.has_head else 0))
-    kinds = {number % work.period for number in rank.layers}
+    kinds = {work.kind(number) for number in rank.layers}
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
-    whole = max(_block(work, kind, device) for kind in range(work.period))
+    whole = max(_block(work, kind, device) for kind in set(work.kinds))
     first_backward = moment(state.accumulated, activations, state.first + block)
     last_backward = moment(state.gradients, whole, state.last + block)
     fullest = max((loss, first_backward, last_backward), key=lambda memory: memory.total)
@@ -144,7 +144,7 @@ def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
 def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memory]:
     """Returns the fullest moments of a step with ZeRO 3, in which whole weights and gradients are temporary."""
     width, share = work.element_bytes, parameters(work, rank) // work.shards
-    kinds = {number % work.period for number in rank.layers}
+    kinds = {work.kind(number) for number in rank.layers}
     unit = max((layer_parameters(work, kind) for kind in kinds), default=0)
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
     table, tied = table_parameters(work), work.model.tie_embeddings and rank.has_head and rank.has_embedding
@@ -181,7 +181,7 @@ def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int
     stream, kept = _stream(work), 0
     for stage, count in zip(rank.stages, in_flight(work, rank)):
         passed_on = stream if work.layout.pp > 1 and not stage.head else 0  # the schedules keep what a stage sends
-        blocks = sum(_block_kept(work, number % work.period, device) for number in stage.layers)
+        blocks = sum(_block_kept(work, work.kind(number), device) for number in stage.layers)
         kept += count * (blocks + passed_on)
     return kept + (_head_kept(work, device) if rank.has_head else 0)
 

@@ -1,7 +1,7 @@
 """Computes a rank's share of a model: stages, layers, parameters, micro-batches in flight."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 from triplane.model.config import ModelConfig
 from triplane.model.describe import embedding_weights, head_weights, layer_weights
@@ -26,10 +26,14 @@ class Work:
     state_bytes: int = 12
     """Bytes a parameter of the optimizer's state, the weight in fp32 included."""
 
-    @property
-    def period(self) -> int:
-        """Layers after which their kinds repeat; layer i is of kind i % period."""
-        return len(self.model.pattern)
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """The kind of each layer in the pattern."""
+        return _kinds(self.model)
+
+    def kind(self, number: int) -> int:
+        """Returns the kind of a layer."""
+        return self.kinds[number % len(self.kinds)]
 
     @property
     def replicas(self) -> int:
@@ -83,6 +87,13 @@ class RankKind:
         return self.stages[0].embedding
 
 
+@cache
+def _kinds(model: ModelConfig) -> tuple[int, ...]:
+    """Returns for each layer in the pattern the number of the first one like it."""
+    pattern = model.pattern
+    return tuple(pattern.index(layer) for layer in pattern)
+
+
 def pipeline(work: Work) -> list[RankKind]:
     """Returns the ranks of one pipeline, in order."""
     layout = work.layout
@@ -101,7 +112,7 @@ def rank_kinds(work: Work) -> list[RankKind]:
 
 @cache
 def layer_parameters(work: Work, kind: int) -> int:
-    """Returns the parameters on one tp rank of a layer of `kind`, its number in the pattern."""
+    """Returns the parameters on one tp rank of a layer of `kind`, the number of one in the pattern."""
     layer = work.model.pattern[kind]
     return sum(local_elements(weight, work.layout.tp, work.layout.ep) for weight in layer_weights(work.model, layer))
 
@@ -134,7 +145,7 @@ def parameters(work: Work, rank: RankKind) -> int:
         ends += head_weights(work.model)
     shared = work.model.tie_embeddings and rank.has_head and not rank.has_embedding  # its own copy of the table
     return (
-        sum(layer_parameters(work, number % work.period) for number in rank.layers)
+        sum(layer_parameters(work, work.kind(number)) for number in rank.layers)
         + sum(local_elements(weight, work.layout.tp) for weight in ends)
         + shared * table_parameters(work)
     )

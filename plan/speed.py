@@ -86,10 +86,10 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     """Estimates a step on `work.replicas x tp x pp` GPUs."""
     layout, micro, rates = work.layout, work.micro_batches, Rates(gpu, program)
     ranks = pipeline(work)
-    blocks, head = [_block(work, kind, rates) for kind in range(work.period)], _head(work, rates)
+    blocks, head = {kind: _block(work, kind, rates) for kind in set(work.kinds)}, _head(work, rates)
     passes = []
     for rank in ranks:
-        kinds = Counter(number % work.period for number in rank.layers)
+        kinds = Counter(work.kind(number) for number in rank.layers)
         layers = (blocks[kind].times(number) for kind, number in kinds.items())
         passes.append(sum(layers, head if rank.has_head else _Pass()))
     slowest = max(passes, key=lambda stage: stage.total)
