@@ -24,6 +24,23 @@ _FIRST_TOKENS = 2_000_000
 """Tokens of a first run on CPUs, of no size in particular."""
 
 Table = dict[str, Choice]
+_FIRST_MODEL: Table = {
+    "tie_embeddings": Choice(False, "a small model learns more with a head of its own"),
+    "embedding_scale": Choice(50.0, "1 / init_std: embeddings begin at the scale of what norms return"),
+}
+_FIRST_RECIPE: dict[str, Table] = {
+    "optimizer": {
+        "kind": Choice("muon", "learns most a step from little text"),
+        "lr": Choice(1e-2, "of the matrices of blocks, as in configs/quickstart.toml"),
+        "adamw_lr": Choice(5e-3, "of tables and vectors"),
+    },
+    "schedule": {
+        "kind": Choice("wsd", "warm-up, then the full rate, then a linear decay"),
+        "decay_fraction": Choice(0.6, "of the steps"),
+        "final_lr_fraction": Choice(0.0, "the rate ends at nothing"),
+    },
+}
+"""What the trials of benchmarks/README.md, "Learning", found for minutes on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,8 @@ def choose(
         "data": data,
         **_recipe(_model(table), text, seq_len.value, cluster=cluster, first=first),
     }
+    if first and start is None:
+        tables |= {name: tables[name] | measured for name, measured in _FIRST_RECIPE.items()}
     if start is not None:
         rate = tables["optimizer"]["lr"]
         tables["training"]["steps"] = Choice(tables["training"]["steps"].value, "a first try; raise it by hand")
@@ -84,7 +103,7 @@ def _of_size(text: Text, size: str | None, *, first: bool) -> tuple[str, Table, 
         name, why = next(iter(SIZES)), "trained in minutes; --size 10m takes hours on CPUs"
     else:
         name, why = (size, "asked for by --size") if size else _fitting(text)
-    table = network(name, text.vocab_size)
+    table = network(name, text.vocab_size) | (_FIRST_MODEL if first else {})
     parameters = format_count(count_parameters(_model(table)))
     table["dim"] = Choice(table["dim"].value, f"of size {name}, {parameters} parameters: {why}")
     return name, table, Choice(SIZES[name].seq_len, f"context of size {name}")
@@ -140,15 +159,16 @@ def _recipe(model: ModelConfig, text: Text, seq_len: int, *, cluster: Cluster | 
     often = Choice(-(-steps // 20), "20 times in the run")
     return {
         "optimizer": {
+            "kind": Choice("adamw", "what the rule for the rate was fitted to"),
             "lr": Choice(
                 float(f"{0.3118 * flops**-0.1250:.2g}"),
                 f"0.3118 C^-0.125 for C = {flops:.2g} FLOPs (DeepSeek LLM 2024)",
-            )
+            ),
         },
         "schedule": {
             "kind": Choice("cosine", "down to a tenth over the whole run (Hoffmann et al. 2022)"),
             "warmup_steps": Choice(
-                min(_MOST_WARMUP_STEPS, -(-steps // 20)), "a twentieth of the steps, at most the 2000 of DeepSeek LLM"
+                min(_MOST_WARMUP_STEPS, -(-steps // 20), steps - 1), "a twentieth of the steps, at most the 2000 of DeepSeek LLM"
             ),
         },
         "training": {
