@@ -168,7 +168,8 @@ def _recipe(model: ModelConfig, text: Text, seq_len: int, *, cluster: Cluster | 
         "schedule": {
             "kind": Choice("cosine", "down to a tenth over the whole run (Hoffmann et al. 2022)"),
             "warmup_steps": Choice(
-                min(_MOST_WARMUP_STEPS, -(-steps // 20), steps - 1), "a twentieth of the steps, at most the 2000 of DeepSeek LLM"
+                min(_MOST_WARMUP_STEPS, -(-steps // 20), steps - 1),
+                "a twentieth of the steps, at most the 2000 of DeepSeek LLM",
             ),
         },
         "training": {

@@ -65,13 +65,13 @@ def work_of(config: RunConfig, gpus: int) -> Work:
 def estimate(config: RunConfig, gpus: int, gpu: Gpu, *, done_steps: int = 0) -> Estimate:
     """Estimates a run; memory is for its longest sequences."""
     work = work_of(config, gpus)
-    lengths = [seq_len for _, seq_len in phases(config, done_steps)]
-    longest = replace(work, seq_len=max(lengths, default=config.data.seq_len))  # a finished run has none left
+    left = list(phases(config, done_steps))  # none of a finished run
+    longest = replace(work, seq_len=max((seq_len for _, seq_len in left), default=work.seq_len))
     memory = {rank.name: peak_memory(longest, rank) for rank in rank_kinds(longest)}
-    total_s = sum(
-        steps * speed(replace(work, seq_len=seq_len), gpu).step_s for steps, seq_len in phases(config, done_steps)
-    )
-    return Estimate(work=work, memory=memory, speed=speed(work, gpu), total_s=total_s)
+    lengths = {work.seq_len, *(seq_len for _, seq_len in left)}
+    speeds = {seq_len: speed(replace(work, seq_len=seq_len), gpu) for seq_len in lengths}
+    total_s = sum(steps * speeds[seq_len].step_s for steps, seq_len in left)
+    return Estimate(work=work, memory=memory, speed=speeds[work.seq_len], total_s=total_s)
 
 
 def phases(config: RunConfig, done_steps: int = 0) -> Iterator[tuple[float, int]]:

@@ -18,6 +18,7 @@ from triplane.plan.shares import (
     Work,
     in_flight,
     layer_costs,
+    layer_kinds,
     layer_parameters,
     parameters,
     table_parameters,
@@ -66,7 +67,7 @@ def peak_memory(work: Work, rank: RankKind, device: Device = "cuda") -> Memory:
         )
 
     loss = moment(state.accumulated, activations, state.kept + (_loss(work, device) if rank.has_head else 0))
-    kinds = {work.kind(number) for number in rank.layers}
+    kinds = layer_kinds(work, rank.layers)
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
     whole = max(_block(work, kind, device) for kind in set(work.kinds))
     first_backward = moment(state.accumulated, activations, state.first + block)
@@ -144,7 +145,7 @@ def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
 def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memory]:
     """Returns the fullest moments of a step with ZeRO 3, in which whole weights and gradients are temporary."""
     width, share = work.element_bytes, parameters(work, rank) // work.shards
-    kinds = {work.kind(number) for number in rank.layers}
+    kinds = layer_kinds(work, rank.layers)
     unit = max((layer_parameters(work, kind) for kind in kinds), default=0)
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
     table, tied = table_parameters(work), work.model.tie_embeddings and rank.has_head and rank.has_embedding
@@ -181,7 +182,8 @@ def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int
     stream, kept = _stream(work), 0
     for stage, count in zip(rank.stages, in_flight(work, rank)):
         passed_on = stream if work.layout.pp > 1 and not stage.head else 0  # the schedules keep what a stage sends
-        blocks = sum(_block_kept(work, work.kind(number), device) for number in stage.layers)
+        kinds = layer_kinds(work, stage.layers)
+        blocks = sum(number * _block_kept(work, kind, device) for kind, number in kinds.items())
         kept += count * (blocks + passed_on)
     return kept + (_head_kept(work, device) if rank.has_head else 0)
 

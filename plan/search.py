@@ -5,14 +5,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from math import gcd
 from typing import Any
 
 from triplane.config.checks import check
+from triplane.model.describe import layer_weights
 from triplane.plan.estimate import Estimate, beyond_layout, estimate
 from triplane.plan.gpus import RESERVED_GIB, Gpu
 from triplane.training.config import RunConfig
 
-_STAGES, _MOST_RANKS = (1, 2, 4, 8), 32
+_STAGES, _MOST_RANKS, _MOST_EXPERT_RANKS = (1, 2, 4, 8), 32, 64
 _MICRO_BATCHES = (1, 2, 4, 8)
 
 
@@ -44,7 +46,8 @@ class Search:
 
 
 def search(config: RunConfig, gpus: int, gpu: Gpu) -> Search:
-    """Tries all axes that divide the GPUs, ZeRO stages, recomputation modes, compiling and micro-batch sizes.
+    """Tries all axes that divide the GPUs, ZeRO stages, shards within a machine, recomputation modes, compiling and
+    micro-batch sizes.
 
     Keeps other keys.
     """
@@ -71,8 +74,8 @@ def changes(config: RunConfig, other: RunConfig) -> list[str]:
         theirs = getattr(other, table).model_dump()
         for key, value in getattr(config, table).model_dump().items():
             if theirs[key] != value and value != "auto":
-                text = str(theirs[key]).lower() if isinstance(theirs[key], bool) else str(theirs[key])
-                lines.append(f"{table}.{key}={text}")
+                text = str(theirs[key])
+                lines.append(f"{table}.{key}={text.lower() if text in ('True', 'False', 'None') else text}")
     return lines
 
 
@@ -82,29 +85,38 @@ def nearest(config: RunConfig, found: list[Found]) -> Found:
 
 
 def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
-    layers = config.model.n_layers
+    model, layers = config.model, config.model.n_layers
+    weights = [weight for layer in model.pattern for weight in layer_weights(model, layer)]
+    experts = gcd(*(axis.count for weight in weights for axis in weight.axes if axis.name == "expert")) or 1
     divisors = [size for size in range(1, _MOST_RANKS + 1) if gpus % size == 0]
     axes: list[tuple[Any, ...]] = [
         tuple(tp for tp in divisors if tp <= gpu.gpus_per_node),
         tuple(pp for pp in divisors if pp <= layers),
         tuple(cp for cp in divisors if cp <= gpu.gpus_per_node and (cp == 1 or config.data.seq_len // cp >= 4096)),
+        tuple(ep for ep in range(1, _MOST_EXPERT_RANKS + 1) if experts % ep == 0),
         _STAGES,
         (0, 1, 2, 3) if config.training.precision == "fp32" else (1, 2, 3),
+        (False, True),
         ("none", "selective", "full"),
         (False, True),
         _MICRO_BATCHES,
     ]
-    for tp, pp, cp, virtual, zero, recompute, compiled, micro in product(*axes):
-        if gpus % (tp * pp * cp) or (pp == 1 and virtual > 1) or pp * virtual > layers:
+    for tp, pp, cp, ep, virtual, zero, hybrid, recompute, compiled, micro in product(*axes):
+        replicas, near = gpus // (tp * pp), gpu.gpus_per_node // tp
+        if gpus % (tp * pp * cp) or replicas % ep or (pp == 1 and virtual > 1) or pp * virtual > layers:
+            continue
+        if hybrid and (zero == 0 or replicas <= near or replicas % near):
             continue
         keys = {
             "tp": tp,
             "sequence_parallel": tp > 1,
             "pp": pp,
             "cp": cp,
+            "ep": ep,
             "dp": gpus // (tp * pp * cp),
             "virtual_stages": virtual,
             "zero": zero,
+            "dp_shard": near if hybrid else None,
             "recompute": recompute,
             "compile": compiled,
         }

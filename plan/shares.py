@@ -1,5 +1,7 @@
 """Computes a rank's share of a model: stages, layers, parameters, micro-batches in flight."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -110,19 +112,26 @@ def rank_kinds(work: Work) -> list[RankKind]:
     return ranks if len(ranks) < 3 else [ranks[0], ranks[1], ranks[-1]]
 
 
-@cache
 def layer_parameters(work: Work, kind: int) -> int:
-    """Returns the parameters on one tp rank of a layer of `kind`, the number of one in the pattern."""
-    layer = work.model.pattern[kind]
-    return sum(local_elements(weight, work.layout.tp, work.layout.ep) for weight in layer_weights(work.model, layer))
+    """Returns the parameters on one tp rank of a layer of `kind`, its number in the pattern."""
+    return _parameters(work.model, kind, work.layout.tp, work.layout.ep)
 
 
-@cache
 def layer_products(work: Work, kind: int) -> int:
     """Returns the parameters of such a layer that a token multiplies, on one tp rank."""
-    layer = work.model.pattern[kind]
-    weights = layer_weights(work.model, layer)
-    return sum(round(local_elements(weight, work.layout.tp) * weight.share) for weight in weights)
+    return _products(work.model, kind, work.layout.tp)
+
+
+# A search asks for these of thousands of layouts, and of few models and axes.
+@cache
+def _parameters(model: ModelConfig, kind: int, tp: int, ep: int) -> int:
+    return sum(local_elements(weight, tp, ep) for weight in layer_weights(model, model.pattern[kind]))
+
+
+@cache
+def _products(model: ModelConfig, kind: int, tp: int) -> int:
+    weights = layer_weights(model, model.pattern[kind])
+    return sum(round(local_elements(weight, tp) * weight.share) for weight in weights)
 
 
 @cache
@@ -131,6 +140,11 @@ def layer_costs(work: Work, kind: int) -> tuple[Cost, Cost]:
     layer, dim = work.model.pattern[kind], work.model.dim
     assert layer.attention is not None and layer.feed_forward is not None
     return layer.attention.cost(dim, work.seq_len), layer.feed_forward.cost(dim)
+
+
+def layer_kinds(work: Work, layers: Iterable[int]) -> Counter[int]:
+    """Returns how many of these layers are of each kind."""
+    return Counter(map(work.kind, layers))
 
 
 def table_parameters(work: Work) -> int:
@@ -145,7 +159,7 @@ def parameters(work: Work, rank: RankKind) -> int:
         ends += head_weights(work.model)
     shared = work.model.tie_embeddings and rank.has_head and not rank.has_embedding  # its own copy of the table
     return (
-        sum(layer_parameters(work, work.kind(number)) for number in rank.layers)
+        sum(count * layer_parameters(work, kind) for kind, count in layer_kinds(work, rank.layers).items())
         + sum(local_elements(weight, work.layout.tp) for weight in ends)
         + shared * table_parameters(work)
     )

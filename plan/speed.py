@@ -1,6 +1,5 @@
 """Estimates the time of a step: matrix products, attention, memory traffic, communication, waiting."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 from triplane.model.count import flops_per_token
@@ -10,6 +9,7 @@ from triplane.plan.rates import OURS, Program, Rates
 from triplane.plan.shares import (
     Work,
     layer_costs,
+    layer_kinds,
     layer_parameters,
     layer_products,
     parameters,
@@ -89,8 +89,7 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     blocks, head = {kind: _block(work, kind, rates) for kind in set(work.kinds)}, _head(work, rates)
     passes = []
     for rank in ranks:
-        kinds = Counter(work.kind(number) for number in rank.layers)
-        layers = (blocks[kind].times(number) for kind, number in kinds.items())
+        layers = (blocks[kind].times(number) for kind, number in layer_kinds(work, rank.layers).items())
         passes.append(sum(layers, head if rank.has_head else _Pass()))
     slowest = max(passes, key=lambda stage: stage.total)
     steady = slowest.times(micro)

@@ -192,6 +192,19 @@ def test_axes_need_not_be_powers_of_two() -> None:
     assert found and all(one.config.parallel.pp % 3 == 0 for one in found)
 
 
+def test_experts_and_states_spread_over_a_part_of_the_ranks() -> None:
+    config = load_config(CONFIGS / "mixtral-8x7b.toml", ["training.precision=fp32", "training.micro_batch_size=1"])
+    found = [one.config.parallel for one in search(config, 16, GPUS["h200"]).found]
+    assert {layout.ep for layout in found} == {1, 2, 4, 8}
+    shards = {(layout.tp, layout.dp_shard) for layout in found}
+    assert {(1, None), (1, 8), (2, 4)} <= shards, shards  # those of a machine of 8
+    assert all(layout.zero > 0 and layout.dp_shard < layout.dp for layout in found if layout.dp_shard)
+    (line,) = [text for text in changes(config, config.model_copy(update={"parallel": found[0]})) if ".ep" in text]
+    assert line == f"parallel.ep={found[0].ep}"
+    alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"dp_shard": 8})})
+    assert "parallel.dp_shard=none" in changes(alone, config)
+
+
 def test_a_search_is_printed_and_written(tmp_path: Path) -> None:
     result = plan(CONFIGS / "8b.toml", "--gpus", 16, "--search", "--json", "plan.json", cwd=tmp_path)
     assert "layouts fit; the fastest:" in result.stdout
