@@ -198,7 +198,7 @@ def test_experts_and_states_spread_over_a_part_of_the_ranks() -> None:
     assert {layout.ep for layout in found} == {1, 2, 4, 8}
     shards = {(layout.tp, layout.dp_shard) for layout in found}
     assert {(1, None), (1, 8), (2, 4)} <= shards, shards  # those of a machine of 8
-    assert all(layout.zero > 0 and layout.dp_shard < layout.dp for layout in found if layout.dp_shard)
+    assert all(layout.zero > 0 and layout.dp_shard * layout.tp == 8 for layout in found if layout.dp_shard)
     (line,) = [text for text in changes(config, config.model_copy(update={"parallel": found[0]})) if ".ep" in text]
     assert line == f"parallel.ep={found[0].ep}"
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"dp_shard": 8})})
