@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 GROUP = "triplane.callbacks"
 """The entry points by which a package offers callbacks."""
+USERS = "user/"
+"""What the names of their metrics begin with."""
 _OURS = {"wandb": "triplane.training.trackers:Wandb", "trackio": "triplane.training.trackers:Trackio"}
 
 
@@ -54,7 +56,7 @@ def measured(callbacks: Sequence[Callback], batches: "Sequence[Batch]", engine: 
     pairs = [(float(numerator), float(denominator)) for numerator, denominator in map(sums.__getitem__, names)]
     totals = torch.tensor(pairs, dtype=torch.float64, device=engine.mesh.device)
     dist.all_reduce(totals, group=engine.mesh.dp.group)
-    return {f"user/{name}": over / under for name, (over, under) in zip(names, totals.tolist()) if under}
+    return {f"{USERS}{name}": over / under for name, (over, under) in zip(names, totals.tolist()) if under}
 
 
 def _load(name: str) -> Callback:

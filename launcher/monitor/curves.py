@@ -8,6 +8,7 @@ from typing import Any
 from triplane.launcher.monitor.chart import Curve, Level, Mark, chart
 from triplane.launcher.monitor.facts_table import baselines
 from triplane.launcher.monitor.recorded import FAULTS, Recorded
+from triplane.training.callbacks import USERS
 
 COLOURS = 8
 """Colours of the style sheet; with more runs they come again, dashed."""
@@ -39,6 +40,7 @@ _ONE = (
     _Chart("Gradient norm", "before clipping", {"gradient_norm": "gradient norm"}, log=True),
     _Chart("Learning rate", "", {"learning_rate": "learning rate"}, smooth=False),
     _Chart("Throughput", "tokens/s", {"tokens_per_s": "all ranks"}),
+    _Chart("Busiest expert", "over the mean load", {"expert_load": "load"}),
     _Chart("Memory", "GiB, peak of the rank with most", {"memory_gib": "memory"}, smooth=False),
     _Chart(
         "Checkpoints",
@@ -51,7 +53,7 @@ _SEVERAL = (
     _Chart("Loss", "nats/token, training", {"loss": ""}, from_zero=False, log=True),
     _Chart("Validation loss", "nats/token", {"validation_loss": ""}, from_zero=False, log=True),
     _Chart("Bits per byte", "validation", {"validation_bits_per_byte": ""}, from_zero=False, log=True),
-    *_ONE[1:5],
+    *_ONE[1:6],
 )
 
 
@@ -62,7 +64,7 @@ def charts(runs: Sequence[Recorded]) -> list[dict[str, Any]]:
     marks = [mark for mark in marks if mark.bad or mark.text == "resume"] if alone else []
     last_step = max((int(line["step"]) for run in runs for line in run.metrics), default=0)
     drawn = []
-    for kind in _ONE if alone else _SEVERAL:
+    for kind in (*(_ONE if alone else _SEVERAL), *_users(runs)):
         if kind.title == "Bits per byte" and _one_tokenizer(runs):
             continue  # the curves of the loss in another unit
         levels = _levels(runs) if "loss" in kind.curves else []
@@ -82,6 +84,12 @@ def charts(runs: Sequence[Recorded]) -> list[dict[str, Any]]:
             }
         )
     return drawn
+
+
+def _users(runs: Sequence[Recorded]) -> list[_Chart]:
+    """Returns a chart for each metric of the user's callbacks."""
+    names = sorted({name for run in runs for line in run.metrics for name in line if name.startswith(USERS)})
+    return [_Chart(name.removeprefix(USERS), "by a callback", {name: ""}, from_zero=False) for name in names]
 
 
 def _curves(runs: Sequence[Recorded], kind: _Chart) -> list[Curve]:

@@ -64,7 +64,7 @@ class Recorded:
 
     def points(self, name: str) -> Points:
         """Returns the finite values of a metric by step."""
-        assert name in METRICS
+        assert name.partition("/")[0] in METRICS, name
         return [(line["step"], line[name]) for line in self.metrics if name in line and math.isfinite(line[name])]
 
     def last(self, name: str) -> float | None:

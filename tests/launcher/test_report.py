@@ -40,7 +40,7 @@ def log(run_dir: Path, steps: range, *, lr: float = 0.005) -> None:
         loss = float("nan") if step == 5 else 2 + 6 / step**0.5 + step % 7 / 20 + spike
         learning = {"loss": loss, "gradient_norm": 1 / step, "learning_rate": lr, "tokens_seen": step * 4096}
         speed = {"tokens_per_s": 8192.0 + step % 5, "step_time_s": 0.5, "mfu": 0.4, "memory_gib": 0.402}
-        writer.metrics(step, learning | speed)
+        writer.metrics(step, learning | speed | {"user/rare <words>": 1 / step})
         if step in (steps[len(steps) // 2], steps[-1]):
             writer.metrics(step, {"validation_loss": 2.5 + 1 / step, "validation_bits_per_byte": 1.5 + 0.6 / step})
             writer.metrics(step, {"checkpoint_time_s": 0.004 + step / 1e6, "checkpoint_stall_time_s": 0.001})
@@ -171,6 +171,7 @@ def test_runs_are_compared(runs: Path, pages: dict[str, Path]) -> None:
     assert ["optimizer.lr", "0.005", "0.001", "0.005"] in rows
     assert ["step", "2,000 of 5,000", "40 of 5,000", "1 of 5,000"] in rows
     assert not any(row[0] in ("model.dim", "run_dir", "host") for row in rows)
+    assert html.count("<h3>rare &lt;words&gt; ") == 1
     loss = html.split("<h3>")[1]
     assert all(f'<polyline class="line{number}"' in loss for number in range(3))
     with pytest.raises(LaunchError, match="plain: given twice"):
