@@ -22,7 +22,8 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """`ulysses`: an all-to-all gives each rank a share of the heads. `ring`: keys and values travel from rank to rank,
     which allows more ranks than heads."""
     ep: PositiveInt = 1
-    """Expert: ranks that split the experts, of the dp x cp ranks, whose number it divides. No further ranks."""
+    """Expert: neighbours of the dp x cp ranks, whose number it divides, that split the experts. No further ranks. ZeRO
+    shares an expert among those of its ranks that hold the same."""
     pp: PositiveInt = 1
     """Pipeline: ranks that split the layers."""
     virtual_stages: PositiveInt = 1
@@ -59,6 +60,12 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     def shards(self, replicas: int) -> int:
         """Returns the ranks, of `replicas`, that share the state of the optimizer."""
         return 1 if self.zero == 0 else self.dp_shard or replicas
+
+    def expert_shards(self, replicas: int) -> int:
+        """Returns the ranks, of those of `replicas` that hold the same experts, that share the state of these: those
+        among `shards`."""
+        shards, rest = divmod(self.shards(replicas), self.ep)
+        return 1 if rest else shards
 
     @property
     def uses_deepspeed(self) -> bool:

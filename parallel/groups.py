@@ -70,7 +70,7 @@ def _mesh(config: ParallelConfig, device: torch.device, *, rank: int, world_size
             cp=alone,
             dp=all_ranks,
             replicas=all_ranks,
-            spread=_spread(config, all_ranks, list(range(dp)), groups),
+            spread=_spread(config.shards(dp), all_ranks, list(range(dp)), groups),
             model=None,
             embedding=None,
             **_experts(config, groups, list(range(world_size)), rank),
@@ -93,7 +93,7 @@ def _split(
         return Axis(len(ranks), ranks.index(rank), groups.of(ranks))
 
     tp, cp, dp_axis, pp = axis("tp"), axis("cp"), axis("dp"), axis("pp")
-    replicas, model = axis("dp", "cp"), axis("tp", "pp").group
+    replicas, alike, model = axis("dp", "cp"), peers(rank, sizes, {"dp", "cp"}), axis("tp", "pp").group
     stages = peers(rank, sizes, {"pp"})
     ends = [stages[0], stages[-1]]
     embedding = groups.of(ends) if config.pp > 1 and rank in ends else None
@@ -106,23 +106,24 @@ def _split(
         cp=cp,
         dp=dp_axis,
         replicas=replicas,
-        spread=_spread(config, replicas, peers(rank, sizes, {"dp", "cp"}), groups),
+        spread=_spread(config.shards(replicas.size), replicas, alike, groups),
         model=model,
         embedding=embedding,
-        **_experts(config, groups, peers(rank, sizes, {"dp", "cp"}), rank),
+        **_experts(config, groups, alike, rank),
     )
 
 
-def _spread(config: ParallelConfig, replicas: Axis, ranks: list[int], groups: "Groups") -> Spread:
-    """Divides the `ranks` of an axis into neighbours that share a state and copies of it."""
-    size, number = config.shards(replicas.size), replicas.rank
-    if size == replicas.size:
-        return Spread(shards=replicas, copies=Axis())
+def _spread(size: int, holders: Axis, ranks: list[int], groups: "Groups") -> Spread:
+    """Divides the `ranks` of an axis into `size` neighbours that share a state, and copies of it."""
+    number = holders.rank
+    if size == holders.size:
+        return Spread(holders, shards=holders, copies=Axis())
     if size == 1:
-        return Spread(shards=Axis(), copies=replicas)
+        return Spread(holders, shards=Axis(), copies=holders)
     first = number - number % size
     shards = Axis(size, number % size, groups.of(ranks[first : first + size]))
-    return Spread(shards, Axis(replicas.size // size, number // size, groups.of(ranks[number % size :: size])))
+    copies = Axis(holders.size // size, number // size, groups.of(ranks[number % size :: size]))
+    return Spread(holders, shards, copies)
 
 
 def _experts(config: ParallelConfig, groups: "Groups", replicas: list[int], rank: int) -> dict[str, Any]:
@@ -134,8 +135,8 @@ def _experts(config: ParallelConfig, groups: "Groups", replicas: list[int], rank
         return Axis(len(ranks), ranks.index(rank), groups.of(ranks)) if len(ranks) > 1 else Axis()
 
     start = replicas.index(rank) // config.ep * config.ep
-    alike = axis(replicas[replicas.index(rank) % config.ep :: config.ep])
-    spread = Spread(shards=Axis(), copies=alike) if config.zero == 0 else Spread(shards=alike, copies=Axis())
+    alike = replicas[replicas.index(rank) % config.ep :: config.ep]
+    spread = _spread(config.expert_shards(len(replicas)), axis(alike), alike, groups)
     return {"ep": axis(replicas[start : start + config.ep]), "expert_spread": spread}
 
 

@@ -19,6 +19,8 @@ class Axis:
 class Spread:
     """The ranks that hold the same parameters: they sum gradients, and share the optimizer's state."""
 
+    holders: Axis
+    """All of them."""
     shards: Axis
     """Neighbours, of which each updates a share of the parameters."""
     copies: Axis
@@ -62,7 +64,7 @@ class Mesh:
             cp=one,
             dp=one,
             replicas=one,
-            spread=Spread(one, one),
+            spread=Spread(one, one, one),
             model=None,
             embedding=None,
         )

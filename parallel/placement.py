@@ -85,10 +85,8 @@ def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[
         logical = tied.get(name, name)
         dim = split_dim(weights[logical], mesh.tp.size)
         ranks = {} if dim is None else {dim: mesh.tp.rank}
-        spread = mesh.spread
         if spreads_experts(weights[logical], mesh.ep.size):
-            assert mesh.expert_spread is not None
-            ranks[0], spread = mesh.ep.rank, mesh.expert_spread
+            ranks[0] = mesh.ep.rank
         offsets = tuple(ranks.get(i, 0) * size for i, size in enumerate(local[name]))
         placements.append(
             Placement(
@@ -99,10 +97,18 @@ def place(model: Transformer, mesh: Mesh, *, local: dict[str, Size], tied: dict[
                 sharded=dim is not None,
                 primary=name not in tied and (dim is not None or mesh.tp.rank == 0),
                 tied_copy=name in tied,
-                spread=spread,
+                spread=spread_of(weights[logical], mesh),
             )
         )
     return placements
+
+
+def spread_of(weight: Weight, mesh: Mesh) -> Spread:
+    """Returns the ranks that hold the same part of `weight`."""
+    if not spreads_experts(weight, mesh.ep.size):
+        return mesh.spread
+    assert mesh.expert_spread is not None
+    return mesh.expert_spread
 
 
 @dataclass(frozen=True)

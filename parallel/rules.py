@@ -98,11 +98,8 @@ def _expert_problems(layout: ParallelConfig, counts: list[int]) -> Iterator[str]
         yield from multiple("n_experts", count, f"ep ({ep})", ep)
     if layout.dp != "auto" and layout.dp * layout.cp % ep:
         yield f"ep ({ep}) does not divide dp ({layout.dp}) x cp ({layout.cp})"
-    if layout.zero == 3 or layout.offload_optimizer:
-        given = "zero = 3" if layout.zero == 3 else "offload_optimizer"
-        yield f"ep ({ep}) and {given} cannot be combined: that spreads all weights over dp x cp; use zero = 1 or 2"
-    if layout.dp_shard:
-        yield f"ep ({ep}) and dp_shard ({layout.dp_shard}) cannot be combined; leave one of them out"
+    if layout.uses_deepspeed:
+        yield f"ep ({ep}) and offload_optimizer require zero = 3: at {layout.zero} all of dp x cp share one state"
 
 
 def _width(axis: Axis) -> str:

@@ -1,7 +1,7 @@
 """Layouts that `triplane prove` trains: every axis alone, in pairs, and together; and large tensors."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
@@ -85,6 +85,8 @@ _EXPERTS_OVER_RANKS: list[dict[str, Any]] = [
         ("experts, one shared", {"dp": 2, "cp": 2, "tp": 2, "ep": 4}),
         ("experts in groups", {"dp": 2, "tp": 2, "optimizer": "muon"}),
         ("experts, one shared", {"dp": 2, "compile": True}),
+        ("experts, one shared", {"dp": 4, "zero": 3}),
+        ("experts with biases", {"dp": 4, "dp_shard": 2}),
         ("experts, one shared", {"dp": 2, "precision": "bf16"}),
     )
 ]
@@ -104,10 +106,19 @@ _EXPERTS_ON_AXES: list[dict[str, Any]] = [
         ("experts after a dense layer", {"pp": 2, "virtual_stages": 2, "dp": 4, "ep": 2, "zero": 0}),
         ("experts after a dense layer", {"tp": 2, "cp": 2, "pp": 2, "ep": 2, "tied": True, "optimizer": "muon"}),
         ("experts in groups", {"tp": 2, "dp": 2, "ep": 2, "compile": True}),
-        ("experts, one shared", {"dp": 2, "ep": 2, "compile": True, "recompute": "selective"}),
+        ("experts in groups", {"tp": 2, "sequence_parallel": True, "dp": 2, "ep": 2, "zero": 3, "compile": True}),
+        ("experts, one shared", {"dp": 4, "ep": 2, "zero": 3, "compile": True, "recompute": "selective"}),
+        ("experts with biases", {"pp": 2, "virtual_stages": 2, "dp": 4, "ep": 2, "zero": 3, "optimizer": "muon"}),
+        ("experts in groups", {"tp": 2, "cp": 2, "dp": 2, "ep": 2, "zero": 3, "optimizer": "muon"}),
+        ("experts after a dense layer", {"cp": 2, "dp": 2, "ep": 4, "zero": 3, "recompute": "full"}),
+        ("experts with biases", {"pp": 2, "dp": 4, "ep": 2, "dp_shard": 2, "optimizer": "muon"}),
+        ("experts in groups", {"dp": 8, "ep": 2, "dp_shard": 4, "zero": 2}),
+        ("experts, one shared", {"dp": 8, "ep": 2, "dp_shard": 4, "zero": 3}),
+        ("experts, one shared", {"dp": 8, "ep": 4, "dp_shard": 2, "zero": 3}),
+        ("experts, one shared", {"dp": 4, "ep": 2, "zero": 3, "offload_optimizer": True}),
     )
 ]
-"""Experts on three axes or more, by AdamW and Muon, or compiled."""
+"""Experts on three axes or more, or compiled, or with ZeRO among some of their ranks."""
 
 LARGE_VOCABULARY = 65_537
 _LARGE_TENSORS: list[dict[str, Any]] = [
@@ -143,6 +154,17 @@ _RESHARDED: list[dict[str, Any]] = [
     {"cp": 2, "cp_method": "ring", "dp": 2, "zero": 3},
     {"tp": 2, "dp": 2, "precision": "bf16"},
     {"dp": 2, "offload_optimizer": True},
+]
+_EXPERTS_RESHARDED: list[dict[str, Any]] = [
+    {"options": ("experts in groups",)} | layout
+    for layout in (
+        {"zero": 0},
+        {"dp": 2, "ep": 2, "zero": 3},
+        {"dp": 4, "ep": 2, "zero": 3},
+        {"tp": 2, "dp": 2, "ep": 2, "zero": 3},
+        {"dp": 4, "ep": 2, "dp_shard": 2, "zero": 2},
+        {"pp": 2, "dp": 4, "ep": 4},
+    )
 ]
 """Each saves a checkpoint that all others load."""
 
@@ -275,12 +297,16 @@ def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick:
     )
 
 
-def resharding_proof(model: ModelConfig, optimizer: str, *, ranks: int, tied: bool, runs_here: RunsHere) -> list[Case]:
-    """Returns layouts that store the state differently; with `tied`, those that treat the tied head differently."""
-    own = {"tied": tied, "optimizer": optimizer}
-    settings = _TIED if tied else _RESHARDED
-    cases = (_case(model, setting | own, ranks=ranks, runs_here=runs_here) for setting in settings)
-    return [case for case in cases if case is not None]
+def resharding_proofs(model: ModelConfig, ranks: int, runs_here: RunsHere) -> Iterator[list[Case]]:
+    """Yields layouts of one network and optimizer that store the state differently."""
+    for settings, own in (
+        (_RESHARDED, {}),
+        (_TIED, {"tied": True, "optimizer": "averaged"}),
+        (_TIED, {"tied": True, "optimizer": "normuon"}),
+        (_EXPERTS_RESHARDED, {}),
+    ):
+        cases = (_case(model, setting | own, ranks=ranks, runs_here=runs_here) for setting in settings)
+        yield [case for case in cases if case is not None]
 
 
 def own_case(

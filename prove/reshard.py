@@ -13,7 +13,7 @@ from triplane.checkpoint.folder import checkpoint_of
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.mesh import Mesh
-from triplane.prove.cases import Case, resharding_proof
+from triplane.prove.cases import Case, resharding_proofs
 from triplane.prove.compare import TIMEOUT_S, Machine, measured, tolerances, worst
 from triplane.prove.forked import RanksFailedError, run_ranks
 from triplane.prove.reference import Difference, Trace, proof_model, train_plainly
@@ -29,13 +29,12 @@ _WIDTH = 9
 
 
 def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
-    """Prints a table for an untied head, one for a tied head and an average, and one with NorMuon; returns the exit
-    code."""
+    """Prints a table for each network and optimizer; returns the exit code."""
     machine = Machine.here(ranks)
     rows = []
-    for tied, optimizer in ((False, "adamw"), (True, "averaged"), (True, "normuon")):
+    for proof in resharding_proofs(proof_model(), machine.ranks, machine.runs):
         with TemporaryDirectory(prefix="triplane-reshard-") as folder:
-            rows += _prove(proof_model(tied), optimizer, machine, Path(folder))
+            rows += _prove(proof, machine, Path(folder))
     if json_path is not None:
         write_whole(json_path, (json.dumps(rows, indent=1) + "\n").encode())
     passed = sum(row["passed"] for row in rows)
@@ -43,16 +42,16 @@ def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
     return Exit.OK if passed == len(rows) else Exit.FAILED
 
 
-def _prove(model: ModelConfig, optimizer: str, machine: Machine, folder: Path) -> list[dict[str, Any]]:
-    tied = model.tie_embeddings
-    proof = resharding_proof(model, optimizer, ranks=machine.ranks, tied=tied, runs_here=machine.runs)
+def _prove(proof: list[Case], machine: Machine, folder: Path) -> list[dict[str, Any]]:
+    own, optimizer = proof[0].model(proof_model()), proof[0].optimizer
     cases = dict(zip(ascii_uppercase, proof))
-    reference = train_plainly(model, _STEPS, optimizer=optimizer)
-    allowed = tolerances(proof, model, steps=range(_CUT, _STEPS), machine=machine)
-    print(f"{optimizer}, {'tied' if tied else 'untied'} head; saved under:")
+    reference = train_plainly(own, _STEPS, optimizer=optimizer)
+    allowed = tolerances(proof, proof_model(), steps=range(_CUT, _STEPS), machine=machine)
+    network = ", ".join((f"{'tied' if own.tie_embeddings else 'untied'} head", *proof[0].options))
+    print(f"{optimizer}, {network}; saved under:")
     for name, case in cases.items():
         print(f"  {name} {case.describe()}", flush=True)
-        _run(machine, case, _save, model, case, folder / name)
+        _run(machine, case, _save, own, case, folder / name)
     columns = " ".join(f"{name:>{_WIDTH}}" for name in cases)
     print(f"largest difference from one process, loaded under:\n   {columns}", flush=True)
     rows = []
@@ -60,7 +59,7 @@ def _prove(model: ModelConfig, optimizer: str, machine: Machine, folder: Path) -
         others = [other for other in cases if other != name]
         rounder = [cases[other] if cases[other].precision == "bf16" else case for other in others]
         saved = [(checkpoint_of(folder / other, _CUT), kept.precision) for other, kept in zip(others, rounder)]
-        found, error = _load(model, case, reference=reference, saved=saved, machine=machine)
+        found, error = _load(own, case, reference=reference, saved=saved, machine=machine)
         for other, differing, rounding in zip(others, found, rounder):
             rows.append(_row(cases[other], case, found=differing, tolerance=allowed[rounding], error=error))
         shown = iter(rows[-len(others) :])

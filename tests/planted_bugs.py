@@ -4,21 +4,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import planted_expert_bugs
 import pytest
 import torch
+from planted_expert_bugs import IN_GROUPS, ONE_SHARED
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from triplane.model import router
 from triplane.model.batch import Batch
-from triplane.model.modules import Stack, WeightsModule, unchanged
-from triplane.model.parts.gated import Gated
-from triplane.model.parts.shared import SharedExperts
+from triplane.model.modules import WeightsModule, unchanged
 from triplane.parallel import (
     bucket,
-    context,
     engine,
-    experts,
     fully_sharded,
     megatron,
     ring,
@@ -301,119 +298,13 @@ def _with_sinks_of_the_first_heads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ulysses.UlyssesAttention, "forward", forward)
 
 
-def _with_added_losses_of_each_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    right: Any = Batch.__init__
-
-    def init(self: Any, *args: Any, scale: float | None = None, **fields: Any) -> None:
-        right(self, *args, scale=None if scale is None else scale * MICRO_BATCHES, **fields)
-
-    patch.setattr(Batch, "__init__", init)
-
-
-def _with_added_losses_of_each_tp_rank(patch: pytest.MonkeyPatch) -> None:
-    right = tensor._split_layers
-
-    def split(part: Any, *args: Any) -> None:
-        right(part, *args)
-        part.copies = 1
-
-    patch.setattr(tensor, "_split_layers", split)
-
-
-def _with_loads_of_own_tokens(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(context, "_summed", lambda x, cp: x)
-
-
-def _with_doubled_gradients_of_experts(patch: pytest.MonkeyPatch) -> None:
-    right = bucket.Bucket.finish
-
-    def finish(self: Any, replicas: int) -> None:
-        right(self, self.spread.shards.size * self.spread.copies.size)  # the mean over the ranks with these experts
-
-    patch.setattr(bucket.Bucket, "finish", finish)
-
-
-def _with_rows_in_the_order_of_ranks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(experts, "permuted", lambda rows, order, inverse: rows)
-
-
-def _with_a_bias_from_own_loads(patch: pytest.MonkeyPatch) -> None:
-    right = Engine._take_tallies
-
-    def taken(self: Any) -> torch.Tensor:
-        self.own = right(self)
-        return self.own.clone()
-
-    stepped = Engine.step
-
-    def step(self: Any, rate: float) -> torch.Tensor:
-        self._counts = self.own
-        return stepped(self, rate)
-
-    patch.setattr(Engine, "_take_tallies", taken)
-    patch.setattr(Engine, "step", step)
-
-
-def _with_a_bias_of_the_last_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    right: Any = router._Counted.backward
-
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        weights, losses, tally, *rest = right(ctx, grad)
-        ctx.total.grad = None
-        return weights, losses, tally, *rest
-
-    saved: Any = router._Counted.forward
-
-    def forward(ctx: Any, weights: Any, losses: Any, total: Any, tally: Any, scale: float) -> torch.Tensor:
-        ctx.total = total
-        out: torch.Tensor = saved(ctx, weights, losses, total, tally, scale)
-        return out
-
-    patch.setattr(router._Counted, "forward", forward)
-    patch.setattr(router._Counted, "backward", backward)
-
-
-def _with_counts_in_every_forward(patch: pytest.MonkeyPatch) -> None:
-    right: Any = router._Counted.forward
-
-    def forward(ctx: Any, weights: Any, losses: Any, total: Any, tally: Any, scale: float) -> torch.Tensor:
-        total.grad = tally.clone() if total.grad is None else total.grad + tally
-        out: torch.Tensor = right(ctx, weights, losses, total, torch.zeros_like(tally), scale)
-        return out
-
-    patch.setattr(router._Counted, "forward", forward)
-
-
-def _with_the_experts_bias_on_each_rank(patch: pytest.MonkeyPatch) -> None:
-    right = tensor._split_layers
-
-    def split(part: Any, *args: Any) -> None:
-        right(part, *args)
-        for child in part.children():
-            if isinstance(child, Stack):
-                child.ranks = 1
-
-    patch.setattr(tensor, "_split_layers", split)
-
-
-def _with_the_gate_of_shared_experts_after_the_sum(patch: pytest.MonkeyPatch) -> None:
-    def forward(self: Any, m: Any, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        out: torch.Tensor = Gated.forward(self, m, x_TD, batch)
-        return out * m.weigh(x_TD).sigmoid()
-
-    patch.setattr(SharedExperts, "forward", forward)
-
-
 def _without_the_copies_of_shards(patch: pytest.MonkeyPatch) -> None:
-    def device_mesh(mesh: Any) -> Any:
-        return DeviceMesh.from_group(mesh.spread.shards.group, mesh.device.type)
+    def device_mesh(spread: Any, mesh: Any) -> Any:
+        return DeviceMesh.from_group(spread.shards.group, mesh.device.type)
 
     patch.setattr(fully_sharded, "_device_mesh", device_mesh)
 
 
-ONE_SHARED, IN_GROUPS, WITH_BIASES = "experts, one shared", "experts in groups", "experts with biases"
-AFTER_DENSE = "experts after a dense layer"
-MICRO_BATCHES = 4
 LATENT = "latent, whole queries, wide values"
 OVER_ALL = "QK-norm over all heads"
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
@@ -463,17 +354,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_positions_of_all_tokens, {"tp": 2, "sequence_parallel": True, "options": ("sinusoidal",)}),
     (_with_sinks_of_the_first_heads, {"cp": 2, "options": ("sinks",)}),
     (_without_the_copied_gradients, {"pp": 2, "options": ("T5 bias",)}),
-    (_with_added_losses_of_each_micro_batch, {"options": (ONE_SHARED,)}),
-    (_with_added_losses_of_each_tp_rank, {"tp": 2, "options": (ONE_SHARED,)}),
-    (_with_loads_of_own_tokens, {"cp": 2, "cp_method": "ring", "options": (ONE_SHARED,)}),
-    (_with_doubled_gradients_of_experts, {"dp": 2, "ep": 2, "options": (ONE_SHARED,)}),
-    (_with_rows_in_the_order_of_ranks, {"dp": 2, "ep": 2, "options": (ONE_SHARED,)}),
-    (_with_a_bias_from_own_loads, {"dp": 2, "zero": 0, "options": (IN_GROUPS,)}),
-    (_with_a_bias_of_the_last_micro_batch, {"options": (IN_GROUPS,)}),
-    (_with_counts_in_every_forward, {"recompute": "full", "options": (ONE_SHARED,)}),
-    (_with_the_experts_bias_on_each_rank, {"tp": 2, "options": (WITH_BIASES,)}),
     (_without_the_sum_of_gradients_inside_branches, {"tp": 2, "options": (ONE_SHARED,)}),
-    (_with_the_gate_of_shared_experts_after_the_sum, {"tp": 2, "options": (AFTER_DENSE,)}),
     (_without_fp32_masters, {"precision": "bf16"}),
     (_without_fp32_masters, {"dp": 2, "precision": "bf16"}),
     (_without_fp32_masters, {"dp": 2, "zero": 0, "precision": "bf16"}),
@@ -481,4 +362,5 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_without_sum_over_tp_of_gradients, {"tp": 2, "precision": "bf16"}),
     (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3, "precision": "bf16"}),
+    *planted_expert_bugs.BUGS,
 ]

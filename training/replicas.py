@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from triplane.parallel.engine import Engine
-from triplane.parallel.mesh import Mesh
+from triplane.parallel.mesh import Axis, Mesh
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 """By element size in bytes."""
@@ -20,19 +20,26 @@ def differing_ranks(engine: Engine) -> list[int]:
 
     With two replicas, returns both. At ZeRO 3 the replicas are those of a shard.
     """
-    mesh = engine.mesh
+    mesh, placements = engine.mesh, engine.local.placements
     sharded = engine.layout.shards_weights(mesh.replicas.size)
-    replicas = mesh.spread.copies if sharded else mesh.replicas
+    differs = False
+    for spread in dict.fromkeys(placement.spread for placement in placements):
+        alike = [placement.parameter.detach() for placement in placements if placement.spread is spread]
+        differs |= _differs(alike, spread.copies if sharded else spread.holders, mesh.device)
+    return ranks_where(mesh, differs)
+
+
+def _differs(parameters: list[Tensor], replicas: Axis, device: torch.device) -> bool:
+    """Returns whether this rank's parameters differ from those of most of `replicas`, or nobody's are most."""
     if replicas.size == 1:
-        return []
-    parameters = (placement.parameter.detach() for placement in engine.local.placements)
+        return False
     weights = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
-    mine = checksum(weights, mesh.device)
+    mine = checksum(weights, device)
     theirs = [torch.empty_like(mine) for _ in range(replicas.size)]
     dist.all_gather(theirs, mine, group=replicas.group)
     sums = [int(other) for other in theirs]
     most, count = Counter(sums).most_common(1)[0]
-    return ranks_where(mesh, int(mine) != most or count * 2 <= len(sums))
+    return int(mine) != most or count * 2 <= len(sums)
 
 
 def ranks_where(mesh: Mesh, true: bool) -> list[int]:

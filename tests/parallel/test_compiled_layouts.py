@@ -27,7 +27,7 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"cp": 2, "cp_method": "ring", "recompute": "full"}, 1),  # between what stands before and after its attention
     ({"pp": 2}, 0),
     ({"dp": 2, "ep": 2}, 0),
-    ({"dp": 2, "ep": 2, "recompute": "selective"}, 0),
+    ({"dp": 2, "ep": 2, "zero": 3, "recompute": "selective"}, 0),
 ]
 """Layouts, and how often the graph of a block is interrupted."""
 

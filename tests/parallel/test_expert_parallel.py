@@ -20,6 +20,7 @@ MODEL = network(proof_model(), ("experts in groups",))
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {"dp": 1},
     "ep 2": {"dp": 2, "ep": 2},
+    "ep 2, zero 3": {"dp": 4, "ep": 2, "zero": 3},
     "tp 2": {"dp": 1, "tp": 2},
     "ep 4 and tp 2": {"dp": 4, "ep": 4, "tp": 2, "zero": 0},
 }
@@ -43,7 +44,9 @@ def _ranks(layout: ParallelConfig) -> int:
     return layout.dp * layout.ranks_of_one
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("ep 2", "one rank"), ("tp 2", "ep 2"), ("ep 2", "ep 4 and tp 2")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("ep 2", "one rank"), ("tp 2", "ep 2, zero 3"), ("ep 2, zero 3", "ep 4 and tp 2")]
+)
 def test_a_run_goes_on_over_other_ranks(saved: str, loaded: str, tmp_path: Path) -> None:
     before, after = (ParallelConfig(**LAYOUTS[name]) for name in (saved, loaded))
     run_ranks(before, _ranks(before), _save, before, tmp_path)
@@ -57,8 +60,8 @@ def test_a_run_goes_on_over_other_ranks(saved: str, loaded: str, tmp_path: Path)
         ({"dp": 3, "ep": 3}, "n_experts (8) is not a multiple of ep (3); the next multiple is 9"),
         ({"dp": 2, "ep": 4}, "ep (4) does not divide dp (2) x cp (1)"),
         (
-            {"dp": 2, "ep": 2, "zero": 3},
-            "ep (2) and zero = 3 cannot be combined: that spreads all weights over dp x cp; use zero = 1 or 2",
+            {"dp": 2, "ep": 2, "zero": 2, "offload_optimizer": True},
+            "ep (2) and offload_optimizer require zero = 3: at 2 all of dp x cp share one state",
         ),
     ],
 )

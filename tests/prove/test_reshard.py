@@ -15,11 +15,12 @@ def test_each_pair_is_a_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert prove_resharding(2, tmp_path / "proof.json") == 0
     rows = json.loads((tmp_path / "proof.json").read_text())
     layouts = {row["saved_under"] for row in rows}
-    assert len(layouts) == 3 and len(rows) == 3 * 2
+    assert len(layouts) == 5 and len(rows) == 4 * 2
     assert all(0 < max(row["difference"].values()) < 1e-5 for row in rows)
     printed = capfd.readouterr().out
     assert "  A one rank, zero 0\n" in printed
-    assert printed.endswith("6 of 6 checkpoints resume under another layout as one process continues\n")
+    assert "adamw, untied head, experts in groups; saved under:\n" in printed
+    assert printed.endswith("8 of 8 checkpoints resume under another layout as one process continues\n")
 
 
 def test_moments_that_are_not_loaded_are_seen(
@@ -33,5 +34,5 @@ def test_moments_that_are_not_loaded_are_seen(
     monkeypatch.setattr(Checkpoint, "fill", forget_moments)
     assert prove_resharding(2, None) == 1
     printed = capfd.readouterr().out
-    assert printed.endswith("0 of 6 checkpoints resume under another layout as one process continues\n")
-    assert printed.count("!") == 6
+    assert printed.endswith("0 of 8 checkpoints resume under another layout as one process continues\n")
+    assert printed.count("!") == 8

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted_bugs import IN_GROUPS
+from planted_expert_bugs import IN_GROUPS
 
 from triplane.parallel import (
     packing,

@@ -29,6 +29,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.engine import Engine, StepLoss
 from triplane.parallel.mesh import Mesh
 from triplane.prove.forked import RanksFailedError, run_ranks
+from triplane.prove.networks import network
 from triplane.prove.reference import SEQUENCES, proof_batch, proof_engine, proof_model
 from triplane.storage.errors import TrainingError
 from triplane.training.anomaly import anomaly_in
@@ -241,10 +242,12 @@ def test_an_update_with_a_nan_changes_nothing(layout: str, precision: str) -> No
 
 def _flip_a_bit(mesh: Mesh, layout: ParallelConfig, flipped: int) -> list[list[int]]:
     """The ranks that differ, before and after one bit of rank `flipped` was turned over."""
-    engine = proof_engine(mesh, proof_model(tie_embeddings=False), layout, dtype=torch.float32)
+    model = network(proof_model(), ("experts in groups",) if layout.ep > 1 else ())
+    engine = proof_engine(mesh, model, layout, dtype=torch.float32)
     before = differing_ranks(engine)
     if mesh.rank == flipped:
-        weight = engine.local.placements[1].parameter.detach()
+        # Of experts if there are any.
+        weight = max((placement.parameter.detach() for placement in engine.local.placements), key=Tensor.dim)
         held = weight.to_local() if isinstance(weight, DTensor) else weight
         held.view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
     return [before, differing_ranks(engine)]
@@ -254,6 +257,7 @@ REPLICAS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "of three": ({"dp": 3, "zero": 0}, [2]),
     "of two": ({"dp": 2, "tp": 2}, [0, 2]),
     "of a shard": ({"dp": 6, "dp_shard": 2, "zero": 3}, [2]),
+    "of the same experts": ({"dp": 6, "ep": 2}, [2]),
 }
 
 
