@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from triplane.config.preflight import checkpoints_folder
-from triplane.model.count import count_parameters
+from triplane.model.describe import model_weights
 from triplane.storage.errors import CheckpointError
 from triplane.storage.location import entries
 from triplane.storage.remote import is_url
@@ -22,7 +22,8 @@ def kept_checkpoints(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Returns the size of one checkpoint."""
-    return config.optimizer.state_bytes * count_parameters(config.model)
+    weights = model_weights(config.model).values()
+    return sum(round(4 * (1 + config.optimizer.kept(weight)) * weight.elements) for weight in weights)
 
 
 def disk_problems(config: RunConfig) -> Iterator[str]:

@@ -58,7 +58,7 @@ def work_of(config: RunConfig, gpus: int) -> Work:
         micro_batch_size=training.micro_batch_size,
         micro_batches=micro_batches,
         seq_len=config.data.seq_len,
-        state_bytes=config.optimizer.state_bytes,
+        optimizer=config.optimizer,
     )
 
 

@@ -16,13 +16,12 @@ from triplane.parallel.packing import least_elements
 from triplane.plan.shares import (
     RankKind,
     Work,
+    held,
     in_flight,
     layer_costs,
     layer_kinds,
     layer_parameters,
-    parameters,
     table_parameters,
-    updated,
 )
 
 Device = Literal["cuda", "cpu"]
@@ -98,8 +97,8 @@ class _State(NamedTuple):
 
 def _own(work: Work, rank: RankKind, device: Device) -> _State:
     """Returns the state of ZeRO 0 to 2."""
-    owned = parameters(work, rank)
-    shards, share = work.shards, updated(work, rank)
+    rank_holds, shards = held(work, rank), work.shards
+    owned, share = rank_holds.parameters, rank_holds.updated
     bucket = _STATISTIC * min(least_elements(shards), owned)
     received = bucket if device == "cpu" and shards > 1 else 0  # gloo exchanges shares, which are then summed
     partitioned = work.layout.zero == 2 and work.layout.pp == 1 and shards > 1
@@ -107,7 +106,7 @@ def _own(work: Work, rank: RankKind, device: Device) -> _State:
     accumulated = gradients if work.micro_batches > 1 else 0
     return _State(
         weights=work.element_bytes * owned,
-        optimizer=(work.state_bytes - (0 if work.bf16 else 4)) * share,  # weights in fp32 are their own masters
+        optimizer=4 * (rank_holds.state + work.bf16 * share),  # weights in fp32 are their own masters
         gradients=gradients,
         accumulated=accumulated,
         kept=0,
@@ -120,8 +119,8 @@ def _own(work: Work, rank: RankKind, device: Device) -> _State:
 
 def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
     """Returns the state of ZeRO 1 and 2 with the optimizer on the host."""
-    zero, owned = work.layout.zero, parameters(work, rank)
-    share, pipelined = owned // work.replicas, work.layout.pp > 1
+    rank_holds, zero, pipelined = held(work, rank), work.layout.zero, work.layout.pp > 1
+    owned, share = rank_holds.parameters, rank_holds.updated
     # With a pipeline all gradients are kept until the schedule ends.
     partitioned = zero == 2 and not pipelined
     overlapped = device == "cuda" and not pipelined  # one bucket is filled while the other is sent
@@ -131,7 +130,7 @@ def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
     gradients = _STATISTIC * (share if partitioned else owned)
     return _State(
         weights=work.element_bytes * owned,
-        optimizer=0 if device == "cuda" else work.state_bytes * share,
+        optimizer=0 if device == "cuda" else 4 * (share + rank_holds.state),
         gradients=gradients,
         accumulated=gradients if work.micro_batches > 1 else 0,
         # ZeRO 1 allocates its bucket in the first backward and keeps it until the last.
@@ -144,7 +143,7 @@ def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
 
 def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memory]:
     """Returns the fullest moments of a step with ZeRO 3, in which whole weights and gradients are temporary."""
-    width, share = work.element_bytes, parameters(work, rank) // work.shards
+    width, share, state = work.element_bytes, held(work, rank).updated, held(work, rank).state
     kinds = layer_kinds(work, rank.layers)
     unit = max((layer_parameters(work, kind) for kind in kinds), default=0)
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)
@@ -153,7 +152,7 @@ def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memor
 
     def moment(activations: int, temporary: int, *, first: bool) -> Memory:
         gradients = 0 if on_host or (first and work.micro_batches == 1) else 4 * share
-        optimizer = 0 if on_host else work.state_bytes * share
+        optimizer = 0 if on_host else 4 * (share + state)
         return Memory(weights=0, gradients=gradients, optimizer=optimizer, activations=activations, temporary=temporary)
 
     # A tied table is whole throughout, and so is its gradient from the head's backward on.

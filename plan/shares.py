@@ -2,15 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import NamedTuple
 
 from triplane.model.config import ModelConfig
 from triplane.model.describe import embedding_weights, head_weights, layer_weights
-from triplane.model.weights import Cost
-from triplane.parallel.axes import local_elements, vocabulary_rows
+from triplane.model.weights import Cost, Weight
+from triplane.parallel.axes import local_elements, local_shape, spreads_experts, vocabulary_rows
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.stages import group_size, stage_layers
+from triplane.training.optimizers.adamw import AdamW
+from triplane.training.optimizers.kinds import AnyOptimizer
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,7 @@ class Work:
     micro_batches: int
     """Micro-batches per dp rank and step."""
     seq_len: int
-    state_bytes: int = 12
-    """Bytes a parameter of the optimizer's state, the weight in fp32 included."""
+    optimizer: AnyOptimizer = field(default=AdamW(), hash=False)  # it has lists
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
@@ -46,6 +48,11 @@ class Work:
     def shards(self) -> int:
         """Ranks that share the state of an optimizer."""
         return self.layout.shards(self.replicas)
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share the state of an optimizer of the same experts."""
+        return self.layout.expert_shards(self.replicas)
 
     @property
     def tokens(self) -> int:
@@ -152,26 +159,53 @@ def table_parameters(work: Work) -> int:
     return vocabulary_rows(work.model.vocab_size, work.layout.tp) * work.model.dim
 
 
+class Held(NamedTuple):
+    """Elements of weights on a rank."""
+
+    parameters: int
+    """Before ZeRO 3 partitions them."""
+    experts: int
+    """Those of which ep ranks hold shares."""
+    updated: int
+    """Those that the rank updates: with ZeRO a share."""
+    state: int
+    """What the optimizer keeps of these."""
+
+
+@cache
+def held(work: Work, rank: RankKind) -> Held:
+    """Returns what a rank holds."""
+    parts = [(_of_layer(work, kind), count) for kind, count in layer_kinds(work, rank.layers).items()]
+    table, *others = embedding_weights(work.model)
+    ends = [table] if rank.has_embedding or (work.model.tie_embeddings and rank.has_head) else []  # a tied head's copy
+    ends += others if rank.has_embedding else []
+    ends += head_weights(work.model) if rank.has_head else []
+    parts.append((_sum(work, ends), 1))
+    return Held(*(sum(count * part[number] for part, count in parts) for number in range(len(Held._fields))))
+
+
 def parameters(work: Work, rank: RankKind) -> int:
     """Returns the parameters of a rank before ZeRO partitions them."""
-    ends = [*(embedding_weights(work.model) if rank.has_embedding else [])]
-    if rank.has_head:
-        ends += head_weights(work.model)
-    shared = work.model.tie_embeddings and rank.has_head and not rank.has_embedding  # its own copy of the table
-    return (
-        sum(count * layer_parameters(work, kind) for kind, count in layer_kinds(work, rank.layers).items())
-        + sum(local_elements(weight, work.layout.tp) for weight in ends)
-        + shared * table_parameters(work)
-    )
+    return held(work, rank).parameters
 
 
-def updated(work: Work, rank: RankKind) -> int:
-    """Returns the parameters that a rank updates, of those it holds: with ZeRO 1 and 2 a share."""
-    if work.shards == 1:
-        return parameters(work, rank)
-    # The ranks that hold the same experts are fewer by ep, and so are those experts.
-    whole = work.layout.model_copy(update={"ep": 1})
-    return parameters(replace(work, layout=whole), rank) // work.shards
+@cache
+def _of_layer(work: Work, kind: int) -> Held:
+    return _sum(work, layer_weights(work.model, work.model.pattern[kind]))
+
+
+def _sum(work: Work, weights: Iterable[Weight]) -> Held:
+    layout, total, experts, updated, state = work.layout, 0, 0, 0, 0
+    for weight in weights:
+        elements, apart = local_elements(weight, layout.tp, layout.ep), spreads_experts(weight, layout.ep)
+        rows = local_shape(weight, layout.tp)[0] // (layout.ep if apart else 1)
+        shards = work.expert_shards if apart else work.shards
+        # ZeRO 3 cuts between rows, and so between experts.
+        whole = layout.shards_weights(work.replicas)
+        share = elements // rows * -(-rows // shards) if whole else -(-elements // shards)
+        total, experts, updated = total + elements, experts + apart * elements, updated + share
+        state += round(work.optimizer.kept(weight) * share)
+    return Held(total, experts, updated, state)
 
 
 def in_flight(work: Work, rank: RankKind) -> list[int]:

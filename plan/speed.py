@@ -1,13 +1,16 @@
 """Estimates the time of a step: matrix products, attention, memory traffic, communication, waiting."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from triplane.model.count import flops_per_token
 from triplane.parallel.axes import local_activations
 from triplane.plan.gpus import Gpu
 from triplane.plan.rates import OURS, Program, Rates
 from triplane.plan.shares import (
+    RankKind,
     Work,
+    held,
     layer_costs,
     layer_kinds,
     layer_parameters,
@@ -15,14 +18,13 @@ from triplane.plan.shares import (
     parameters,
     pipeline,
     table_parameters,
-    updated,
 )
 from triplane.plan.traffic import context_s, data_s, dispatch_s, sends_s, tensor_s
 
 _HOST_BYTES_PER_S, _PCIE_BYTES_PER_S = 20e9, 25e9
 """A rank's share of its host's bandwidth, for an offloaded optimizer."""
-_UPDATE_BYTES = 34
-"""Bytes read and written per parameter: fp32 weight, moments and gradient, and the weight in bf16."""
+_UPDATE_BYTES, _STATE_BYTES = 18, 8
+"""Bytes read and written per parameter: fp32 weight and gradient, and the weight in bf16; per value that is kept."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,8 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     # The first micro-batch reaches the slowest stage through the others, sooner with more virtual stages per rank.
     bubble = (sum(stage.total for stage in passes) - slowest.total) / layout.virtual_stages
     waiting = bubble + sends_s(work, rates) * (micro + layout.pp - 1)
-    owned = max(parameters(work, rank) for rank in ranks)
-    data = data_s(work, rates, parameters=owned, micro_batch_s=slowest.total)
-    update = _update_s(work, rates, max(updated(work, rank) for rank in ranks))
+    data = data_s(work, rates, max(ranks, key=partial(parameters, work)), micro_batch_s=slowest.total)
+    update = max(_update_s(work, rates, rank) for rank in ranks)
     tokens = work.dp * micro * work.micro_batch_size * work.seq_len
     seconds = steady.total + waiting + data + update
     peak = gpu.bf16_tflops * 1e12 * work.replicas * layout.tp * layout.pp
@@ -156,7 +157,9 @@ def _head(work: Work, rates: Rates) -> _Pass:
     return _Pass(products / rates.products_flops_per_s(work.bf16), moved / rates.memory_bytes_per_s)
 
 
-def _update_s(work: Work, rates: Rates, share: int) -> float:
+def _update_s(work: Work, rates: Rates, rank: RankKind) -> float:
+    share, state = held(work, rank).updated, held(work, rank).state
+    moved = _UPDATE_BYTES * share + _STATE_BYTES * state
     if work.layout.offload_optimizer:
-        return share * (_UPDATE_BYTES / _HOST_BYTES_PER_S + 6 / _PCIE_BYTES_PER_S)
-    return share * _UPDATE_BYTES / rates.memory_bytes_per_s
+        return moved / _HOST_BYTES_PER_S + 6 * share / _PCIE_BYTES_PER_S
+    return moved / rates.memory_bytes_per_s

@@ -1,7 +1,9 @@
 """Estimates the exposed communication time of a step."""
 
+from dataclasses import dataclass
+
 from triplane.plan.rates import Rates
-from triplane.plan.shares import Work, layer_costs
+from triplane.plan.shares import RankKind, Work, held, layer_costs
 
 
 def tensor_s(work: Work, rates: Rates) -> float:
@@ -52,21 +54,20 @@ def sends_s(work: Work, rates: Rates) -> float:
     return 2 * sent / rates.link_bytes_per_s(layout.pp, layout.tp * work.replicas)
 
 
-def data_s(work: Work, rates: Rates, *, parameters: int, micro_batch_s: float) -> float:
+def data_s(work: Work, rates: Rates, rank: RankKind, *, micro_batch_s: float) -> float:
     """Returns the time per step of a rank's gradients and weights over dp x cp.
 
     Backward takes two thirds of a micro-batch's `micro_batch_s`, forward the rest.
     """
     layout, zero, program = work.layout, work.layout.zero, rates.program
-    shards, copies = work.shards, work.replicas // work.shards
-    sent = program.gradient_bytes * parameters
-    weights_s = rates.collective_s(work.element_bytes * parameters, shards, layout.tp)
-    reduced_s = rates.collective_s(sent, shards, layout.tp)
-    # Ranks with copies of a share are as far apart as their groups of neighbours are large.
-    copies_s = 2 * rates.collective_s(sent / shards, copies, layout.tp * shards)
+    parts = _parts(work, rank)
+    weights_s = sum(part.gathered_s(work.element_bytes, rates) for part in parts)
+    reduced_s = sum(part.gathered_s(program.gradient_bytes, rates) for part in parts)
+    copies_s = sum(part.copied_s(program.gradient_bytes, rates) for part in parts)
     if layout.shards_weights(work.replicas):
         # Every micro-batch gathers each block's weights twice and reduces its gradients once, while others compute.
-        hops_s = program.hop_s * (3 * (shards - 1) + 2 * (copies - 1)) * work.model.n_layers / layout.pp
+        hops = sum(3 * (part.shards - 1) + 2 * (part.copies - 1) for part in parts)
+        hops_s = program.hop_s * hops * work.model.n_layers / layout.pp
         exposed = max(0.0, 2 * weights_s + reduced_s + copies_s - micro_batch_s)
         return work.micro_batches * (exposed + hops_s)
     gradients_s = (2 if program.all_reduces else 1) * reduced_s + copies_s
@@ -77,3 +78,33 @@ def data_s(work: Work, rates: Rates, *, parameters: int, micro_batch_s: float) -
     if zero == 0:
         return gradients_s
     return gradients_s + (max(0.0, weights_s - micro_batch_s / 3) if program.gather_hidden else weights_s)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters of a rank that the same ranks hold: its experts, or all else."""
+
+    parameters: int
+    shards: int
+    """Ranks that share their state."""
+    copies: int
+    stride: int
+    """Distance of these ranks from one another."""
+
+    def gathered_s(self, width: int, rates: Rates) -> float:
+        """Returns the time to gather all shares of `width` bytes an element, or to reduce each to its owner."""
+        return rates.collective_s(width * self.parameters, self.shards, self.stride)
+
+    def copied_s(self, width: int, rates: Rates) -> float:
+        """Returns the time to sum a share over its copies, which are as far apart as the shards are many."""
+        share = width * self.parameters / self.shards
+        return 2 * rates.collective_s(share, self.copies, self.stride * self.shards)
+
+
+def _parts(work: Work, rank: RankKind) -> list[_Part]:
+    own, layout, replicas = held(work, rank), work.layout, work.replicas
+    others = _Part(own.parameters - own.experts, work.shards, replicas // work.shards, stride=layout.tp)
+    if own.experts == 0:
+        return [others]
+    copies = replicas // layout.ep // work.expert_shards
+    return [others, _Part(own.experts, work.expert_shards, copies, stride=layout.tp * layout.ep)]

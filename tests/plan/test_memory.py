@@ -2,21 +2,39 @@
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from benchmark_scripts import benchmark
 from small_models import small_config
 
 from triplane.model.count import count_parameters
+from triplane.model.describe import model_weights
 from triplane.model.parts.balance import SequenceLoss
 from triplane.model.parts.experts import Experts
 from triplane.model.parts.latent import Latent
 from triplane.parallel.config import ParallelConfig
 from triplane.plan.memory import peak_memory
-from triplane.plan.shares import Work, in_flight, parameters, pipeline
+from triplane.plan.shares import Work, held, in_flight, parameters, pipeline
+from triplane.training.optimizers.adamw import AdamW
+from triplane.training.optimizers.kinds import AnyOptimizer
+from triplane.training.optimizers.lion import Lion
+from triplane.training.optimizers.muon import Muon
 
 memory = benchmark("memory")
+
+
+def experts_over_four(**layout: Any) -> Work:
+    """Two ranks for each half of eight experts."""
+    return Work(
+        model=memory.MODEL.model_copy(update={"feed_forward": Experts(n_experts=8, active=2, hidden_dim=192)}),
+        layout=ParallelConfig(dp=4, ep=2, **layout),
+        dp=4,
+        bf16=True,
+        micro_batch_size=2,
+        micro_batches=2,
+        seq_len=32,
+    )
 
 
 def work(micro_batches: int = 4, **layout: Any) -> Work:
@@ -69,6 +87,7 @@ PARTS: dict[str, Any] = {
         *product(PARTS, ({}, {"recompute": "selective"})),
         ("feed_forward", {"dp": 2, "ep": 2}),
         ("feed_forward", {"dp": 4, "ep": 2, "zero": 2}),
+        ("feed_forward", {"dp": 4, "ep": 2, "zero": 3}),
     ],
 )
 def test_the_memory_of_other_parts_is_as_predicted(
@@ -82,28 +101,59 @@ def test_the_memory_of_other_parts_is_as_predicted(
 
 
 @pytest.mark.parametrize(
-    ("zero", "of_others", "of_experts"),
-    [(0, 1, 2), (1, 4, 4), (2, 4, 4)],  # of 4 ranks 2 hold the same half of the experts, and share its state
+    ("layout", "of_others", "of_experts"),
+    [
+        ({"zero": 0}, 1, 2),  # of 4 ranks 2 hold the same half of the experts
+        ({"zero": 1}, 4, 4),
+        ({"zero": 2}, 4, 4),
+        ({"zero": 3}, 4, 4),
+        ({"dp_shard": 2}, 2, 2),  # both halves are among the neighbours that share
+        ({"dp_shard": 1}, 1, 2),
+    ],
+    ids=str,
 )
 def test_experts_over_ranks_share_their_state_among_those_that_hold_them(
-    zero: Literal[0, 1, 2], of_others: int, of_experts: int
+    layout: dict[str, Any], of_others: int, of_experts: int
 ) -> None:
     of_all = 6 * 8 * 3 * 192 * 128  # layers, experts, matrices, hidden and model dim
-    experts = Experts(n_experts=8, active=2, hidden_dim=192)
-    one = Work(
-        model=memory.MODEL.model_copy(update={"feed_forward": experts}),
-        layout=ParallelConfig(dp=4, ep=2, zero=zero),
-        dp=4,
-        bf16=True,
-        micro_batch_size=2,
-        micro_batches=2,
-        seq_len=32,
-    )
+    one = experts_over_four(**layout)
     others = count_parameters(one.model) - of_all
     (rank,) = pipeline(one)
     found = peak_memory(one, rank)
-    assert found.weights == 2 * (others + of_all // 2)
+    assert found.weights == (0 if one.layout.zero == 3 else 2 * (others + of_all // 2))
     assert found.optimizer == 12 * (others // of_others + of_all // of_experts)
+
+
+def test_whole_experts_go_to_ranks_at_zero_3() -> None:
+    """Of eight ranks that hold the same four experts, four have one each."""
+    one = replace(experts_over_four(zero=3), dp=16)
+    (rank,) = pipeline(one)
+    own = held(one, rank)
+    assert own.updated == pytest.approx((own.parameters - own.experts) / 16 + 6 * 3 * 192 * 128, rel=1e-3)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize(
+    ("optimizer", "of_matrices", "of_others"),
+    [
+        (AdamW(), 2, 2),
+        (AdamW(average_decay=0.99), 3, 3),
+        (Lion(kind="lion"), 1, 1),
+        (Muon(kind="muon"), 1, 2),
+        (Muon(kind="muon", second_moment_decay=0.95), 1 + 1 / 128, 2),  # a value for each row of 128 or 192
+    ],
+    ids=["adamw", "averaged", "lion", "muon", "normuon"],
+)
+def test_each_optimizer_keeps_values_of_its_own(
+    optimizer: AnyOptimizer, of_matrices: float, of_others: float, zero: int
+) -> None:
+    one = replace(experts_over_four(zero=zero), optimizer=optimizer)
+    (rank,) = pipeline(one)
+    weights = list(model_weights(one.model).values())
+    matrices = sum(weight.elements for weight in weights if weight.role == "matrix") / 4
+    others = sum(weight.elements for weight in weights if weight.role != "matrix") / 4
+    expected = 4 * ((1 + of_matrices) * matrices + (1 + of_others) * others)
+    assert peak_memory(one, rank).optimizer == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])

@@ -62,14 +62,14 @@ class Optimizer(BaseModel):
     """Decay a step of an exponential average of the weights, such as 0.999, which is kept beside them in fp32, and
     validated; step n uses at most (n - 1) / (n + 8), which soon forgets the first weights. None: no average."""
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes a parameter of weight, two moments, of which some kinds have one, and average: all in fp32."""
-        return 12 if self.average_decay is None else 16
-
     def moments(self, weight: Weight) -> Mapping[str, Each]:
         """Returns what an update of `weight` keeps: names of tensors, and of what each has values."""
         raise NotImplementedError
+
+    def kept(self, weight: Weight) -> float:
+        """Returns the values kept for each element of `weight`: its moments, and the average of the weights."""
+        moments = (1.0 if each == "element" else 1 / weight.axes[-1].size for each in self.moments(weight).values())
+        return sum(moments) + (self.average_decay is not None)
 
     def whole(self, weight: Weight) -> bool:
         """Returns whether one rank must update `weight` as a whole, rather than a share of its elements."""
