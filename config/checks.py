@@ -1,6 +1,8 @@
 """Constraints among the keys of a run config, and between them and the number of ranks."""
 
 from collections.abc import Iterator
+from itertools import pairwise
+from math import ceil
 
 from triplane.model.describe import model_weights
 from triplane.parallel.rules import layout_problems, multiple, token_multiple
@@ -22,12 +24,12 @@ def check(config: RunConfig, ranks: int | None) -> list[str]:
         *_check_optimizer(config),
         *_check_schedule(config),
         *_check_checkpoints(config),
-        *config.data.problems(config.training.global_batch_size),
+        *_check_data(config),
     ]
 
 
 def tokens_per_step(config: RunConfig) -> int:
-    """Returns the tokens in one update, over all ranks, until a data phase changes the length."""
+    """Returns the tokens in one update, over all ranks, until a phase changes the length or the ramp the size."""
     return config.training.global_batch_size * config.data.seq_len
 
 
@@ -58,8 +60,10 @@ def _check_model(config: RunConfig) -> Iterator[str]:
 def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
     layout, micro = config.parallel, config.training.micro_batch_size
     product = f"micro_batch_size ({micro})" if dp is None else f"dp ({dp}) x micro_batch_size ({micro}) = {dp * micro}"
-    for name in ("global_batch_size", "eval_sequences"):
-        yield from multiple(name, getattr(config.training, name), product, (dp or 1) * micro)
+    yield from _check_ramp(config)
+    read = [*_batch_sizes(config), ("eval_sequences", config.training.eval_sequences)]
+    for name, sequences in read:
+        yield from multiple(name, sequences, product, (dp or 1) * micro)
     for seq_len in {config.data.seq_len, *(phase.seq_len or config.data.seq_len for phase in config.data.phases)}:
         tokens = f"micro_batch_size ({micro}) x seq_len ({seq_len})"
         shares = token_multiple(layout)
@@ -69,13 +73,39 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
         yield from multiple(tokens, micro * seq_len, split, shares)
         if layout.fp8:  # the product for weight gradients contracts over the tokens of a rank
             yield from multiple(tokens, micro * seq_len, f"16 x cp ({layout.cp}), for fp8", 16 * layout.cp)
-    for name in ("global_batch_size", "eval_sequences"):
-        sequences = getattr(config.training, name)
+    for name, sequences in read:
         micro_batches = sequences // ((dp or 1) * micro)
         if layout.virtual_stages > 1 and micro_batches < layout.pp:
             yield (
                 f"virtual_stages needs at least pp ({layout.pp}) micro-batches, but {name} ({sequences}) / "
                 f"({product}) is {micro_batches}"
+            )
+
+
+def _batch_sizes(config: RunConfig) -> list[tuple[str, int]]:
+    """Returns the batch sizes, by their keys."""
+    ramp = enumerate(config.training.batch_ramp)
+    later = [(f"batch_ramp[{number}].global_batch_size", phase.global_batch_size) for number, phase in ramp]
+    return [("global_batch_size", config.training.global_batch_size), *later]
+
+
+def _check_ramp(config: RunConfig) -> Iterator[str]:
+    for number, ((before, _), (after, _)) in enumerate(pairwise(config.training.batch_sizes)):
+        if after <= before:
+            yield f"batch_ramp[{number}]: after_steps ({after}) is not after {before}, where the previous size starts"
+
+
+def _check_data(config: RunConfig) -> Iterator[str]:
+    data, training = config.data, config.training
+    yield from data.problems()
+    for name, sequences in _batch_sizes(config):
+        yield from multiple(name, sequences, f"data.lanes ({data.lanes})", data.lanes)
+    for number, phase in enumerate(data.phases):
+        start, step = phase.from_sequence, training.updates(phase.from_sequence)
+        if start in data.length_changes and step.denominator > 1:
+            yield (
+                f"data.phases[{number}]: seq_len changes at from_sequence ({start}), within step {ceil(step):,}; the "
+                f"next begins at {training.sequences(ceil(step))}"
             )
 
 
@@ -98,7 +128,8 @@ def _check_schedule(config: RunConfig) -> Iterator[str]:
         given = "neither is" if schedule.warmup_steps is None else "both are"
         yield f"schedule: give one of warmup_steps and warmup_tokens, {given} given"
         return
-    warmup, decay = warmup_steps(schedule, tokens_per_step(config)), decay_steps(schedule, steps)
+    warmup = warmup_steps(schedule, config.training, config.data.seq_len)
+    decay = decay_steps(schedule, steps)
     if warmup > steps:
         yield f"warm-up ({warmup} steps) is longer than the run ({steps} steps)"
     elif schedule.kind == "wsd" and warmup + decay > steps:

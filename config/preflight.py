@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterator
-from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -103,13 +103,14 @@ def _another_run(config: RunConfig, newest: Location, theirs: dict[str, Any]) ->
 
 def _phase_problems(config: RunConfig, newest: Location, state: dict[str, Any]) -> Iterator[str]:
     """Yields later phases that change the sequence length within a step, counted from the checkpoint."""
-    size, consumed = config.training.global_batch_size, state["consumed_sequences"]
-    for number, ((_, _, before), (start, _, after)) in enumerate(pairwise(config.data.timeline())):
-        left = start - consumed
-        if before != after and left > 0 and left % size:
+    training, consumed, done = config.training, state["consumed_sequences"], state["step"]
+    for number, phase in enumerate(config.data.phases):
+        start = phase.from_sequence
+        step = training.updates(max(0, start - consumed), done)
+        if start in config.data.length_changes and step.denominator > 1:
             yield (
-                f"data.phases[{number}]: seq_len changes within a step: from {newest} it is {left} sequences to "
-                f"from_sequence ({start}), not a multiple of global_batch_size ({size})"
+                f"data.phases[{number}]: seq_len changes at from_sequence ({start}), within a step: after {newest} the "
+                f"next begins at {consumed + training.sequences(done + ceil(step), done)}"
             )
 
 

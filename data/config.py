@@ -96,7 +96,12 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
         """Returns the tokens in the sequence at `position`."""
         return [seq_len for start, _, seq_len in self.timeline() if start <= position][-1]
 
-    def problems(self, global_batch_size: int) -> Iterator[str]:
+    @property
+    def length_changes(self) -> list[int]:
+        """Positions from which sequences have another length."""
+        return [start for (_, _, old), (start, _, new) in pairwise(self.timeline()) if new != old]
+
+    def problems(self) -> Iterator[str]:
         """Yields invalid combinations of keys."""
         timeline = self.timeline()
         for number, (start, weights, _) in enumerate(timeline):
@@ -122,12 +127,5 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
                 )
             if self.packing == "best_fit":
                 yield f'{where}: seq_len changes, which packing = "best_fit" does not support'
-            if start % global_batch_size:
-                yield (
-                    f"{where}: seq_len changes at from_sequence ({start}), within a step: choose a multiple of "
-                    f"global_batch_size ({global_batch_size})"
-                )
         if self.packing == "best_fit" and not self.document_mask:
             yield 'data: packing = "best_fit" requires document_mask = true: documents in a sequence are unrelated'
-        if global_batch_size % self.lanes:
-            yield f"global_batch_size ({global_batch_size}) is not a multiple of data.lanes ({self.lanes})"

@@ -34,8 +34,7 @@ def inspect_data(path: Path, overrides: list[str], step: int) -> None:
         raise ConfigError("\n".join(problems))
     sources = open_sources(config.data, config.folder.corpora)
     plan = training_plan(config.data, sources.train, config.seed, config.folder.packing)
-    size = config.training.global_batch_size
-    first = (step - 1) * size
+    size, first = config.training.batch_size(step), config.training.sequences(step - 1)
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"step {step:,}: sequences {first:,} to {first + size:,} of {config.data.seq_len_at(first):,} tokens, seed "

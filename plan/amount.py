@@ -30,7 +30,7 @@ class Amount:
         """Computes the amount of a run over opened corpora."""
         names = [source.corpus for source in config.data.sources]
         read = dict.fromkeys(names, 0.0)
-        last = config.training.steps * config.training.global_batch_size
+        last = config.training.sequences(config.training.steps)
         ends = [*config.data.timeline(), (last, [], 0)]
         for (start, weights, seq_len), (end, *_) in pairwise(ends):
             tokens = max(0, min(end, last) - start) * seq_len

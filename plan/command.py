@@ -100,10 +100,11 @@ def _figures(config: RunConfig, done: int) -> dict[str, float]:
 def _facts(config: RunConfig, done: int, gate: Findings) -> dict[str, str]:
     figures, steps = _figures(config, done), config.training.steps
     one, count = figures["checkpoint_bytes"] / 2**30, int(figures["checkpoints"])
+    ramp = "".join(f", then {size * config.data.seq_len:,}" for _, size in config.training.batch_sizes[1:])
     return {
         "parameters": f"{figures['parameters']:,}",
         "FLOPs per token": f"{figures['flops_per_token']:.4g}",
-        "tokens": f"{figures['tokens']:.4g} in {steps:,} steps of {tokens_per_step(config):,}",
+        "tokens": f"{figures['tokens']:.4g} in {steps:,} steps of {tokens_per_step(config):,}{ramp}",
         "total FLOPs": f"{figures['flops']:.4g}",
         "checkpoints": f"{one:,.1f} GiB each, at most {count} at once: {one * count:,.1f} GiB",
         **({"text": gate.amount.describe()} if gate.amount else {}),

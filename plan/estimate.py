@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple
 
 from triplane.config.checks import check
 from triplane.parallel.config import ParallelConfig
@@ -22,7 +23,7 @@ class Estimate:
     memory: dict[str, Memory]
     """Peak memory by kind of rank."""
     speed: Speed
-    """Speed of a step in the first data phase."""
+    """Speed of a step of the largest batch in the first data phase."""
     total_s: float
     """Time of all remaining steps."""
 
@@ -45,18 +46,18 @@ def beyond_layout(config: RunConfig) -> set[str]:
 
 
 def work_of(config: RunConfig, gpus: int) -> Work:
-    """Returns the work of a rank; the layout must fit `gpus` ranks."""
+    """Returns the work of a rank in the largest batch; the layout must fit `gpus` ranks."""
     layout, training = config.parallel, config.training
     dp = gpus // layout.ranks_of_one
     layout = layout.model_copy(update={"dp": dp})
-    micro_batches = training.global_batch_size // (dp * training.micro_batch_size)
+    largest = max(size for _, size in training.batch_sizes)
     return Work(
         model=config.model,
         layout=layout,
         dp=dp,
         bf16=training.precision != "fp32",
         micro_batch_size=training.micro_batch_size,
-        micro_batches=micro_batches,
+        micro_batches=largest // (dp * training.micro_batch_size),
         seq_len=config.data.seq_len,
         optimizer=config.optimizer,
     )
@@ -66,25 +67,37 @@ def estimate(config: RunConfig, gpus: int, gpu: Gpu, *, done_steps: int = 0) -> 
     """Estimates a run; memory is for its longest sequences."""
     work = work_of(config, gpus)
     left = list(phases(config, done_steps))  # none of a finished run
-    longest = replace(work, seq_len=max((seq_len for _, seq_len in left), default=work.seq_len))
+    longest = replace(work, seq_len=max((phase.seq_len for phase in left), default=work.seq_len))
     memory = {rank.name: peak_memory(longest, rank) for rank in rank_kinds(longest)}
-    lengths = {work.seq_len, *(seq_len for _, seq_len in left)}
-    speeds = {seq_len: speed(replace(work, seq_len=seq_len), gpu) for seq_len in lengths}
-    total_s = sum(steps * speeds[seq_len].step_s for steps, seq_len in left)
-    return Estimate(work=work, memory=memory, speed=speeds[work.seq_len], total_s=total_s)
+    each = work.dp * work.micro_batch_size
+    works = [replace(work, seq_len=phase.seq_len, micro_batches=phase.size // each) for phase in left]
+    speeds = {one: speed(one, gpu) for one in {work, *works}}
+    total_s = sum(phase.steps * speeds[one].step_s for phase, one in zip(left, works))
+    return Estimate(work=work, memory=memory, speed=speeds[work], total_s=total_s)
 
 
-def phases(config: RunConfig, done_steps: int = 0) -> Iterator[tuple[float, int]]:
-    """Yields, for each data phase, its steps after `done_steps` and its sequence length."""
-    size, end = config.training.global_batch_size, config.training.steps
-    starts = [(start / size, seq_len) for start, _, seq_len in config.data.timeline()]
-    for (start, seq_len), (stop, _) in pairwise([*starts, (cast(float, end), 0)]):
-        steps = min(stop, end) - max(start, done_steps)
-        if steps > 0:
-            yield steps, seq_len
+class Phase(NamedTuple):
+    """Steps of one batch size and sequence length."""
+
+    steps: float
+    """May end within a step."""
+    size: int
+    """Sequences of a step."""
+    seq_len: int
+
+
+def phases(config: RunConfig, done_steps: int = 0) -> Iterator[Phase]:
+    """Yields the phases after `done_steps`."""
+    training, end = config.training, config.training.steps
+    lengths = [(training.updates(start), seq_len) for start, _, seq_len in config.data.timeline()]
+    sizes = [(Fraction(before), size) for before, size in training.batch_sizes]
+    cuts = sorted({Fraction(done_steps), Fraction(end), *(start for start, _ in [*lengths, *sizes])})
+    for start, stop in pairwise(cuts):
+        if done_steps <= start and stop <= end:
+            size, seq_len = ([value for at, value in known if at <= start][-1] for known in (sizes, lengths))
+            yield Phase(float(stop - start), size, seq_len)
 
 
 def tokens_of(config: RunConfig, done_steps: int = 0) -> int:
     """Returns the tokens read after `done_steps`."""
-    size = config.training.global_batch_size
-    return round(sum(steps * size * seq_len for steps, seq_len in phases(config, done_steps)))
+    return round(sum(steps * size * seq_len for steps, size, seq_len in phases(config, done_steps)))

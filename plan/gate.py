@@ -63,7 +63,7 @@ def examine(
         except TriplaneError as error:
             problems += str(error).splitlines()
         else:
-            if not list(config.data.problems(config.training.global_batch_size)):
+            if not list(config.data.problems()):
                 amount = Amount.of(config, sources)
                 warnings += [*amount.warnings(), *_held_out(config, sources)]
             tokenizer = sources.tokenizer

@@ -1,5 +1,8 @@
 """The configuration of a run; model, data, layout and checkpoint tables are defined in their packages."""
 
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -30,13 +33,24 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """wsd: fraction of all steps in which the rate decays."""
 
 
+class BatchPhase(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
+    """A change of the batch size at a step of the run."""
+
+    after_steps: PositiveInt
+    """Steps before it."""
+    global_batch_size: int = Field(gt=0, le=2**31 - 1)
+    """Sequences per update from here on, over all ranks."""
+
+
 class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Length of the run, size of a step, and reporting."""
 
     steps: int = Field(gt=0, le=10**12)
     """Optimizer updates in the whole run."""
     global_batch_size: int = Field(gt=0, le=2**31 - 1)
-    """Sequences per update, over all ranks."""
+    """Sequences per update, over all ranks, until `batch_ramp` changes it."""
+    batch_ramp: list[BatchPhase] = []
+    """Changes of the batch size, in order. What is still to come may change when a run resumes."""
     micro_batch_size: int = Field(gt=0, le=2**31 - 1)
     """Sequences per forward pass of one dp rank."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -53,6 +67,36 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """Port on which rank 0 serves the latest metrics to Prometheus, on all interfaces; None: disabled."""
     stop_at_step: PositiveInt | None = None
     """Save and exit after this step, as if interrupted; the schedule does not change."""
+
+    @property
+    def batch_sizes(self) -> list[tuple[int, int]]:
+        """The steps before each batch size, and the size."""
+        ramp = [(phase.after_steps, phase.global_batch_size) for phase in self.batch_ramp]
+        return [(0, self.global_batch_size), *ramp]
+
+    def batch_size(self, step: int) -> int:
+        """Returns the sequences of update `step`, counted from 1."""
+        return [size for before, size in self.batch_sizes if before < step][-1]
+
+    def spans(self, done: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yields how many of the updates after `done`, up to `last`, are of one size, and the size; in order."""
+        sizes = self.batch_sizes
+        for (before, size), (end, _) in zip(sizes, [*sizes[1:], (last, 0)]):
+            if (steps := min(end, last) - max(before, done)) > 0:
+                yield steps, size
+
+    def sequences(self, last: int, done: int = 0) -> int:
+        """Returns the sequences of the updates after `done`, up to `last`."""
+        return sum(steps * size for steps, size in self.spans(done, last))
+
+    def updates(self, sequences: int, done: int = 0) -> Fraction:
+        """Returns the updates after `done` that read `sequences`."""
+        read = Fraction(0)
+        for steps, size in self.spans(done, sys.maxsize):
+            here = min(Fraction(steps), Fraction(sequences, size))
+            read += here
+            sequences -= int(here * size)
+        return read
 
 
 class FaultsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):

@@ -79,13 +79,12 @@ class Trainer:
             stopwatch=watchdog.stopwatch,
         )
         self.agreement = Agreement(engine.mesh.device)
-        first_step_tokens = config.training.global_batch_size * corpora.seq_len_at(0)
         self.learning_rate = partial(
             learning_rate,
             config.schedule,
             peak=config.optimizer.lr,
             steps=config.training.steps,
-            warmup_steps=warmup_steps(config.schedule, first_step_tokens),
+            warmup_steps=warmup_steps(config.schedule, config.training, corpora.seq_len_at(0)),
         )
         self.unsaved: str | None = None
         """Why the last save failed."""
@@ -112,11 +111,12 @@ class Trainer:
     def _train(self, state: State, last: int, stopping: Stopping, profiler: Profiler) -> tuple[State, int]:
         """Returns the state after the last step taken, and the request that stopped it early, else 0."""
         config, engine, work = self.config, self.engine, self.watchdog.work
-        size, request = config.training.global_batch_size, 0
+        request, state = 0, self._before_batch(state)
         batches = self._batches_from(state, last)
         self.meter.restart(position=state.consumed_sequences)
         while state.step < last and not request:
             step, position = state.step + 1, state.consumed_sequences
+            size = config.training.batch_size(step)
             due = self._due(step, last)
             exact = "log" in due
             with profiler.step(step), work("step", step):
@@ -134,7 +134,7 @@ class Trainer:
                     tokens = self.counted.count_tokens(positions)
                     bytes_per_target = self.counted.bytes_per_target(positions)
                 self.meter.count(size * self.corpora.seq_len_at(position), tokens)
-                state = state.after(size, tokens)
+                state = self._before_batch(state.after(size, tokens))
                 with self.phase("forward_backward_time_s"):  # agreeing waits for the backward pass
                     self.agreement.put(
                         step=step,
@@ -192,16 +192,21 @@ class Trainer:
 
     def _batches_from(self, state: State, last: int) -> Iterator[list[Batch]]:
         """Yields the global batches of the steps after `state`, up to the next batch to skip."""
-        return self.feed.steps(
-            self.corpora.train,
-            global_batch_size=self.config.training.global_batch_size,
-            consumed_sequences=state.consumed_sequences,
-            steps=last - state.step,
-        )
+        position = state.consumed_sequences
+        for steps, size in self.config.training.spans(state.step, last):
+            yield from self.feed.steps(
+                self.corpora.train, global_batch_size=size, consumed_sequences=position, steps=steps
+            )
+            position += steps * size
+
+    def _before_batch(self, state: State) -> State:
+        """Returns the state before the next batch that may be read."""
+        size = self.config.training.batch_size(state.step + 1)
+        return state.before(size, self.config.data.length_changes)
 
     def _roll_back(self, state: State, anomaly: Anomaly) -> State:
         """Returns to the last checkpoint, and skips the anomaly's batch from there on."""
-        size, most = self.config.training.global_batch_size, self.config.faults.max_rollbacks
+        size, most = self.config.training.batch_size(anomaly.step), self.config.faults.max_rollbacks
         self._report_saves(wait=True)
         if len(state.skipped) >= most:
             raise TrainingError(
@@ -209,7 +214,8 @@ class Trainer:
                 f"{most}); lower optimizer.lr or optimizer.grad_clip and start again from the last checkpoint"
             )
         self.agreement.take(everything=True)
-        skipped = replace(self.restore(), skipped=state.skipped).skipping(anomaly.position, size)
+        restored = replace(self.restore(), skipped=state.skipped)
+        skipped = self._before_batch(restored.skipping(anomaly.position, size))
         first, end = anomaly.position, anomaly.position + size
         self.report.event(skipped.step, "rollback", from_step=anomaly.step, reason=anomaly.what)
         self.report.event(skipped.step, "skip", sequences=(first, end))

@@ -24,8 +24,16 @@ class _Console(Console):
 class Progress:
     """Progress of a run of `steps`, from the first `update` to the last; for rank 0."""
 
-    def __init__(self, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        steps: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        work: Callable[[int], float] = float,
+    ):
+        """`work` is that of the first so many steps, in any unit; by default all have the same."""
         self._steps = steps
+        self._work = work
         self._clock = clock
         self._start: tuple[int, float] | None = None
         self._console = console or _Console()
@@ -72,4 +80,5 @@ class Progress:
         first_step, first_time = self._start
         if step == first_step:
             return None
-        return format_duration((self._steps - step) * (now - first_time) / (step - first_step))
+        done, left = (self._work(b) - self._work(a) for a, b in ((first_step, step), (step, self._steps)))
+        return format_duration(left * (now - first_time) / done)

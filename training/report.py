@@ -20,7 +20,7 @@ class Report:
         self._first = rank == 0
         if self._first:
             self._run_dir = run.config.folder.path
-            self._progress = Progress(run.config.training.steps)
+            self._progress = Progress(run.config.training.steps, work=run.config.training.sequences)
             self._callbacks: list[Callback] = [MetricsWriter(self._run_dir, run.step)]
             if (port := run.config.training.prometheus_port) is not None:
                 self._callbacks += self._endpoint(port)

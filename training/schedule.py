@@ -2,15 +2,18 @@
 
 import math
 
-from triplane.training.config import ScheduleConfig
+from triplane.training.config import ScheduleConfig, TrainingConfig
 
 
-def warmup_steps(schedule: ScheduleConfig, tokens_per_step: int) -> int:
-    """Returns the steps of warm-up, from whichever of `warmup_steps` and `warmup_tokens` is given."""
+def warmup_steps(schedule: ScheduleConfig, training: TrainingConfig, seq_len: int) -> int:
+    """Returns the steps of warm-up, from whichever of `warmup_steps` and `warmup_tokens` is given.
+
+    `seq_len` is that of the first sequences.
+    """
     if schedule.warmup_steps is not None:
         return schedule.warmup_steps
     assert schedule.warmup_tokens is not None, "the config check requires one of the two"
-    return -(-schedule.warmup_tokens // tokens_per_step)
+    return math.ceil(training.updates(-(-schedule.warmup_tokens // seq_len)))
 
 
 def decay_steps(schedule: ScheduleConfig, steps: int) -> int:

@@ -1,5 +1,6 @@
 """The position of a run: all state besides weights and moments."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,13 +36,21 @@ class State:
 
     def after(self, sequences: int, tokens: int) -> "State":
         """Returns the state one update later."""
-        moved = replace(self, step=self.step + 1, tokens_seen=self.tokens_seen + tokens)
-        return moved._at(self.consumed_sequences + sequences, sequences)
+        position = self.consumed_sequences + sequences
+        return replace(self, step=self.step + 1, consumed_sequences=position, tokens_seen=self.tokens_seen + tokens)
 
     def skipping(self, start: int, sequences: int) -> "State":
-        """Returns the state with the batch at `start` skipped."""
-        skipping = replace(self, skipped=tuple(sorted([*self.skipped, (start, start + sequences)])))
-        return skipping._at(self.consumed_sequences, sequences)
+        """Returns the state that knows that the batch at `start` is to be skipped."""
+        return replace(self, skipped=tuple(sorted([*self.skipped, (start, start + sequences)])))
+
+    def before(self, sequences: int, changes: Iterable[int] = ()) -> "State":
+        """Returns the state before the next batch that has room: it overlaps no skipped one and lies on one side of
+        each of the `changes`, positions from which sequences have another length."""
+        position = self.consumed_sequences
+        for start, stop in sorted([*self.skipped, *((change, change) for change in changes)]):
+            if start < position + sequences and position < stop:
+                position = stop
+        return replace(self, consumed_sequences=position)
 
     def remembering(self, loss: float, gradient_norm: float, steps: int) -> "State":
         """Returns the state with one more step in `recent`, of which the last `steps` are kept."""
@@ -51,9 +60,3 @@ class State:
         """Returns the state with the loss of one more step, a mean over `targets`, in `unlogged`."""
         losses, count, length = self.unlogged
         return replace(self, unlogged=(losses + loss * targets, count + targets, length + text_bytes))
-
-    def _at(self, position: int, sequences: int) -> "State":
-        for start, stop in self.skipped:
-            if start < position + sequences and position < stop:
-                position = stop
-        return replace(self, consumed_sequences=position)

@@ -34,7 +34,9 @@ def _facts(run: Recorded) -> Iterator[tuple[str, str]]:
     yield "model", "; ".join(filter(None, [parameters, ", ".join(shape)]))
     if "global_batch_size" in training and "seq_len" in data:
         sequences, length = training["global_batch_size"], data["seq_len"]
-        yield "batch", f"{sequences * length:,} tokens a step: {sequences:,} sequences of {length:,}"
+        ramp = [phase.get("global_batch_size", 0) for phase in training.get("batch_ramp", [])]
+        later = "".join(f", then {size:,}" for size in ramp)
+        yield "batch", f"{sequences * length:,} tokens a step: {sequences:,} sequences of {length:,}{later}"
     corpora = ", ".join(source["corpus"] for source in data.get("sources", []) if "corpus" in source)
     tokens = f"; {format_count(start['corpus_tokens'])} tokens" if "corpus_tokens" in start else ""
     yield "corpus", f"{corpora}{tokens}"

@@ -118,6 +118,21 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             None,
             "global_batch_size (9) is not a multiple of micro_batch_size (2); the next multiple is 10",
         ),
+        (
+            {"batch_ramp": [{"after_steps": 4, "global_batch_size": 10}, {"after_steps": 4, "global_batch_size": 16}]},
+            4,
+            "batch_ramp[1]: after_steps (4) is not after 4, where the previous size starts\n"
+            "batch_ramp[0].global_batch_size (10) is not a multiple of dp (2) x micro_batch_size (2) = 4; the next "
+            "multiple is 12",
+        ),
+        (
+            {
+                "batch_ramp": [{"after_steps": 4, "global_batch_size": 16}],
+                "phases": [{"from_sequence": 40, "weights": [1], "seq_len": 32}],
+            },
+            4,
+            "data.phases[0]: seq_len changes at from_sequence (40), within step 5; the next begins at 48",
+        ),
         ({"warmup_steps": None}, 4, "schedule: give one of warmup_steps and warmup_tokens, neither is given"),
         ({"warmup_tokens": 9}, 4, "schedule: give one of warmup_steps and warmup_tokens, both are given"),
         ({"warmup_steps": 11}, 4, "warm-up (11 steps) is longer than the run (10 steps)"),

@@ -40,7 +40,7 @@ _GLOBAL_BATCH = 24
 def _config(**changes: object) -> DataConfig:
     values = {"sources": [{"corpus": "a"}], "seq_len": _SEQ_LEN, "shuffle_window": 64, **changes}
     config = DataConfig.model_validate(values)
-    assert not list(config.problems(_GLOBAL_BATCH))
+    assert not list(config.problems())
     return config
 
 

@@ -57,11 +57,13 @@ def test_a_step_has_one_length(prepared: Prepared, tmp_path: Path) -> None:
     larger = {"global_batch_size": 16, "micro_batch_size": 4, "steps": 40}
     (problem,) = examine(small_run(prepared, tmp_path / "run", data=phases, training=larger), 1).problems
     assert problem == (
-        f"data.phases[0]: seq_len changes within a step: from {tmp_path}/run/checkpoints/step_5 it is 24 sequences to "
-        f"from_sequence (64), not a multiple of global_batch_size (16)"
+        f"data.phases[0]: seq_len changes at from_sequence (64), within a step: after "
+        f"{tmp_path}/run/checkpoints/step_5 the next begins at 72"
     )
     fits = {"global_batch_size": 4, "micro_batch_size": 2, "steps": 40}
     assert examine(small_run(prepared, tmp_path / "run", data=phases, training=fits), 1).problems == []
+    ramp = larger | {"global_batch_size": 8, "batch_ramp": [{"after_steps": 8, "global_batch_size": 16}]}
+    assert examine(small_run(prepared, tmp_path / "run", data=phases, training=ramp), 1).problems == []
 
 
 def test_the_amount_of_text_is_told(prepared: Prepared, tmp_path: Path) -> None:

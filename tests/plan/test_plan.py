@@ -17,7 +17,7 @@ from triplane.config.preflight import done_steps, run_record
 from triplane.config.toml import to_toml
 from triplane.data.opening import open_sources
 from triplane.plan.disk import kept_checkpoints
-from triplane.plan.estimate import estimate
+from triplane.plan.estimate import estimate, phases, tokens_of
 from triplane.plan.gate import examine
 from triplane.plan.gpus import GPUS
 from triplane.plan.search import changes, nearest, search
@@ -220,6 +220,19 @@ def test_a_search_is_printed_and_written(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "best.json").read_text())["estimate"]
     assert found["speed"] == first["speed"]
     assert found["memory_bytes"] == first["memory_bytes"]
+
+
+def test_time_and_tokens_follow_the_batch_sizes_of_a_ramp() -> None:
+    half = ["training.steps=100", "training.batch_ramp=[{ after_steps = 50, global_batch_size = 512 }]"]
+    small, both, large = (
+        load_config(CONFIGS / "8b.toml", [*given, "schedule.warmup_steps=1"])
+        for given in (["training.steps=100"], half, ["training.steps=100", "training.global_batch_size=512"])
+    )
+    assert list(phases(both, done_steps=20)) == [(30, 256, 8192), (50, 512, 8192)]
+    assert 2 * tokens_of(both) == tokens_of(small) + tokens_of(large)
+    first, ramp, last = (estimate(config, 64, GPUS["h100"]) for config in (small, both, large))
+    assert 2 * ramp.total_s == pytest.approx(first.total_s + last.total_s)
+    assert ramp.speed == last.speed and ramp.memory == last.memory
 
 
 def test_time_follows_the_lengths_of_phases() -> None:

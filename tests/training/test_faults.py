@@ -423,11 +423,46 @@ def test_what_is_bad() -> None:
 
 def test_positions_that_are_skipped_are_jumped_over() -> None:
     state = State(2, 16, 0).skipping(24, 8).skipping(32, 8)
-    assert state.after(8, 1).consumed_sequences == 40
-    assert State(2, 24, 0).skipping(24, 8).consumed_sequences == 32
-    assert State(2, 20, 0, skipped=((24, 32),)).skipping(8, 8).consumed_sequences == 32  # a batch that would overlap
+    assert state.before(8) == state
+    state = state.after(8, 1).before(8)
+    assert state.consumed_sequences == 40
+    assert State(2, 20, 0, skipped=((24, 32),)).before(8).consumed_sequences == 32  # a batch that would overlap
+    assert State(2, 16, 0, skipped=((24, 32),)).before(16).consumed_sequences == 32  # a larger one too
     saved = {"step": 3, "consumed_sequences": 40, "tokens_seen": 1, "skipped": [[24, 32]], "run": {}}
     assert State.load(saved) == State(3, 40, 1, ((24, 32),))
+
+
+def test_a_batch_lies_on_one_side_of_a_change_of_length() -> None:
+    """After a skipped batch of another size the change is no longer where a step begins."""
+    assert State(5, 56, 0).before(16, [64, 128]).consumed_sequences == 64
+    assert State(5, 64, 0).before(64, [64, 128]).consumed_sequences == 64
+    assert State(5, 48, 0, skipped=((48, 56),)).before(16, [64, 128]).consumed_sequences == 64
+    assert State(5, 56, 0, skipped=((64, 72),)).before(16, [64, 84]).consumed_sequences == 84
+
+
+def test_skipped_batches_of_a_ramp_are_as_large_as_they_were(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 3 read 4 sequences each, then 8, from sequence 28 on of twice the length.
+
+    The second batch is bad. Without it step 5 would begin at 24; it jumps to 28, and then is bad as well.
+    """
+    training = {"global_batch_size": 4, "batch_ramp": [{"after_steps": 3, "global_batch_size": 8}]}
+    phases = [{"from_sequence": 28, "weights": [1.0], "seq_len": 64}]
+    config = small_run(
+        prepared,
+        tmp_path / "run",
+        data={"shuffle_window": 64, "phases": phases},
+        training=training,
+        checkpoint={"every_steps": 2},
+    )
+    plant(monkeypatch, lambda call: call in (2, 7))
+    start(config)
+    skips = [event["details"] for event in history(config) if event["event"] == "skip"]
+    assert skips == [{"sequences": [4, 8]}, {"sequences": [28, 36]}]
+    state = final(config).state
+    assert (state["step"], state["consumed_sequences"]) == (8, 36 + 4 * 8)
+    assert state["tokens_seen"] == (3 * 4 + 8) * 32 + 4 * 8 * 64
 
 
 @pytest.mark.parametrize("name", ["_log", "_compare_replicas", "_sample"])

@@ -32,6 +32,16 @@ def test_a_log_gets_plain_lines() -> None:
     ]
 
 
+def test_the_time_left_follows_the_work_that_is_left() -> None:
+    """Ten steps, of which those after the fifth are four times as long."""
+    times, console = iter([0.0, 2.0]), Console(file=io.StringIO(), width=80)
+    progress = Progress(10, console, lambda: next(times), work=lambda step: step + 3 * max(0, step - 5))
+    progress.update(1, {})
+    progress.update(3, {})
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().endswith("step 3/10  22 s left\n")
+
+
 def test_a_terminal_shows_one_line_of_80_columns() -> None:
     screen = run(Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, legacy_windows=False))
     shown = screen.rsplit("\x1b[2K", 1)[1].split("\n")[0]

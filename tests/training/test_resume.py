@@ -164,6 +164,41 @@ def test_what_is_reported(prepared: Prepared, tmp_path: Path) -> None:
     assert "config.toml" in {path.name for path in (tmp_path / "run").iterdir()}
 
 
+def test_a_ramp_is_the_same_when_it_is_interrupted(prepared: Prepared, tmp_path: Path) -> None:
+    """Batches of 4, after step 3 of 8, after step 6 of 4; also on two ranks, and with the warm-up in tokens."""
+    ramp = [{"after_steps": 3, "global_batch_size": 8}, {"after_steps": 6, "global_batch_size": 4}]
+    changes = {"schedule": {"warmup_steps": None, "warmup_tokens": 20 * 32}}
+    training = {"global_batch_size": 4, "batch_ramp": ramp}
+    whole = small_run(prepared, tmp_path / "whole", training=training, **changes)
+    start(whole)
+    rates = dict(curve(whole, "learning_rate"))
+    assert rates[3] == pytest.approx(0.75 * rates[4]) and rates[4] == max(rates.values())
+    seen = [tokens // 32 for _, tokens in curve(whole, "tokens_seen")]
+    assert seen == [4, 8, 12, 20, 28, 36, 40, 44] and final_state(whole).state["consumed_sequences"] == 44
+    for name, layouts in {"alike": [{"dp": 1}] * 3, "moving": [{"dp": 2}, {"tp": 2}, {"dp": 2}]}.items():
+        for stop, layout in zip((2, 5, STEPS), layouts):
+            cut = small_run(
+                prepared, tmp_path / name, training=training | {"stop_at_step": stop}, parallel=layout, **changes
+            )
+            start(cut)
+        if name == "alike":
+            assert_equal(final_state(whole), final_state(cut))
+        assert [loss for _, loss in curve(whole)] == pytest.approx([loss for _, loss in curve(cut)], abs=1e-5)
+
+
+def test_a_ramp_reads_what_runs_of_its_sizes_read(prepared: Prepared, tmp_path: Path) -> None:
+    """As if the run had been stopped to change its batch size by hand; in worker processes too."""
+    data = {"num_workers": 1}
+    ramp = {"global_batch_size": 2, "batch_ramp": [{"after_steps": 4, "global_batch_size": 8}]}
+    at_once = small_run(prepared, tmp_path / "at once", training=ramp, data=data)
+    start(at_once)
+    for training in ({"global_batch_size": 2, "stop_at_step": 4}, {"global_batch_size": 8}):
+        by_hand = small_run(prepared, tmp_path / "by hand", training=training)
+        start(by_hand)
+    assert_equal(final_state(at_once), final_state(by_hand))
+    assert curve(at_once) == curve(by_hand)
+
+
 def test_a_run_through_phases_is_the_same_when_it_is_interrupted(prepared: Prepared, tmp_path: Path) -> None:
     """At step 5 the weights change and the sequences double; the phase is appended while the run stands still."""
     sources = [{"corpus": str(prepared.folder)}, {"corpus": str(prepared.folder), "weight": 0}]

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triplane.training.config import ScheduleConfig
+from triplane.training.config import BatchPhase, ScheduleConfig, TrainingConfig
 from triplane.training.schedule import decay_steps, learning_rate, warmup_steps
 
 PEAK = 8.0
@@ -69,5 +70,21 @@ def test_a_step_outside_of_the_run_is_a_mistake_of_ours() -> None:
 
 
 def test_warm_up_in_tokens_is_rounded_up_to_steps() -> None:
-    assert [warmup_steps(ScheduleConfig(warmup_tokens=n), 100) for n in (0, 1, 100, 101)] == [0, 1, 1, 2]
-    assert warmup_steps(ScheduleConfig(warmup_steps=7), 100) == 7
+    training = TrainingConfig(steps=50, global_batch_size=10, micro_batch_size=1)
+    assert [warmup_steps(ScheduleConfig(warmup_tokens=n), training, 10) for n in (0, 1, 100, 101)] == [0, 1, 1, 2]
+    assert warmup_steps(ScheduleConfig(warmup_steps=7), training, 10) == 7
+    ramp = training.model_copy(update={"batch_ramp": [BatchPhase(after_steps=2, global_batch_size=20)]})
+    assert [warmup_steps(ScheduleConfig(warmup_tokens=n), ramp, 10) for n in (200, 201, 400, 401)] == [2, 3, 3, 4]
+
+
+def test_the_steps_of_a_ramp_and_their_sequences() -> None:
+    ramp = [BatchPhase(after_steps=2, global_batch_size=4), BatchPhase(after_steps=5, global_batch_size=2)]
+    training = TrainingConfig(steps=8, global_batch_size=1, micro_batch_size=1, batch_ramp=ramp)
+    sizes = [1, 1, 4, 4, 4, 2, 2, 2]
+    assert [training.batch_size(step) for step in range(1, 9)] == sizes
+    assert list(training.spans(1, 7)) == [(1, 1), (3, 4), (2, 2)]
+    for done, last in itertools.combinations(range(9), 2):
+        assert training.sequences(last, done) == sum(sizes[done:last])
+        assert training.updates(sum(sizes[done:last]), done) == last - done
+    assert training.updates(3) == Fraction(9, 4) and training.updates(1, done=4) == Fraction(1, 4)
+    assert training.updates(14 + 2 * 100) == 5 + 100
