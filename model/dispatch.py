@@ -54,9 +54,20 @@ def permuted(x_SD: Tensor, order_S: Tensor, inverse_S: Tensor) -> Tensor:
     return rows_SD
 
 
-def here(x_SD: Tensor, slots: Slots) -> tuple[Tensor, Slots, Callable[[Tensor], Tensor]]:
-    """Returns rows and their slots where all experts are on this rank, and what takes outputs back: nothing."""
-    return x_SD, slots, lambda out_SD: out_SD
+class Dispatched(NamedTuple):
+    """Rows on their way to the ranks of their experts."""
+
+    arrived: Callable[[], Tensor]
+    """Waits for those for this rank's experts, (S, D); until then it can compute something else."""
+    slots: Slots
+    """Of these."""
+    back: Callable[[Tensor], Tensor]
+    """Takes outputs back to where their rows came from."""
+
+
+def here(x_SD: Tensor, slots: Slots) -> Dispatched:
+    """Returns rows where all experts are on this rank."""
+    return Dispatched(lambda: x_SD, slots, lambda out_SD: out_SD)
 
 
 class _Spread(torch.autograd.Function):

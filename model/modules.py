@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triplane.model.dispatch import Slots, here
+from triplane.model.dispatch import Dispatched, Slots, here
 from triplane.model.grouped import grouped_product
 from triplane.model.part import Part
 from triplane.model.weights import Axis, Weight
@@ -100,8 +100,8 @@ class PartModule(WeightsModule):
     """Ranks that compute the same of it, apart from products, and whose gradients are added up."""
     summed: Callable[[Tensor], Tensor]
     """Adds up outputs of which each rank has a share, (T, D); with sequence parallelism returns its tokens' rows."""
-    dispatched: Callable[[Tensor, Slots], tuple[Tensor, Slots, Callable[[Tensor], Tensor]]]
-    """Takes rows to the ranks of their experts; also returns what takes the outputs back."""
+    dispatched: Callable[[Tensor, Slots], Dispatched]
+    """Sends rows to the ranks of their experts."""
     summed_along: Callable[[Tensor], Tensor]
     """Adds up over the ranks that hold parts of the same sequences; without a gradient."""
     tally: Tensor | None

@@ -3,14 +3,13 @@
 The ranks are neighbours on the dp x cp axis. Rows travel by an all-to-all of uneven sizes, and their outputs back.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
-from triplane.model.dispatch import Slots, permuted
+from triplane.model.dispatch import Dispatched, Slots, permuted
 from triplane.model.modules import PartModule, Stack
 from triplane.model.transformer import Transformer
 from triplane.parallel.mesh import Axis
@@ -29,8 +28,8 @@ def apply_expert_parallel(model: Transformer, ep: Axis) -> None:
             part.dispatched = partial(_dispatched, ep=ep)
 
 
-def _dispatched(x_SD: Tensor, slots: Slots, ep: Axis) -> tuple[Tensor, Slots, Callable[[Tensor], Tensor]]:
-    """Returns the rows of all ranks for this rank's experts in their order, and what takes their outputs back."""
+def _dispatched(x_SD: Tensor, slots: Slots, ep: Axis) -> Dispatched:
+    """Sends rows to the ranks of their experts; they arrive in the order of this rank's experts."""
     assert ep.group is not None
     group = ep.group
     sent_E = slots.ends_E.diff(prepend=slots.ends_E.new_zeros(1))
@@ -45,10 +44,15 @@ def _dispatched(x_SD: Tensor, slots: Slots, ep: Axis) -> tuple[Tensor, Slots, Ca
     own = len(sent_E) // ep.size
     experts_S = torch.arange(own, device=x_SD.device).repeat(ep.size).repeat_interleave(received_RE, output_size=rows)
     local = Slots.of(experts_S[:, None], own)
-    arrived_SD = collectives.all_to_all_single(x_SD.contiguous(), here, there, group)
+    # The operator itself, since the library's function waits for it at once where the compiler traces it.
+    on_their_way_SD = torch.ops._c10d_functional.all_to_all_single(x_SD.contiguous(), here, there, group.group_name)
+
+    def arrived() -> Tensor:
+        arrived_SD: Tensor = collectives.wait_tensor(on_their_way_SD)  # type: ignore[no-untyped-call]
+        return permuted(arrived_SD, local.pair_S, local.row_S)
 
     def back(out_SD: Tensor) -> Tensor:
         by_rank_SD = permuted(out_SD, local.row_S, local.pair_S)
         return collectives.all_to_all_single(by_rank_SD, there, here, group)
 
-    return permuted(arrived_SD, local.pair_S, local.row_S), local, back
+    return Dispatched(arrived, local, back)

@@ -127,10 +127,12 @@ class Experts(Gated):
 
         experts_TA, weights_TA = router.route(self, m, x_TD, batch)
         slots = Slots.of(experts_TA, self.n_experts)
-        rows_SD, own, back = m.dispatched(slots.spread(x_TD), slots)
+        arrived, own, back = m.dispatched(slots.spread(x_TD), slots)
+        always_TD = m.always(x_TD, batch) if self.shared else None  # while the rows travel
+        rows_SD = arrived()
         hidden_SF = self.gated(m.w_gate(rows_SD, own), m.w_up(rows_SD, own))
         out_TD = m.summed(slots.combined(back(m.w_down(hidden_SF, own)), weights_TA))
-        return out_TD + m.always(x_TD, batch) if self.shared else out_TD
+        return out_TD if always_TD is None else out_TD + always_TD
 
     def build(self, dim: int) -> PartModule:
         from triplane.model.modules import PartModule

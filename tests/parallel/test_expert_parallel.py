@@ -7,13 +7,21 @@ import pytest
 import torch
 
 from triplane.checkpoint.folder import checkpoint_of
-from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
+from triplane.model.parts.shared import SharedExperts
+from triplane.parallel import experts, megatron, zero  # noqa: F401  imported before the ranks fork
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.rules import layout_problems
 from triplane.prove.forked import run_ranks
 from triplane.prove.networks import network
-from triplane.prove.reference import Difference, largest_difference, proof_model, train_plainly
+from triplane.prove.reference import (
+    Difference,
+    largest_difference,
+    proof_batch,
+    proof_engine,
+    proof_model,
+    train_plainly,
+)
 from triplane.prove.resharding import train_between
 
 MODEL = network(proof_model(), ("experts in groups",))
@@ -52,6 +60,22 @@ def test_a_run_goes_on_over_other_ranks(saved: str, loaded: str, tmp_path: Path)
     run_ranks(before, _ranks(before), _save, before, tmp_path)
     for difference in run_ranks(after, _ranks(after), _resume, after, tmp_path):
         assert difference.within(CLOSE), difference
+
+
+def _order(mesh: Mesh, layout: ParallelConfig, order: list[str]) -> list[str]:
+    model = network(proof_model(), ("experts, one shared",))
+    proof_engine(mesh, model, layout, dtype=torch.float32).evaluate([proof_batch(model, 0, [mesh.dp.rank])])
+    return order
+
+
+def test_shared_experts_compute_while_rows_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    forward, permuted = SharedExperts.forward, experts.permuted
+    monkeypatch.setattr(SharedExperts, "forward", lambda *args: order.append("shared") or forward(*args))
+    monkeypatch.setattr(experts, "permuted", lambda *args: order.append("permuted") or permuted(*args))
+    layout = ParallelConfig(dp=2, ep=2)
+    for found in run_ranks(layout, 2, _order, layout, order):
+        assert found == ["shared", "permuted", "permuted"] * 5, "each layer: shared experts, rows arrive, outputs leave"
 
 
 @pytest.mark.parametrize(
