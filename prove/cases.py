@@ -314,7 +314,7 @@ def own_case(
 ) -> Case | None:
     """Returns a run's own layout, with at most two ranks on each axis; None if even that does not fit."""
     setting = layout.model_dump(exclude={"dp", "timeout_s"})
-    small = {axis: min(2, setting[axis]) for axis in ("tp", "pp", "cp", "virtual_stages")}
+    small = {axis: min(2, setting[axis]) for axis in ("tp", "pp", "cp", "ep", "virtual_stages")}
     setting |= small | {"tied": model.tie_embeddings, "precision": "bf16" if precision == "bf16" else "fp32"}
     case_of = partial(_case, model, ranks=ranks, runs_here=runs_here)
     if layout.dp_shard:
