@@ -229,7 +229,8 @@ def _runs(layers: list[Values]) -> Iterator[Values]:
 
 def _spelled_out(config: ModelConfig, context: int) -> Values:
     """Returns every field by its path; those of parts for each run of equal layers."""
-    top = config.model_dump(exclude={*_OURS_ALONE, "layers", "attention", "feed_forward", "positions"})
+    by_layer = dict.fromkeys((*_OURS_ALONE, "layers", "attention", "feed_forward", "positions"), True)
+    top = config.model_dump(exclude={**by_layer, "predict_further": {"weight"}})
     layers = [config.layer(number).model_dump() for number in range(config.n_layers)]
     for number, layer in enumerate(layers):
         if (layer["attention"].get("window") or 0) >= context:

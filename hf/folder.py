@@ -10,7 +10,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from triplane.hf.family import Family
+from triplane.hf.config import describe
+from triplane.hf.family import Described, Family
 from triplane.hf.tensors import Names, Stored
 from triplane.hf.weights import INDEX, SINGLE
 from triplane.model.config import ModelConfig
@@ -39,6 +40,19 @@ class _Found(NamedTuple):
     shape: tuple[int, ...]
 
 
+def described(folder: Path) -> Described:
+    """Returns what the config.json of a folder describes.
+
+    Without modules that predict further if it holds none: transformers, which writes no such, keeps their number.
+    """
+    path = folder / "config.json"
+    found = describe(read_json(path), str(path))
+    first = f"{found.family.names_of(found.model).layers}.{found.model.n_layers}."
+    if found.model.predict_further is None or any(name.startswith(first) for name in _headers(folder)):
+        return found
+    return found._replace(model=found.model.model_copy(update={"predict_further": None}))
+
+
 class FolderWeights(Mapping[str, Tensor]):
     """The weights of a folder by our names, read when they are asked for; holds none of them.
 
@@ -56,9 +70,9 @@ class FolderWeights(Mapping[str, Tensor]):
             other for other in names.others if any(_today(name, names).startswith(other) for name in headers)
         ]
         """Beginnings of the names of tensors that our model has no place for."""
-        if (layers := _layers(self._found, names.layers)) != config.n_layers:
+        if (layers := _layers(self._found, names.layers)) != config.n_blocks:
             raise CheckpointError(
-                f"{folder}: config.json has {config.n_layers} layers, but {layers} have weights, as "
+                f"{folder}: config.json has {config.n_blocks} layers, but {layers} have weights, as "
                 f"{names.layers}.NUMBER.NAME"
             )
         self._tensors = family.tensors(config)
@@ -67,8 +81,10 @@ class FolderWeights(Mapping[str, Tensor]):
             for number, weight in enumerate(stored.weights):
                 self._places.setdefault(weight.name, []).append((stored, number))
         self._optional = {name: shape for name, shape in _optional(names, config).items() if name in self._found}
+        self._copied = {copy: of for copy, of in self._copies(names, config).items() if copy in self._found}
         self._check_names()
-        for name, shape in ({name: t.shape for name, t in self._tensors.items()} | self._optional).items():
+        copied = {copy: self._tensors[of].shape for copy, of in self._copied.items()}
+        for name, shape in ({name: t.shape for name, t in self._tensors.items()} | self._optional | copied).items():
             self._check(name, shape)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -93,20 +109,28 @@ class FolderWeights(Mapping[str, Tensor]):
                 if self._read(name).count_nonzero():
                     raise CheckpointError(f"{self._where(name)}: not zero, and this model has no output bias")
             else:
-                self._check_tied(name)
+                why = "but config.json ties them: set tie_word_embeddings to false, or remove it"
+                self._check_equal(name, self._places["embedding.weight"][0][0].name, why)
+        for copy, of in self._copied.items():
+            self._check_equal(copy, of, "of which it is a copy in this model")
 
-    def _check_tied(self, name: str) -> None:
-        embedding = self._places["embedding.weight"][0][0].name
-        if (difference := (self._read(name).float() - self._read(embedding).float()).abs().max().item()) != 0:
-            raise CheckpointError(
-                f"{self._where(name)}: differs from {embedding} by {difference:.2e}, but config.json ties them: set "
-                f"tie_word_embeddings to false, or remove it"
-            )
+    def _check_equal(self, name: str, other: str, why: str) -> None:
+        if (difference := (self._read(name).float() - self._read(other).float()).abs().max().item()) != 0:
+            raise CheckpointError(f"{self._where(name)}: differs from {other} by {difference:.2e}, {why}")
+
+    def _copies(self, names: Names, config: ModelConfig) -> dict[str, str]:
+        """Maps what layers that predict further may hold once more to what it must equal."""
+        tied = {"head": "embedding"} if config.tie_embeddings else {}
+        return {
+            f"{names.layers}.{number}.{inside}.weight": self._places[f"{tied.get(ours, ours)}.weight"][0][0].name
+            for number in range(config.n_layers, config.n_blocks)
+            for inside, ours in names.copies
+        }
 
     def _check_names(self) -> None:
         if missing := sorted(self._tensors.keys() - self._found.keys()):
             raise CheckpointError(f"{self.folder}: {_count(missing)} missing; the first is {missing[0]}")
-        if unknown := sorted(self._found.keys() - self._tensors.keys() - self._optional.keys()):
+        if unknown := sorted(self._found.keys() - self._tensors.keys() - self._optional.keys() - self._copied.keys()):
             raise CheckpointError(
                 f"{self.folder}: {_count(unknown)} in excess of what config.json describes; the first is {unknown[0]}"
             )

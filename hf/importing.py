@@ -10,8 +10,8 @@ from triplane.checkpoint.reader import Checkpoint
 from triplane.checkpoint.weights import CheckpointWeights, write_weights
 from triplane.data.open_tokenizer import open_tokenizer
 from triplane.data.tokenizer import Tokenizer
-from triplane.hf.config import describe, possible_windows
-from triplane.hf.folder import FolderWeights
+from triplane.hf.config import possible_windows
+from triplane.hf.folder import FolderWeights, described
 from triplane.hf.verify import ExportReport, probe, probe_logits, verify
 from triplane.model.config import ModelConfig
 from triplane.storage.errors import CheckpointError, TriplaneError
@@ -46,7 +46,7 @@ def import_hf(folder: Path, out: Path) -> Import:
         content = read_json(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; give a Hugging Face folder") from error
-    family, config, context = describe(content, str(path))
+    family, config, context = described(folder)
     weights = FolderWeights(folder, family, config)
     weights.check_values()
     tokenizer, no_tokenizer = _tokenizer(folder, config)

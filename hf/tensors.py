@@ -60,6 +60,8 @@ class Names:
     """Prefixes of tensors that do not belong to the text model."""
     states: tuple[tuple[str, str], ...] = ()
     """Tensors of a layer that are neither weight nor bias of a module, and ours."""
+    copies: tuple[tuple[str, str], ...] = ()
+    """Modules that a layer that predicts further may hold once more, and ours."""
     renamed: tuple[tuple[str, str], ...] = ()
     """How older versions of transformers began names, and how they begin now."""
 
@@ -129,7 +131,7 @@ def stored_tensors(names: Names, config: ModelConfig) -> dict[str, Stored]:
     """Returns every tensor of the model by the family's name; all weights of `config` must have a place."""
     weights = model_weights(config)
     found = list(_stored(names.ends, weights, ours="", theirs=""))
-    for number in range(config.n_layers):
+    for number in range(config.n_blocks):
         found += _stored(names.layer, weights, ours=f"blocks.{number}.", theirs=f"{names.layers}.{number}.")
         for theirs, ours in names.states:
             if weight := weights.get(f"blocks.{number}.{ours}"):

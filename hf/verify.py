@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from triplane.data.tokenizer import Tokenizer
-from triplane.hf.config import describe
-from triplane.hf.folder import FolderWeights
+from triplane.hf.folder import FolderWeights, described
 from triplane.model.batch import Batch
 from triplane.model.build import streamed_logits
 from triplane.model.config import ModelConfig
@@ -84,7 +83,7 @@ def verify(folder: Path, tokens_BS: Tensor, expected_TV: Tensor, *, tokenizer: T
         library.encode_special_tokens = True
         ids = library.encode(_PROBE_TEXT, add_special_tokens=False).ids
         _check_tokens("tokenizers", ids, library.decode(ids), tokenizer=tokenizer)
-    family, config, _ = describe(read_json(folder / "config.json"))
+    family, config, _ = described(folder)
     weights = FolderWeights(folder, family, config)
     difference = _difference("triplane", probe_logits(config, weights, tokens_BS), expected_TV)
     largest = expected_TV.abs().max().item()

@@ -40,6 +40,8 @@ class Batch:
     """Sequences of equal lengths, each a row of the training data."""
     scale: float | None = None
     """Multiplies the losses that layers add to the objective; None where nothing is trained."""
+    further: tuple[tuple[Tensor, Tensor], ...] = ()
+    """For each module that predicts further, the tokens that it reads and its targets; see `ahead`."""
 
     @classmethod
     def build(cls, tokens_T: Tensor, targets_T: Tensor, bounds: Sequence[int], *, sequences: int = 1) -> "Batch":
@@ -74,6 +76,20 @@ class Batch:
         ids_T[: len(tokens)] = torch.tensor(tokens)
         batch = cls.build(ids_T, torch.full_like(ids_T, IGNORED_TARGET), (0, len(ids_T)))
         return replace(batch, positions_T=batch.positions_T.clamp(max=len(tokens) - 1))
+
+    def ahead(self, depth: int) -> "Batch":
+        """Returns the batch with the tokens 1 to `depth` after each, and the targets after its own.
+
+        The last one of a segment is followed by itself, without a target.
+        """
+        tokens_T, targets_T, further = self.tokens_T, self.targets_T, []
+        ends = self.bounds_int32[1:].long() - 1
+        for _ in range(depth):
+            last = tokens_T[ends]
+            tokens_T, targets_T = tokens_T.roll(-1), targets_T.roll(-1)
+            tokens_T[ends], targets_T[ends] = last, IGNORED_TARGET
+            further.append((tokens_T, targets_T))
+        return replace(self, further=tuple(further))
 
     def to(self, device: torch.device) -> "Batch":
         """Copies the batch to `device`, asynchronously if it is pinned."""

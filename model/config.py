@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveI
 from triplane.model.part import default_kind
 from triplane.model.parts.alibi import Alibi
 from triplane.model.parts.experts import Experts
+from triplane.model.parts.further import PredictFurther
 from triplane.model.parts.gated import Gated
 from triplane.model.parts.latent import Latent
 from triplane.model.parts.learned import LearnedPositions
@@ -122,6 +123,8 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
     """Multiplies the logits (Cohere)."""
     head_softcap: PositiveFloat | None = None
     """Logits z become softcap tanh(z / softcap) (Gemma 2). None: any."""
+    predict_further: PredictFurther | None = None
+    """Modules that predict tokens after the next one in training (DeepSeek-V3). None: none."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; `init_std / sqrt(2 n_layers)` for those that write to the residual
     stream (GPT-2)."""
@@ -182,9 +185,14 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
         """Layers after which their kinds repeat."""
         return sum(layer.repeat for layer in self.layers) or 1
 
+    @property
+    def n_blocks(self) -> int:
+        """Layers, and those of modules that predict further."""
+        return self.n_layers + (0 if self.predict_further is None else self.predict_further.depth)
+
     def layer(self, number: int) -> Layer:
-        """Returns the complete layer `number`."""
-        return self.pattern[number % self.period]
+        """Returns the complete layer `number`; those of modules that predict further are like the last one."""
+        return self.pattern[number % self.period if number < self.n_layers else -1]
 
     @property
     def all_positions(self) -> tuple[AnyPositions, ...]:

@@ -3,7 +3,7 @@
 from functools import cache
 
 from triplane.model.config import Layer, ModelConfig
-from triplane.model.describe import embedding_weights, head_weights, layer_weights
+from triplane.model.describe import embedding_weights, head_weights, joining_weights, layer_weights
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -11,15 +11,24 @@ def count_parameters(config: ModelConfig) -> int:
     period = config.pattern
     layers = sum(weight.elements for layer in period for weight in layer_weights(config, layer))
     ends = sum(weight.elements for weight in [*embedding_weights(config), *head_weights(config)])
-    return layers * config.n_layers // len(period) + ends
+    further = [
+        weight.elements
+        for number in range(config.n_layers, config.n_blocks)
+        for weight in [*joining_weights(config), *layer_weights(config, config.layer(number))]
+    ]
+    return layers * config.n_layers // len(period) + ends + sum(further)
 
 
 @cache
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Counts forward and backward of one token, as PaLM's appendix B does for MFU."""
+    """Counts forward and backward of one token in training, as PaLM's appendix B does for MFU."""
     period = config.pattern
     layers = sum(layer_flops(config, layer, seq_len) for layer in period)
-    return layers * config.n_layers // len(period) + head_flops(config)
+    further = [
+        layer_flops(config, config.layer(number), seq_len) + 12 * config.dim**2 + head_flops(config)
+        for number in range(config.n_layers, config.n_blocks)
+    ]
+    return layers * config.n_layers // len(period) + head_flops(config) + sum(further)
 
 
 def layer_flops(config: ModelConfig, layer: Layer, seq_len: int) -> int:

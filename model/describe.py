@@ -13,6 +13,9 @@ def model_weights(config: ModelConfig) -> dict[str, Weight]:
     found = [*embedding_weights(config)]
     for number in range(config.n_layers):
         found += under(f"blocks.{number}", layer_weights(config, config.layer(number)))
+    for number in range(config.n_layers, config.n_blocks):
+        found += under(f"blocks.{number}", joining_weights(config))
+        found += under(f"blocks.{number}", layer_weights(config, config.layer(number)))
     return {weight.name: weight for weight in [*found, *head_weights(config)]}
 
 
@@ -33,6 +36,12 @@ def layer_weights(config: ModelConfig, layer: Layer) -> Iterator[Weight]:
         yield from under(name, part.weights(config.dim))
         yield from norms.get(f"{name}_post_norm", ())
         yield from norms.get(f"{name}_stream_norm", ())
+
+
+def joining_weights(config: ModelConfig) -> Iterator[Weight]:
+    """Yields what a module that predicts further has besides its block."""
+    assert config.predict_further is not None
+    yield from config.predict_further.weights(config.norm, config.stream)
 
 
 def head_weights(config: ModelConfig) -> Iterator[Weight]:

@@ -21,10 +21,12 @@ class Loss(NamedTuple):
     """Sums over the positions that have a target; nats. The caller divides by the tokens of the global batch."""
 
     objective: Tensor
-    """The training objective, cross-entropy plus z; the only one with a gradient."""
+    """The training objective, the sum of the others; the only one with a gradient."""
     cross_entropy: Tensor
     z: Tensor
     """Sum of the squared log-partition times its weight."""
+    further: Tensor
+    """Cross-entropy of further predictions times its weight; 0 without."""
 
 
 Differentiated = tuple[Tensor, Tensor, Tensor | None]
@@ -50,7 +52,10 @@ class Head(nn.Module):
         if targets_T is None:
             return self.shaped(F.linear(x_TD, self.weight, self.bias))
         chunk = max(1, CHUNK_LOGITS[x_TD.device.type] // len(self.weight))
-        return Loss(*_Chunked.apply(x_TD, self.weight, self.bias, targets_T, chunk, self.differentiated))  # type: ignore[no-untyped-call]
+        objective, cross_entropy, z = _Chunked.apply(  # type: ignore[no-untyped-call]
+            x_TD, self.weight, self.bias, targets_T, chunk, self.differentiated
+        )
+        return Loss(objective, cross_entropy, z, further=torch.zeros_like(z))
 
     def differentiated(self, logits_TV: Tensor, targets_T: Tensor, train: bool) -> Differentiated:
         """Returns the sums of cross-entropy and z-loss over tokens, and if `train` the gradient of the logits."""

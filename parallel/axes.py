@@ -6,7 +6,7 @@ from triplane.model.weights import Axis, Elements, Weight
 
 _ROW_MULTIPLE = 8
 _SPLIT = {"vocab", "head", "kv_head", "hidden"}
-_WHOLE = {"dim", "head_dim", "position", "bucket", "gain", "expert", "choice", "q_rank", "kv_rank", "rope"}
+_WHOLE = {"dim", "head_dim", "position", "bucket", "gain", "expert", "choice", "q_rank", "kv_rank", "rope", "joined"}
 
 
 def split_dim(weight: Weight, tp: int) -> int | None:

@@ -44,6 +44,7 @@ def cut_for_context(batch: Batch, cp: Axis, method: Method) -> Batch:
         targets_T=share(batch.targets_T),
         positions_T=share(batch.positions_T),
         sequences_T=share(batch.sequences_T),
+        further=tuple((share(tokens_T), share(targets_T)) for tokens_T, targets_T in batch.further),
     )
 
 

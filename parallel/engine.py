@@ -50,6 +50,8 @@ class StepLoss(NamedTuple):
     """Mean over tokens, nats."""
     z: Tensor
     """Mean over tokens, times its weight."""
+    further: Tensor
+    """Of further predictions, mean over tokens, times its weight; 0 without training."""
     tokens: Tensor
     """Positions with a target."""
     added: Tensor
@@ -60,7 +62,7 @@ class StepLoss(NamedTuple):
     @property
     def objective(self) -> Tensor:
         """What training minimizes."""
-        return self.cross_entropy + self.z + self.added
+        return self.cross_entropy + self.z + self.further + self.added
 
 
 class Engine:
@@ -84,7 +86,7 @@ class Engine:
         self.layout = layout
         self.mesh = mesh
         self.local = build_local_model(config, layout, mesh, dtype=dtype, seq_len=seq_len)
-        self._tallied = [_tallied(config, number) for number in range(config.n_layers)]
+        self._tallied = [_tallied(config, number) for number in range(config.n_blocks)]
         self._parts = dict(self._tallied_parts())
         self._counts = self._take_tallies()
         self.optimizer = _wrap(self.local, optimizer, layout, mesh)
@@ -193,17 +195,18 @@ class Engine:
         return cut_for_context(batch, self.mesh.cp, self.layout.cp_method)
 
     def _run(self, batches: Sequence[Batch], tokens: Tensor, *, scale: Tensor, train: bool) -> StepLoss:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
         positions = len(batches) * len(batches[0].tokens_T) * self.mesh.dp.size
         layer_scale = self.mesh.replicas.size / positions if train else None
-        shares = [replace(self._share(batch), scale=layer_scale) for batch in batches]
+        depth = self.config.n_blocks - self.config.n_layers if train else 0
+        shares = [replace(self._share(batch.ahead(depth)), scale=layer_scale) for batch in batches]
 
         def forward(module: nn.Module, number: int, received: Tensor | None) -> Tensor:
             out = module(shares[number], received)
             if not isinstance(out, Loss):
                 assert isinstance(out, Tensor)
                 return out
-            sums.add_(torch.stack((out.cross_entropy, out.z)))
+            sums.add_(torch.stack((out.cross_entropy, out.z, out.further)))
             return out.objective * scale
 
         self._schedule(forward, len(batches), len(batches[0].tokens_T), train=train)
@@ -212,11 +215,11 @@ class Engine:
             sums.zero_()  # all tp ranks hold the same loss; it counts once
         dist.all_reduce(sums)
         if train:
-            self._counts = sums[2:]
-        (cross_entropy, z), means = (sums[:2] / tokens).unbind(), sums[2:] / positions
+            self._counts = sums[3:]
+        (cross_entropy, z, further), means = (sums[:3] / tokens).unbind(), sums[3:] / positions
         tallies = {n: tally for n, tally in enumerate(torch.split(means, self._tallied)) if len(tally)}
         added = torch.stack([means.new_zeros(()), *(tally[0] for tally in tallies.values())]).sum()
-        return StepLoss(cross_entropy, z, tokens, added, tallies)
+        return StepLoss(cross_entropy, z, further, tokens=tokens, added=added, tallies=tallies)
 
     def _tallied_parts(self) -> Iterator[tuple[int, PartModule]]:
         """Yields this rank's layers with a tally, which starts at zero."""

@@ -8,7 +8,7 @@ from triplane.model.transformer import Transformer
 def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> None:
     """Drops everything from the whole `model` (on meta) that this stage does not run."""
     for name in list(model.blocks):
-        if int(name) not in layers:
+        if int(name) not in layers and not (last and int(name) >= model.config.n_layers):
             del model.blocks[name]
     if not first:
         model.embedding = None

@@ -241,7 +241,9 @@ def _stream(work: Work) -> int:
 def _head_kept(work: Work, device: Device) -> int:
     """Returns the bytes of the norm's input, and of the head's gradients, which its forward pass computes."""
     width = work.element_bytes
-    return _norm(work, device) + width * (work.tokens * work.model.dim + table_parameters(work))
+    one = _norm(work, device) + width * (work.tokens * work.model.dim + table_parameters(work))
+    joined = 2 * _norm(work, device) + 3 * _stream(work)
+    return work.predictions * one + (work.predictions - 1) * joined
 
 
 def _loss(work: Work, device: Device) -> int:

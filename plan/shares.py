@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from triplane.model.config import ModelConfig
-from triplane.model.describe import embedding_weights, head_weights, layer_weights
+from triplane.model.describe import embedding_weights, head_weights, joining_weights, layer_weights
 from triplane.model.weights import Cost, Weight
 from triplane.parallel.axes import local_elements, local_shape, spreads_experts, vocabulary_rows
 from triplane.parallel.config import ParallelConfig
@@ -36,8 +36,13 @@ class Work:
         return _kinds(self.model)
 
     def kind(self, number: int) -> int:
-        """Returns the kind of a layer."""
-        return self.kinds[number % len(self.kinds)]
+        """Returns the kind of a layer; those of modules that predict further are like the last one."""
+        return self.kinds[number % len(self.kinds) if number < self.model.n_layers else -1]
+
+    @property
+    def predictions(self) -> int:
+        """Tokens that the head predicts for each."""
+        return 1 + self.model.n_blocks - self.model.n_layers
 
     @property
     def replicas(self) -> int:
@@ -107,7 +112,8 @@ def pipeline(work: Work) -> list[RankKind]:
     """Returns the ranks of one pipeline, in order."""
     layout = work.layout
     count = layout.pp * layout.virtual_stages
-    layers = stage_layers(work.model, count, work.seq_len)
+    layers = list(stage_layers(work.model, count, work.seq_len))
+    layers[-1] = range(layers[-1].start, work.model.n_blocks)
     stages = [Stage(run, number == 0, number == count - 1) for number, run in enumerate(layers)]
     names = ["first stage", *["middle stage"] * (layout.pp - 2), "last stage"] if layout.pp > 1 else ["every rank"]
     return [RankKind(name, rank, tuple(stages[rank :: layout.pp])) for rank, name in enumerate(names)]
@@ -179,7 +185,9 @@ def held(work: Work, rank: RankKind) -> Held:
     table, *others = embedding_weights(work.model)
     ends = [table] if rank.has_embedding or (work.model.tie_embeddings and rank.has_head) else []  # a tied head's copy
     ends += others if rank.has_embedding else []
-    ends += head_weights(work.model) if rank.has_head else []
+    if rank.has_head:
+        joins = [weight for _ in range(1, work.predictions) for weight in joining_weights(work.model)]
+        ends += [*head_weights(work.model), *joins]
     parts.append((_sum(work, ends), 1))
     return Held(*(sum(count * part[number] for part, count in parts) for number in range(len(Held._fields))))
 

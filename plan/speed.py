@@ -152,8 +152,9 @@ def _block_bytes(work: Work, kind: int, program: Program) -> float:
 
 def _head(work: Work, rates: Rates) -> _Pass:
     table = table_parameters(work)
-    moved = 40 * table / work.model.dim * work.tokens + 16 * table
-    products = 6 * table * work.tokens
+    moved = work.predictions * (40 * table / work.model.dim * work.tokens + 16 * table)
+    joins = 12 * work.model.dim**2 * (work.predictions - 1)
+    products = (6 * table * work.predictions + joins) * work.tokens
     return _Pass(products / rates.products_flops_per_s(work.bf16), moved / rates.memory_bytes_per_s)
 
 

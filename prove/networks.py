@@ -84,6 +84,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ends": {
         "capped logits": {"embedding_scale": 3.0, "head_softcap": 3.0},
+        "two tokens further": {"predict_further": {"depth": 2, "weight": 0.5}},
         "embedding norm, head bias": {"embedding_norm": _LAYER, "head_bias": True, "head_scale": 0.5},
     },
 }

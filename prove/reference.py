@@ -149,7 +149,9 @@ def train_plainly(config: ModelConfig, steps: int, seed: int = SEED, optimizer: 
     start_s = perf_counter()
     for step in range(steps):
         batch = proof_batch(config, step, range(SEQUENCES), seed=seed)
-        loss = model(batch).objective / (batch.targets_T != IGNORED_TARGET).sum() + layers.added_losses(SEQ_LEN)
+        loss = model(batch.ahead(config.n_blocks - config.n_layers)).objective / (
+            batch.targets_T != IGNORED_TARGET
+        ).sum() + layers.added_losses(SEQ_LEN)
         loss.backward()
         norm = _norm(model.parameters())
         norms.append(float(norm))

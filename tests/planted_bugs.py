@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import planted_expert_bugs
+import planted_further_bugs
 import pytest
 import torch
 from planted_expert_bugs import IN_GROUPS, ONE_SHARED
@@ -363,4 +364,5 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = [
     (_with_the_mean_over_own_tokens, {"dp": 2, "precision": "bf16"}),
     (_with_decay_of_vectors, {"dp": 2, "zero": 3, "precision": "bf16"}),
     *planted_expert_bugs.BUGS,
+    *planted_further_bugs.BUGS,
 ]

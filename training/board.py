@@ -15,6 +15,7 @@ _GROUPS = {
         "bits_per_byte",
         "dropped_tokens",
         "expert_load",
+        "further_loss",
         "gradient_norm",
         "learning_rate",
         "padding",

@@ -120,7 +120,7 @@ def evaluate_model(model: Transformer) -> Evaluate:
         losses = [model(batch) for batch in batches]
         tokens = sum((batch.targets_T != IGNORED_TARGET).sum() for batch in batches)
         assert isinstance(tokens, torch.Tensor)
-        _, cross_entropy, z = (torch.stack(sums).sum() / tokens.clamp(min=1) for sums in zip(*losses))
-        return StepLoss(cross_entropy, z, tokens, added=torch.zeros_like(z), tallies={})
+        _, cross_entropy, z, further = (torch.stack(sums).sum() / tokens.clamp(min=1) for sums in zip(*losses))
+        return StepLoss(cross_entropy, z, further, tokens=tokens, added=torch.zeros_like(z), tallies={})
 
     return evaluate

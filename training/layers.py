@@ -13,14 +13,16 @@ _WORST: dict[str, Callable[[Iterable[float]], float]] = {
 
 
 def layer_metrics(model: ModelConfig, loss: StepLoss) -> dict[str, float]:
-    """Returns the sum of the losses that layers added, and of the other metrics the value of the worst layer; nothing
-    if no layer counts anything.
+    """Returns the mean loss of modules that predict further, the sum of the losses that layers added, and of the other
+    metrics the value of the worst layer; nothing of what there is none.
     """
+    further = model.predict_further
+    found = {} if further is None else {"further_loss": float(loss.further) / further.weight}
     if not loss.tallies:
-        return {}
+        return found
     reports = list(_reports(model, loss))
     worst = {name: of(report[name] for report in reports) for name, of in _WORST.items()}
-    return {"added_loss": float(loss.added), **worst}
+    return {**found, "added_loss": float(loss.added), **worst}
 
 
 def _reports(model: ModelConfig, loss: StepLoss) -> Iterator[dict[str, float]]:

@@ -32,11 +32,16 @@ _EXPERTS = {
 }
 
 
+_FURTHER = {"enorm": "embedding_norm", "hnorm": "stream_norm", "eh_proj": "join", "shared_head.norm": "norm"}
+"""Of modules that predict further, which checkpoints hold as layers after the others."""
+_COPIES = (("embed_tokens", "embedding"), ("shared_head.head", "head"))
+
+
 def _names(config: ModelConfig) -> Names:
-    """Checkpoints hold a module that predicts further tokens as one layer more."""
-    layer = {**PRE_NORMS, **_LATENT, **GATED, **_EXPERTS}
+    layer = {**PRE_NORMS, **_LATENT, **GATED, **_EXPERTS, **_FURTHER}
     states = (("mlp.gate.e_score_correction_bias", "feed_forward.router.selection_bias"),)
-    return Names(ENDS, layer, states=states, others=(f"model.layers.{config.n_layers}.",))
+    others = (f"model.layers.{config.n_layers}.",) if config.predict_further is None else ()
+    return Names(ENDS, layer, states=states, copies=_COPIES, others=others)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,14 @@ DEEPSEEK_V3 = Family(
         key("n_group", "feed_forward.groups", default=8),
         key("topk_group", "feed_forward.active_groups", default=4),
         switch("norm_topk_prob", "feed_forward.normalise", default=True),
-        key("num_nextn_predict_layers", type=NonNegativeInt, default=0),
+        key(
+            "num_nextn_predict_layers",
+            "predict_further",
+            type=NonNegativeInt,
+            default=1,
+            decode=lambda depth: {"depth": depth} if depth else None,
+            encode=lambda table: table["depth"] if table else 0,
+        ),
     ),
     _FIXED | {"feed_forward.router": "sigmoid", "feed_forward.balance": {"kind": "bias"}},
     zero_biases=True,

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 
 from triplane.hf.config import describe, family_of
 from triplane.hf.families.table import FAMILIES
 from triplane.hf.family import Described, Family
-from triplane.hf.folder import FolderWeights
+from triplane.hf.folder import FolderWeights, described
 from triplane.hf.importing import import_hf
 from triplane.hf.weights import write_weights
 from triplane.model.batch import Batch
@@ -37,10 +39,10 @@ RELATIVE = 1e-5
 
 
 def _read(folder: Path) -> tuple[Described, Transformer]:
-    described = describe(json.loads((folder / "config.json").read_text()))
-    weights = FolderWeights(folder, described.family, described.model)
+    found = described(folder)
+    weights = FolderWeights(folder, found.family, found.model)
     weights.check_values()
-    return described, load_model(described.model, weights, torch.float32)
+    return found, load_model(found.model, weights, torch.float32)
 
 
 def _batch(tokens_S: Tensor) -> Batch:
@@ -140,14 +142,86 @@ def test_every_family_is_tried() -> None:
     assert FAMILIES.keys() == VARIANTS.keys() | {"gemma3", "internlm3", "iquestcoder"}
 
 
-def test_a_module_that_predicts_a_second_token_is_passed_over(tmp_path: Path) -> None:
+def test_a_layer_of_which_config_json_says_nothing_is_passed_over(tmp_path: Path) -> None:
     """A module that predicts a second token, as one layer more."""
-    theirs = their_model("deepseek_v3", VARIANTS["deepseek_v3"][0])
+    theirs = their_model("deepseek_v3", VARIANTS["deepseek_v3"][0] | {"num_nextn_predict_layers": 0})
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"model.layers.4.eh_proj.weight": torch.ones(48, 96)}, tmp_path / "model.safetensors")
     _, ours = _read(tmp_path)
     assert _close(ours.logits(_batch(_tokens(30))), their_logits(theirs, _tokens(30)))
+
+
+def _mtp(theirs: Any) -> Any:
+    """Returns transformers' module that predicts further."""
+    module = MtpModel(theirs, 1).float()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.layers.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise / parameter.shape[-1] ** 0.5)
+        bias = module.layers[0].mtp_block.mlp.gate.e_score_correction_bias
+        bias += 0.2 * torch.randn(bias.shape, generator=generator)
+    return module
+
+
+def _mtp_in_file(module: Any, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Its parameters, or their gradients, by the names of DeepSeek-V3's files, as a layer after four others."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in module.layers[0].named_parameters():
+        value = parameter.grad if gradients else parameter.detach()
+        name = f"model.layers.4.{name.removeprefix('mtp_block.').replace('post_norm', 'shared_head.norm')}"
+        found |= _by_expert(name, value, "deepseek_v3") if ".mlp.experts." in name else {name: value}
+    return found
+
+
+def test_a_module_that_predicts_a_second_token_is_that_of_transformers(tmp_path: Path) -> None:
+    """Its loss and gradients, of a file that holds embedding and head twice; and it comes back."""
+    keys = VARIANTS["deepseek_v3"][0] | {"num_nextn_predict_layers": 1}
+    theirs = their_model("deepseek_v3", keys)
+    theirs.save_pretrained(tmp_path)
+    assert _read(tmp_path)[0].model.predict_further is None  # since transformers has not written it
+    module = _mtp(theirs)
+    saved = load_file(tmp_path / "model.safetensors")
+    copies = {"embed_tokens": saved["model.embed_tokens.weight"], "shared_head.head": saved["lm_head.weight"]}
+    twice = {f"model.layers.4.{name}.weight": copy.clone() for name, copy in copies.items()}
+    bias = module.layers[0].mtp_block.mlp.gate.e_score_correction_bias
+    extra = {**_mtp_in_file(module), "model.layers.4.mlp.gate.e_score_correction_bias": bias}
+    extra = {name: tensor.contiguous().clone() for name, tensor in extra.items()}
+    save_file(saved | extra | twice, tmp_path / "model.safetensors")
+    (family, config, _), ours = _read(tmp_path)
+    assert config.predict_further is not None and config.n_blocks == 5
+
+    tokens_S = _tokens(60)
+    batch = _batch(tokens_S).ahead(1)
+    ((next_S, targets_S),) = batch.further
+    hidden = theirs.model(tokens_S[None]).last_hidden_state
+    places = torch.arange(1, 61)[None]
+    cache = MtpCache(config=theirs.config.get_mtp_config())
+    logits_SV = theirs.lm_head(module.forward_layer(0, hidden, places, cache, input_ids=next_S[None]))[0]
+    loss = F.cross_entropy(logits_SV, targets_S, reduction="sum")
+    loss.backward()
+    found = ours(batch)
+    assert isinstance(found, Loss)
+    torch.testing.assert_close(found.further, 0.3 * loss.detach(), rtol=RELATIVE, atol=0)
+    (found.objective - ours(_batch(tokens_S)).objective).backward()
+    parameters = dict(ours.named_parameters())
+    gradients = _mtp_in_file(module, gradients=True) | {
+        "model.embed_tokens.weight": theirs.model.embed_tokens.weight.grad,
+        "lm_head.weight": theirs.lm_head.weight.grad,
+        "model.layers.3.self_attn.o_proj.weight": theirs.model.layers[3].self_attn.o_proj.weight.grad,
+    }
+    least = max(gradient.abs().max().item() for gradient in gradients.values()) / 100
+    for name, gradient in gradients.items():
+        stored = family.tensors(config)[name]
+        grads = [parameters[weight.name].grad for weight in stored.weights]
+        assert _close(stored.joined([grad for grad in grads if grad is not None]), 0.3 * gradient, least), name
+
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    write_weights(weights, family.tensors(config), tmp_path, dtype=torch.float32)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(written[name].equal(tensor) for name, tensor in (saved | extra).items())
+    assert family.write(config, 512)["num_nextn_predict_layers"] == 1
 
 
 STEPS, CLIP = 10, 0.5

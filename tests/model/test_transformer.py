@@ -41,6 +41,22 @@ def test_logits_equal_llama(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+def test_what_follows_a_token_stays_in_its_segment() -> None:
+    tokens_T, targets_T = torch.arange(7), torch.tensor([1, 2, 30, 4, 5, -100, 70])
+    first, second = Batch.build(tokens_T, targets_T, (0, 3, 7)).ahead(2).further
+    assert [x.tolist() for x in first] == [[1, 2, 2, 4, 5, 6, 6], [2, 30, -100, 5, -100, 70, -100]]
+    assert [x.tolist() for x in second] == [[2, 2, 2, 5, 6, 6, 6], [30, -100, -100, -100, 70, -100, -100]]
+
+
+def test_without_what_follows_nothing_further_is_predicted() -> None:
+    config = small_config(predict_further={"depth": 1, "weight": 0.5})
+    model, batch = small_model(config), packed(random_documents(config, [20, 12]))
+    plain, further = model(batch), model(batch.ahead(1))
+    assert plain.further == 0 and plain.objective == plain.cross_entropy
+    assert further.cross_entropy == plain.cross_entropy and further.further > 0
+    torch.testing.assert_close(further.objective, plain.objective + further.further)
+
+
 @pytest.mark.parametrize("variant", ["grouped", "rope base", "linear scaling"])
 def test_frequencies_are_llamas_to_the_last_bit(variant: str) -> None:
     config = small_config(**{"head_dim": 128} | VARIANTS[variant])

@@ -7,6 +7,8 @@ import pytest
 
 from triplane.model.config import ModelConfig
 from triplane.model.count import head_flops, layer_flops
+from triplane.parallel.config import ParallelConfig
+from triplane.parallel.rules import layout_problems
 from triplane.parallel.stages import stage_layers
 from triplane.storage.errors import LayoutError
 
@@ -52,6 +54,12 @@ def test_the_largest_configs_are_divided_at_once() -> None:
     assert sum(sizes) == 126
     assert max(sizes) == 8
     assert sizes[-1] < 8
+
+
+def test_modules_that_predict_further_are_refused() -> None:
+    model = ModelConfig.model_validate(config(4, 64).model_dump() | {"predict_further": {}})
+    expected = "predict_further and pp (2) cannot be combined: its modules read embeddings; leave one of them out"
+    assert list(layout_problems(model, ParallelConfig(pp=2), "fp32")) == [expected]
 
 
 def test_too_many_stages_are_refused() -> None:

@@ -12,6 +12,7 @@ from triplane.model.count import count_parameters
 from triplane.model.describe import model_weights
 from triplane.model.parts.balance import SequenceLoss
 from triplane.model.parts.experts import Experts
+from triplane.model.parts.further import PredictFurther
 from triplane.model.parts.latent import Latent
 from triplane.parallel.config import ParallelConfig
 from triplane.plan.memory import peak_memory
@@ -78,6 +79,7 @@ def test_the_peak_of_real_ranks_is_as_predicted(layout: dict[str, Any], micro_ba
 PARTS: dict[str, Any] = {
     "feed_forward": Experts(n_experts=8, active=2, hidden_dim=192, shared=1, balance=SequenceLoss()),
     "attention": Latent(n_heads=8, q_rank=48, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=16),
+    "predict_further": PredictFurther(depth=2),
 }
 
 
@@ -88,6 +90,7 @@ PARTS: dict[str, Any] = {
         ("feed_forward", {"dp": 2, "ep": 2}),
         ("feed_forward", {"dp": 4, "ep": 2, "zero": 2}),
         ("feed_forward", {"dp": 4, "ep": 2, "zero": 3}),
+        ("predict_further", {"dp": 2, "zero": 3}),
     ],
 )
 def test_the_memory_of_other_parts_is_as_predicted(
@@ -97,7 +100,8 @@ def test_the_memory_of_other_parts_is_as_predicted(
     for name, measured, predicted in memory.compare(layout, 1, True):
         assert predicted.peak == pytest.approx(measured.peak, rel=0.1), name
         assert predicted.state == pytest.approx(measured.state, rel=0.05), name
-        assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
+        if part != "predict_further":  # which is measured after the other blocks
+            assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
 
 
 @pytest.mark.parametrize(
@@ -160,9 +164,12 @@ def test_each_optimizer_keeps_values_of_its_own(
 def test_the_ranks_of_a_pipeline_hold_the_model(layout: dict[str, Any]) -> None:
     one = work(**layout)
     biased = one.model.attention.model_copy(update={"qkv_bias": True})
-    for model in (one.model, one.model.model_copy(update={"attention": biased})):
-        ranks = [parameters(replace(one, model=model), rank) for rank in pipeline(one)]
-        assert sum(ranks) == count_parameters(model)
+    changed: list[dict[str, Any]] = [{"attention": biased}]
+    if not layout:  # a pipeline refuses these
+        changed.append({"predict_further": PredictFurther()})
+    for model in (one.model, *(one.model.model_copy(update=change) for change in changed)):
+        own = replace(one, model=model)
+        assert sum(parameters(own, rank) for rank in pipeline(own)) == count_parameters(model)
 
 
 def test_micro_batches_in_flight_are_those_of_the_schedules() -> None:
