@@ -13,7 +13,7 @@ from triplane.plan.estimate import work_of
 from triplane.plan.gpus import GPUS
 from triplane.plan.rates import OURS
 from triplane.plan.shares import Work
-from triplane.plan.speed import speed
+from triplane.plan.speed import Speed, speed
 
 published = benchmark("plan")
 ROOT = Path(__file__).parents[2]
@@ -79,3 +79,16 @@ def test_a_slow_network_shows_in_the_traffic_over_dp_alone() -> None:
 def test_tensor_parallel_traffic_leaves_the_machine_where_tp_does() -> None:
     small = GPUS["h100"].model_copy(update={"gpus_per_node": 4})
     assert speed(work(), small).tensor_s > 1.5 * speed(work(), GPUS["h100"]).tensor_s
+
+
+@pytest.mark.parametrize("keys", [("zero=1",), ("zero=3",), ("zero=3", "dp_shard=8")], ids=str)
+def test_experts_over_ranks_travel_among_those_that_hold_them(keys: tuple[str, ...]) -> None:
+    """At ep 8 no gradient of an expert travels within a machine; rows do instead."""
+
+    def found(ep: int) -> Speed:
+        overrides = [f"parallel.{key}" for key in (f"ep={ep}", *keys)]
+        return speed(work_of(load_config(ROOT / "configs" / "mixtral-8x7b.toml", overrides), 64), GPUS["h200"])
+
+    assert found(8).data_s < 0.9 * found(1).data_s
+    assert found(8).data_s > 0.1 * found(1).data_s  # the experts' own still cross machines
+    assert found(8).context_s > found(1).context_s == 0
