@@ -35,8 +35,8 @@ class PhaseConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
 
     from_sequence: PositiveInt
     """Sequences read before it, over all ranks."""
-    weights: list[Weight]
-    """One per source, in order."""
+    weights: list[Weight] | None = None
+    """One per source, in order; None keeps them."""
     seq_len: _SeqLen | None = None
     """Tokens in a sequence from here on; None keeps the length."""
 
@@ -89,7 +89,10 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
         """Returns first position, weights and seq_len of each phase, starting with the initial one."""
         phases = [(0, [source.weight for source in self.sources], self.seq_len)]
         for phase in self.phases:
-            phases.append((phase.from_sequence, list(phase.weights), phase.seq_len or phases[-1][2]))
+            _, weights, seq_len = phases[-1]
+            if phase.weights is not None:
+                weights = phase.weights
+            phases.append((phase.from_sequence, weights, phase.seq_len or seq_len))
         return phases
 
     def seq_len_at(self, position: int) -> int:

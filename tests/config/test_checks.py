@@ -168,3 +168,10 @@ def test_zero_3_goes_with_dp_shard() -> None:
 
 def test_all_problems_come_together() -> None:
     assert len(check(config(head_dim=7, stop_at_step=99, hidden_dim=63, pp=2, zero=0, offload_optimizer=True), 3)) == 5
+
+
+def test_a_phase_keeps_the_weights_and_length_that_it_does_not_give() -> None:
+    sources = [{"corpus": "a", "weight": 3.0}, {"corpus": "b"}]
+    phases = [{"from_sequence": 8, "seq_len": 32}, {"from_sequence": 16, "weights": [1, 9]}]
+    data = config(sources=sources, phases=phases).data
+    assert data.timeline() == [(0, [3, 1], 16), (8, [3, 1], 32), (16, [1, 9], 32)]
