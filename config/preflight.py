@@ -16,6 +16,7 @@ from triplane.checkpoint.parent import Parent
 from triplane.config.data_change import DataChange, data_change
 from triplane.data.opening import Sources
 from triplane.model.config import ModelConfig
+from triplane.model.describe import model_weights
 from triplane.storage.errors import CheckpointError
 from triplane.storage.files import write_whole
 from triplane.storage.foreign import first_problem
@@ -77,7 +78,9 @@ def check_run_dir(
         f"set another run_dir, or delete {config.run_dir} to start over"
         for key in differing
     ]
-    problems += [*_another_run(config, newest, state["run"]), *_phase_problems(config, newest, state)]
+    problems += _another_run(config, newest, state["run"])
+    problems += _phase_problems(config, newest, state)
+    problems += _optimizer_problems(config, newest, saved)
     change = change_since(state, record)
     problems += [f"{newest}: {line}" for line in change.refused]
     if not allow_data_change:
@@ -112,6 +115,23 @@ def _phase_problems(config: RunConfig, newest: Location, state: dict[str, Any]) 
                 f"data.phases[{number}]: seq_len changes at from_sequence ({start}), within a step: after {newest} the "
                 f"next begins at {consumed + training.sequences(done + ceil(step), done)}"
             )
+
+
+def _optimizer_problems(config: RunConfig, newest: Location, saved: RunConfig) -> Iterator[str]:
+    """Yields what the optimizer needs of its state that the one which wrote the checkpoint does not keep."""
+    ours, theirs = config.optimizer, saved.optimizer
+    weights = model_weights(config.model).values()
+    absent = sorted(
+        {name for weight in weights for name in ours.moments(weight).keys() - theirs.moments(weight).keys()}
+    )
+    if ours.average_decay is not None and theirs.average_decay is None:
+        absent.append("average")
+    if absent:
+        yield (
+            f"{newest} holds no {', '.join(absent)}, which [optimizer] asks for and the run's did not (its kind is "
+            f"{theirs.kind}); set it to what it was, or start from the weights alone: set another run_dir, and "
+            f"checkpoint.initial={newest}"
+        )
 
 
 def own_id(config: RunConfig) -> str:
