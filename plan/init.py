@@ -9,9 +9,11 @@ from triplane.config.preflight import find_checkpoint, model_of
 from triplane.config.toml import format_value
 from triplane.data.config import DataConfig, SourceConfig
 from triplane.data.opening import open_sources
+from triplane.parallel.devices import missing_to_compile
 from triplane.plan.amount import Amount
 from triplane.plan.choices import Cluster, Start, Table, Text, choose, values
 from triplane.plan.gpus import find_gpu
+from triplane.plan.sizes import Choice
 from triplane.storage.errors import ConfigError
 from triplane.storage.files import write_whole
 from triplane.training.config import RunConfig
@@ -38,6 +40,8 @@ def init(corpus: str, out: Path, *, size: str | None, initial: str | None, gpus:
     cluster = Cluster(gpus, kind, find_gpu(kind)) if gpus is not None and kind is not None else None
     start = None if initial is None else _start(initial, text)
     tables = choose(text, f"runs/{out.stem}", size=size, start=start, cluster=cluster)
+    if size is not None and cluster is None and missing_to_compile(on_gpu=False) is None:
+        tables["parallel"] = {"compile": Choice(True, "a tenth faster, after some seconds at the start")}
     config = RunConfig.model_validate(values(tables))
     assert start is None or config.model == start.model
     if problems := check(config, gpus or 1):

@@ -12,6 +12,7 @@ from triplane.config.checks import check, tokens_per_step
 from triplane.config.load import load_config
 from triplane.config.preflight import done_steps
 from triplane.model.count import count_parameters
+from triplane.plan import init
 from triplane.plan.choices import Cluster, Start, Text, choose, values
 from triplane.plan.gpus import GPUS
 from triplane.plan.sizes import SIZES
@@ -34,6 +35,15 @@ def test_a_folder_of_text_is_prepared_and_trained(prepared: Prepared, tmp_path: 
     config = load_config(tmp_path / "config.toml")
     assert done_steps(config.model_copy(update={"run_dir": str(tmp_path / config.run_dir)})) == 3
     assert "exists; remove it or give another --out" in triplane("init", "corpus", cwd=tmp_path).stderr
+
+
+def test_a_long_run_on_cpus_is_compiled_where_there_is_a_compiler(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for out, missing in (("with.toml", None), ("without.toml", "a compiler")):
+        monkeypatch.setattr(init, "missing_to_compile", lambda *, on_gpu, missing=missing: missing)
+        init.init(str(prepared.folder), tmp_path / out, size="1m", initial=None, gpus=None, kind=None)
+        assert load_config(tmp_path / out).parallel.compile == (missing is None)
 
 
 def test_a_config_for_gpus_passes_the_plan(prepared: Prepared, tmp_path: Path) -> None:
