@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import torch
+
 from triplane.launcher.cli import main
 
 
@@ -31,6 +33,8 @@ def _become(command: list[str], cwd: Path, out: int, errors: int, environment: d
         sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), command
         os.chdir(cwd)
         os.environ |= environment
+        # After a fork torch makes its pool of threads anew, and asserts if several threads are the first to need it.
+        torch.set_num_threads(torch.get_num_threads())
         main()
     except SystemExit as ended:
         code = ended.code or 0
