@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from triplane.config.load import load_config
 from triplane.model.config import Layer, ModelConfig
 from triplane.model.parts.attention import Attention
@@ -41,6 +43,7 @@ class Result:
 
 def prove(config: Path | None, *, ranks: int | None, quick: bool, json_path: Path | None) -> int:
     """Prints a line for each layout as soon as it is trained; returns the exit code."""
+    torch.set_num_threads(1)  # another thread may hold a lock of MKL's as ranks fork, and they wait for it for ever
     machine = Machine.here(ranks)
     model, cases = proof_model(), []
     if config is not None:

@@ -9,6 +9,8 @@ from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from triplane.checkpoint.folder import checkpoint_of
 from triplane.model.config import ModelConfig
 from triplane.parallel import megatron, zero  # noqa: F401  imported before the ranks fork
@@ -30,6 +32,7 @@ _WIDTH = 9
 
 def prove_resharding(ranks: int | None, json_path: Path | None) -> int:
     """Prints a table for each network and optimizer; returns the exit code."""
+    torch.set_num_threads(1)  # as in `prove`
     machine = Machine.here(ranks)
     rows = []
     for proof in resharding_proofs(proof_model(), machine.ranks, machine.runs):
