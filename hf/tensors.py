@@ -34,7 +34,7 @@ class Holds:
     stacked: bool = False
     """True: a tensor holds the matrices of all experts."""
     leaves: tuple[str, str] = (".weight", ".bias")
-    """What follows its name in those of its tensors."""
+    """Endings of the names of its tensors: those of a weight and of a bias."""
 
 
 QKV = ("attention.wq", "attention.wk", "attention.wv")

@@ -38,6 +38,13 @@ def layer_weights(config: ModelConfig, layer: Layer) -> Iterator[Weight]:
         yield from norms.get(f"{name}_stream_norm", ())
 
 
+@cache
+def expert_counts(config: ModelConfig) -> tuple[int, ...]:
+    """Returns the different numbers of experts that layers have; none without experts."""
+    weights = (weight for layer in config.pattern for weight in layer_weights(config, layer))
+    return tuple(dict.fromkeys(axis.count for weight in weights for axis in weight.axes if axis.name == "expert"))
+
+
 def joining_weights(config: ModelConfig) -> Iterator[Weight]:
     """Yields what a module that predicts further has besides its block."""
     assert config.predict_further is not None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from triplane.model.config import ModelConfig
-from triplane.model.describe import layer_weights
+from triplane.model.describe import expert_counts, layer_weights
 from triplane.model.weights import Axis
 from triplane.parallel.config import ParallelConfig
 
@@ -31,13 +31,14 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
     layers = list(dict.fromkeys(model.pattern))
     weights = [weight for layer in layers for weight in layer_weights(model, layer)]
     counts = dict.fromkeys((axis.name, axis.count) for weight in weights for axis in weight.axes)
+    experts = expert_counts(model)
     for name, count in counts:
         if name in ("head", "hidden"):
             yield from multiple(_KEYS[name], count, f"tp ({tp})", tp)
     for attention in dict.fromkeys(layer.attention for layer in layers):
         assert attention is not None
         yield from attention.split_problems(tp)
-    yield from _expert_problems(layout, [count for name, count in counts if name == "expert"])
+    yield from _expert_problems(layout, experts)
     if layout.sequence_parallel and tp == 1:
         yield "sequence_parallel requires tp > 1: it splits tokens over the tp ranks"
     for name, count in counts:
@@ -79,9 +80,8 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         yield f"fp8 and tp ({tp}) cannot be combined: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":
         yield "fp8 requires precision bf16: fp32 weights would gain nothing"
-    experts = [axis for weight in weights for axis in weight.axes if axis.name == "expert"]
     if layout.fp8 and experts:
-        yield f"fp8 does not multiply experts (n_experts is {experts[0].count}); set parallel.fp8=false"
+        yield f"fp8 does not multiply experts (n_experts is {experts[0]}); set parallel.fp8=false"
     elif layout.fp8:
         matrices = [weight for weight in weights if weight.role == "matrix"]
         widths = dict.fromkeys((_width(axis), axis.size) for weight in matrices for axis in weight.axes)
@@ -89,7 +89,7 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             yield from multiple(f"fp8: {name}", size, f"{_FP8_MULTIPLE}, which its kernels require", _FP8_MULTIPLE)
 
 
-def _expert_problems(layout: ParallelConfig, counts: list[int]) -> Iterator[str]:
+def _expert_problems(layout: ParallelConfig, counts: tuple[int, ...]) -> Iterator[str]:
     """Yields why the ranks cannot share layers with so many experts."""
     ep = layout.ep
     if ep == 1:

@@ -143,7 +143,8 @@ def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
 
 def _moments_of_shards(work: Work, rank: RankKind, device: Device) -> list[Memory]:
     """Returns the fullest moments of a step with ZeRO 3, in which whole weights and gradients are temporary."""
-    width, share, state = work.element_bytes, held(work, rank).updated, held(work, rank).state
+    width, rank_holds = work.element_bytes, held(work, rank)
+    share, state = rank_holds.updated, rank_holds.state
     kinds = layer_kinds(work, rank.layers)
     unit = max((layer_parameters(work, kind) for kind in kinds), default=0)
     block = max((_block_gradients(work, kind, device) for kind in kinds), default=0)

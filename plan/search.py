@@ -9,7 +9,7 @@ from math import gcd
 from typing import Any
 
 from triplane.config.checks import check
-from triplane.model.describe import layer_weights
+from triplane.model.describe import expert_counts
 from triplane.plan.estimate import Estimate, beyond_layout, estimate
 from triplane.plan.gpus import RESERVED_GIB, Gpu
 from triplane.training.config import RunConfig
@@ -85,9 +85,7 @@ def nearest(config: RunConfig, found: list[Found]) -> Found:
 
 
 def _candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
-    model, layers = config.model, config.model.n_layers
-    weights = [weight for layer in model.pattern for weight in layer_weights(model, layer)]
-    experts = gcd(*(axis.count for weight in weights for axis in weight.axes if axis.name == "expert")) or 1
+    layers, experts = config.model.n_layers, gcd(*expert_counts(config.model)) or 1
     divisors = [size for size in range(1, _MOST_RANKS + 1) if gpus % size == 0]
     axes: list[tuple[Any, ...]] = [
         tuple(tp for tp in divisors if tp <= gpu.gpus_per_node),

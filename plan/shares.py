@@ -127,7 +127,7 @@ def rank_kinds(work: Work) -> list[RankKind]:
 
 def layer_parameters(work: Work, kind: int) -> int:
     """Returns the parameters on one tp rank of a layer of `kind`, its number in the pattern."""
-    return _parameters(work.model, kind, work.layout.tp, work.layout.ep)
+    return _of_layer(work, kind).parameters
 
 
 def layer_products(work: Work, kind: int) -> int:
@@ -135,13 +135,7 @@ def layer_products(work: Work, kind: int) -> int:
     return _products(work.model, kind, work.layout.tp)
 
 
-# A search asks for these of thousands of layouts, and of few models and axes.
-@cache
-def _parameters(model: ModelConfig, kind: int, tp: int, ep: int) -> int:
-    return sum(local_elements(weight, tp, ep) for weight in layer_weights(model, model.pattern[kind]))
-
-
-@cache
+@cache  # a search asks for thousands of layouts, and for few models and axes
 def _products(model: ModelConfig, kind: int, tp: int) -> int:
     weights = layer_weights(model, model.pattern[kind])
     return sum(round(local_elements(weight, tp) * weight.share) for weight in weights)

@@ -33,7 +33,7 @@ _EXPERTS = {
 
 
 _FURTHER = {"enorm": "embedding_norm", "hnorm": "stream_norm", "eh_proj": "join", "shared_head.norm": "norm"}
-"""Of modules that predict further, which checkpoints hold as layers after the others."""
+"""Maps the modules that predict further, which checkpoints hold as layers after the others."""
 _COPIES = (("embed_tokens", "embedding"), ("shared_head.head", "head"))
 
 

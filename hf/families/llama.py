@@ -64,7 +64,7 @@ MULTIPLIERS = (
         encode=lambda scale: 1 / scale,
     ),
 )
-"""Of the Granite families."""
+"""Traits of the Granite families."""
 
 
 def no_clip(hf: Hf) -> str | None:
