@@ -61,6 +61,8 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
     layout, micro = config.parallel, config.training.micro_batch_size
     product = f"micro_batch_size ({micro})" if dp is None else f"dp ({dp}) x micro_batch_size ({micro}) = {dp * micro}"
     yield from _check_ramp(config)
+    if config.training.noise_scale_every_steps and (least := min(size for _, size in config.training.batch_sizes)) < 2:
+        yield f"noise_scale_every_steps compares half a batch with a whole one, but global_batch_size is {least}"
     read = [*_batch_sizes(config), ("eval_sequences", config.training.eval_sequences)]
     for name, sequences in read:
         yield from multiple(name, sequences, product, (dp or 1) * micro)

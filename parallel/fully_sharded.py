@@ -135,6 +135,16 @@ class FullyShardedOptimizer:
 
         Applies nothing if the norm is not finite.
         """
+        self._give_gradients()
+        return self.update.apply(learning_rate)
+
+    def discard(self) -> Tensor:
+        """Clears the gradients; returns their global norm."""
+        self._give_gradients()
+        return self.update.discard()
+
+    def _give_gradients(self) -> None:
+        """Moves the gradients from the parameters to their pieces."""
         for placement, piece in zip(self.placements, self.update.pieces):
             gradient = self.gradient(placement.parameter)
             # Of dp x cp whatever the parameter's own ranks are: each holds a part of the sum over all tokens.
@@ -142,7 +152,6 @@ class FullyShardedOptimizer:
                 gradient *= holders / self.mesh.replicas.size
             piece.weight.grad = gradient.view_as(piece.weight)
             placement.parameter.grad = None
-        return self.update.apply(learning_rate)
 
     def fragments(self) -> Iterator[Fragment]:
         """Yields the state on this rank."""

@@ -5,7 +5,7 @@ Stage 0 is that of shards over one rank: all others hold copies.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -89,16 +89,27 @@ class ShardedOptimizer:
 
         Applies nothing if the norm is not finite.
         """
+        with self._averaged():
+            norm = self.update.apply(learning_rate)
+        self._publish()
+        return norm
+
+    def discard(self) -> Tensor:
+        """Clears the gradients; returns their global norm."""
+        with self._averaged():
+            return self.update.discard()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within, the pieces have their gradients, averaged over dp x cp."""
         self._reduce_all()
         self._started = self._kept = 0
         for bucket in self.buckets:
             # Of dp x cp whatever the bucket's own ranks are: each holds a part of the sum over all tokens.
             bucket.finish(self.mesh.replicas.size)
-        norm = self.update.apply(learning_rate)
+        yield
         for bucket in self.buckets:
             bucket.clear()
-        self._publish()
-        return norm
 
     def _publish(self) -> None:
         for wait in [bucket.publish() for bucket in self.buckets]:

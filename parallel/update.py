@@ -111,7 +111,7 @@ class Update:
 
         Applies nothing if the norm is not finite.
         """
-        norm = self._gradient_norm()
+        norm = self._norm()
         here = norm.to(self.device)  # a fused update on the host would not wait for its own copy
         for optimizer in self.optimizers:
             set_rate(optimizer, learning_rate)
@@ -122,6 +122,13 @@ class Update:
             optimizer.zero_grad()
         self._steps += 1
         self._follow(here.isfinite().float())
+        return norm
+
+    def discard(self) -> Tensor:
+        """Clears the pieces' gradients; returns their global norm. Collective."""
+        norm = self._norm()
+        for piece in self.pieces:
+            piece.weight.grad = None
         return norm
 
     def _kept(self, piece: Piece) -> dict[str, Each]:
@@ -137,7 +144,7 @@ class Update:
         for piece, state in zip(self.pieces, self._states):
             state[AVERAGE].lerp_(piece.weight.detach(), (1 - decay) * taken)
 
-    def _gradient_norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         """Returns the norm over the whole model: sums over all ranks, and counts copies once."""
         squared = torch.zeros((), dtype=torch.float64, device=self.device)
         for copies in {piece.copies for piece in self.pieces}:

@@ -94,14 +94,15 @@ class ZeroOptimizer:
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # its own needs a C++ build; torch's runs on the host as well
                 # Its overflow check reads all gradients twice more, waits for each, and after one overflow in an
-                # offloaded step reports one in every later step. `_refuse_if_not_finite` replaces it.
+                # offloaded step reports one in every later step. `_refuse` replaces it.
                 "bf16": {"enabled": local.dtype == torch.bfloat16, "check_grad_overflow": False},
                 "steps_per_print": None,
                 "timers": {"throughput": {"enabled": False}},  # would synchronize at every micro-batch and step
             },
         )
         self.zero = self.engine.optimizer
-        optimizer.register_step_pre_hook(self._refuse_if_not_finite)
+        self._discards = False
+        optimizer.register_step_pre_hook(self._refuse)
         for share in self._shares:
             # Created now rather than in the first step, so that a checkpoint can fill it and DeepSpeed, which
             # links the moments once, finds those of every parameter group.
@@ -142,6 +143,13 @@ class ZeroOptimizer:
         assert self.engine.global_steps == before + 1, "DeepSpeed skipped the step"
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
+    def discard(self) -> Tensor:
+        """Clears the gradients; returns their global norm."""
+        self._discards = True
+        norm = self.step(0.0)
+        self._discards = False
+        return norm
+
     def fragments(self) -> Iterator[Fragment]:
         """Yields the fp32 state on this rank; each byte is on one dp x cp rank."""
         for placement in self.placements:
@@ -160,10 +168,11 @@ class ZeroOptimizer:
             self.zero.optimizer.state[share]["step"].fill_(step)
         self.zero.update_lp_params()
 
-    def _refuse_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Makes the fused update apply nothing if the gradient norm is not finite, without a wait of the host."""
-        norm = torch.as_tensor(self.zero._global_grad_norm)
-        optimizer.found_inf = (~norm.isfinite()).float().to(self._shares[0].device)  # type: ignore[attr-defined]
+    def _refuse(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Makes the fused update apply nothing if the gradient norm is not finite, without a wait of the host, or if
+        the gradients are to be discarded."""
+        refused = ~torch.as_tensor(self.zero._global_grad_norm).isfinite() | self._discards
+        optimizer.found_inf = refused.float().to(self._shares[0].device)  # type: ignore[attr-defined]
 
     @property
     def _step_reduces(self) -> bool:

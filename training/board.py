@@ -18,6 +18,7 @@ _GROUPS = {
         "further_loss",
         "gradient_norm",
         "learning_rate",
+        "noise_scale",
         "padding",
         "router_entropy",
         "tokens_seen",

@@ -63,6 +63,9 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """Sequences per validation, the same ones each time."""
     sample_every_steps: PositiveInt | None = None
     """Steps between text samples in TensorBoard; None: no samples."""
+    noise_scale_every_steps: PositiveInt | None = None
+    """Steps between estimates of the gradient noise scale, the tokens of a batch past which larger ones save few steps;
+    each takes the time of a forward and backward pass. None: none."""
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
     """Port on which rank 0 serves the latest metrics to Prometheus, on all interfaces; None: disabled."""
     stop_at_step: PositiveInt | None = None

@@ -23,6 +23,7 @@ from triplane.training.evaluation import TextLoss, validation_losses
 from triplane.training.feed import Feed
 from triplane.training.layers import layer_metrics
 from triplane.training.meter import Meter
+from triplane.training.noise import GradientNorm, averaged, noise_metrics, norm_of_half
 from triplane.training.profiling import Profiler
 from triplane.training.repetition import repeated
 from triplane.training.replicas import differing_ranks
@@ -123,6 +124,7 @@ class Trainer:
                 lr = self.learning_rate(step)
                 with self.phase("data_time_s"):
                     micro_batches = next(batches)
+                half = norm_of_half(engine, micro_batches) if "noise" in due else None
                 for _ in repeated(engine, step) if "repeat" in due else (None,):
                     with self.phase("forward_backward_time_s", exact):
                         loss = engine.forward_backward(micro_batches)
@@ -157,6 +159,8 @@ class Trainer:
             if "compare" in due:
                 with work("comparison", step):
                     self._compare_replicas(step)
+            if half is not None:
+                state = replace(state, noise=averaged(state.noise, half, GradientNorm.of(norm, loss.tokens)))
             if "log" in due:
                 with work("log", step):
                     state = self._log(state, micro_batches, loss=loss, norm=norm, lr=lr)
@@ -180,6 +184,7 @@ class Trainer:
         return {
             name
             for name, every, at_least in (
+                ("noise", training.noise_scale_every_steps, False),
                 ("repeat", faults.repeat_step_every_steps, False),
                 ("compare", faults.compare_replicas_every_steps, False),
                 ("log", training.log_every_steps, first or step == last),
@@ -248,6 +253,7 @@ class Trainer:
             "learning_rate": lr,
             "gradient_norm": float(norm),
             "tokens_seen": state.tokens_seen,
+            **noise_metrics(state.noise),
             **layer_metrics(self.config.model, loss),
         }
         their = measured(self.callbacks, batches, self.engine)

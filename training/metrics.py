@@ -46,6 +46,9 @@ METRICS = {
     ),
     "learning_rate": Metric("1", _SAME, "learning rate {:.2e}".format),
     "gradient_norm": Metric("1", "norm over all parameters, before clipping", "gradient norm {:.3f}".format),
+    "noise_scale": Metric(
+        "tokens", "of gradients, running average", lambda count: f"noise scale {format_count(count)} tokens"
+    ),
     "further_loss": Metric("nats/token", "mean over modules and tokens of the last batch", "further {:.4f}".format),
     "added_loss": Metric("nats/token", "sum over layers, mean over tokens of the last batch", "added {:.4f}".format),
     "expert_load": Metric(

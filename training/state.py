@@ -21,6 +21,8 @@ class State:
     """Loss and gradient norm of the last steps."""
     unlogged: tuple[float, int, float] = (0.0, 0, 0.0)
     """Sums over the steps since the last regular log: the loss in nats, targets, and bytes of text that they spell."""
+    noise: tuple[float, float] = (0.0, 0.0)
+    """Running averages of the variance of a token's gradient, and of the squared norm of their mean; see noise.py."""
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "State":
@@ -31,6 +33,7 @@ class State:
             consumed_sequences=saved["consumed_sequences"],
             tokens_seen=saved["tokens_seen"],
             unlogged=tuple(saved.get("unlogged", cls.unlogged)),
+            noise=tuple(saved.get("noise", cls.noise)),
             **tables,
         )
 

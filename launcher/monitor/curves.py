@@ -39,6 +39,7 @@ _ONE = (
     _LOSS,
     _Chart("Gradient norm", "before clipping", {"gradient_norm": "gradient norm"}, log=True),
     _Chart("Learning rate", "", {"learning_rate": "learning rate"}, smooth=False),
+    _Chart("Gradient noise scale", "tokens", {"noise_scale": "noise scale"}, smooth=False, log=True),
     _Chart("Throughput", "tokens/s", {"tokens_per_s": "all ranks"}),
     _Chart("Busiest expert", "over the mean load", {"expert_load": "load"}),
     _Chart("Memory", "GiB, peak of the rank with most", {"memory_gib": "memory"}, smooth=False),
@@ -53,7 +54,7 @@ _SEVERAL = (
     _Chart("Loss", "nats/token, training", {"loss": ""}, from_zero=False, log=True),
     _Chart("Validation loss", "nats/token", {"validation_loss": ""}, from_zero=False, log=True),
     _Chart("Bits per byte", "validation", {"validation_bits_per_byte": ""}, from_zero=False, log=True),
-    *_ONE[1:6],
+    *_ONE[1:7],
 )
 
 

@@ -93,8 +93,8 @@ def test_every_problem_is_named_at_once(write: Callable[..., Path]) -> None:
         "a.toml: parallel.dp: 0 given; should be greater than 0 or 'auto'",
         "a.toml: parallel.zero: 4 given; should be 0, 1, 2 or 3",
         "a.toml: training.n_headz: unknown key; known here: steps, global_batch_size, batch_ramp, micro_batch_size, "
-        "precision, log_every_steps, eval_every_steps, eval_sequences, sample_every_steps, prometheus_port, "
-        "stop_at_step",
+        "precision, log_every_steps, eval_every_steps, eval_sequences, sample_every_steps, noise_scale_every_steps, "
+        "prometheus_port, stop_at_step",
         "a.toml: training.lr: unknown key; did you mean optimizer.lr?",
         "a.toml: rope: unknown key; known here: run_dir, seed, tracking, model, data, parallel, optimizer, schedule, "
         "training, checkpoint, faults, profile",
