@@ -14,8 +14,11 @@ from triplane.parallel.update import Piece
 class Bucket:
     """Holds the parameters' weights, and while there are any their gradients, fp32."""
 
-    def __init__(self, placements: Sequence[Placement], *, whole: bool):
-        """`whole` keeps each parameter within one share. The parameters, zeros until now, become views."""
+    def __init__(self, placements: Sequence[Placement], *, whole: bool, offload: bool):
+        """`whole` keeps each parameter within one share. The parameters, zeros until now, become views.
+
+        With `offload` the fp32 share is on the host, which updates it.
+        """
         self.placements = placements
         self.spread = placements[0].spread
         shards = self.spread.shards
@@ -26,7 +29,7 @@ class Bucket:
         for parameter in self._starts:
             parameter.data = self._run(self._weights, parameter)
         self._own = own_share(self._weights, shards)
-        self.master = self._own if self._own.dtype == torch.float32 else self._own.float()
+        self.master = _on_host(self._own.float()) if offload else self._own.float()
         """fp32, this rank's share; what is rounded to the weights."""
         self._cut = list(self._pieces())
         self.awaited = 0
@@ -124,8 +127,9 @@ class Bucket:
         self._wait()
         if replicas > 1:
             self._summed /= replicas
+        summed = self._summed.to(self.master.device)
         for piece, place in self._cut:
-            piece.weight.grad = self._summed[place].view_as(piece.weight)
+            piece.weight.grad = summed[place].view_as(piece.weight)
 
     def clear(self) -> None:
         """Frees the gradients."""
@@ -134,5 +138,10 @@ class Bucket:
     def publish(self) -> Wait:
         """Rounds the master to the weights and starts to gather those of all ranks."""
         if self.master is not self._own:
-            self._own.copy_(self.master)
+            self._own.copy_(self.master, non_blocking=True)  # the host's next update waits for gradients first
         return gather_shares(self._weights, self.spread.shards)
+
+
+def _on_host(share: Tensor) -> Tensor:
+    """Returns it in memory of the host, from which a GPU copies on its own."""
+    return share.cpu().pin_memory() if share.is_cuda else share

@@ -69,8 +69,8 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
 
     @property
     def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed runs the optimizer, on the host."""
-        return self.offload_optimizer and self.zero < 3
+        """Whether DeepSpeed runs the optimizer, on the host: all of dp x cp must share all of its state."""
+        return self.offload_optimizer and self.zero < 3 and self.ep == 1 and self.dp_shard is None
 
     def describe(self) -> str:
         """`tp 2 + sequence x pp 2 x 2 stages x dp 2, zero 1`; omits axes of one rank."""

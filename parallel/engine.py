@@ -293,7 +293,8 @@ def _wrap(local: LocalModel, kind: OptimizerKind, layout: ParallelConfig, mesh: 
     if not layout.uses_deepspeed:
         from triplane.parallel.sharded import ShardedOptimizer
 
-        return ShardedOptimizer(local, kind, mesh, partition_gradients=layout.zero == 2 and mesh.spread.shards.size > 1)
+        partitions = layout.zero == 2 and mesh.spread.shards.size > 1
+        return ShardedOptimizer(local, kind, mesh, partition_gradients=partitions, offload=layout.offload_optimizer)
     from triplane.parallel.zero import ZeroOptimizer
 
     return ZeroOptimizer(local, kind, layout, mesh)

@@ -59,8 +59,6 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         yield f"predict_further and pp ({pp}) cannot be combined: its modules read embeddings; leave one of them out"
     if layout.dp_shard and zero == 0:
         yield f"dp_shard ({layout.dp_shard}) requires zero > 0: stage 0 shares nothing"
-    if layout.dp_shard and layout.offload_optimizer:
-        yield "dp_shard and offload_optimizer cannot be combined: all ranks of dp x cp share the offloaded state"
     if layout.dp_shard and layout.dp != "auto":
         name = f"dp ({layout.dp}) x cp ({cp}) ="
         yield from multiple(name, layout.dp * cp, f"dp_shard ({layout.dp_shard})", layout.dp_shard)
@@ -100,8 +98,6 @@ def _expert_problems(layout: ParallelConfig, counts: tuple[int, ...]) -> Iterato
         yield from multiple("n_experts", count, f"ep ({ep})", ep)
     if layout.dp != "auto" and layout.dp * layout.cp % ep:
         yield f"ep ({ep}) does not divide dp ({layout.dp}) x cp ({layout.cp})"
-    if layout.uses_deepspeed:
-        yield f"ep ({ep}) and offload_optimizer require zero = 3: at {layout.zero} all of dp x cp share one state"
 
 
 def _width(axis: Axis) -> str:

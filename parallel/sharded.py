@@ -1,4 +1,4 @@
-"""ZeRO stages 0 to 2 (Rajbhandari et al. 2020) over dp x cp.
+"""ZeRO stages 0 to 2 (Rajbhandari et al. 2020) over dp x cp, updated on the device or on the host.
 
 Stage 0 is that of shards over one rank: all others hold copies.
 """
@@ -23,12 +23,15 @@ class ShardedOptimizer:
     Weights in bf16 have a master in fp32; their gradients add up and are reduced in fp32.
     """
 
-    def __init__(self, local: LocalModel, kind: OptimizerKind, mesh: Mesh, *, partition_gradients: bool):
-        """With `partition_gradients` a rank keeps only its share of them between micro-batches: stage 2."""
+    def __init__(self, local: LocalModel, kind: OptimizerKind, mesh: Mesh, *, partition_gradients: bool, offload: bool):
+        """With `partition_gradients` a rank keeps only its share of them between micro-batches: stage 2.
+
+        With `offload` fp32 weights and moments are on the host.
+        """
         self.module = local.module
         self.mesh = mesh
         self.partitions = partition_gradients
-        self.buckets = list(_buckets(local.placements, kind))
+        self.buckets = list(_buckets(local.placements, kind, offload))
         self._bucket: dict[Tensor, Bucket] = {p.parameter: bucket for bucket in self.buckets for p in bucket.placements}
         for parameter in self._bucket:
             parameter.register_post_accumulate_grad_hook(self._collect)  # type: ignore[no-untyped-call]
@@ -125,7 +128,7 @@ class ShardedOptimizer:
         self._publish()
 
 
-def _buckets(placements: list[Placement], kind: OptimizerKind) -> Iterator[Bucket]:
+def _buckets(placements: list[Placement], kind: OptimizerKind, offload: bool) -> Iterator[Bucket]:
     """Puts together parameters that share ranks and a dtype, in the order in which backward reaches them."""
     groups: dict[tuple[Spread, torch.dtype, bool], list[Placement]] = defaultdict(list)
     for placement in reversed(placements):
@@ -133,4 +136,4 @@ def _buckets(placements: list[Placement], kind: OptimizerKind) -> Iterator[Bucke
     for (spread, _, whole), group in groups.items():
         sizes = [placement.local.numel() for placement in group]
         for run in bucket_runs(sizes, spread.shards.size, whole=whole):
-            yield Bucket(group[run.start : run.stop], whole=whole)
+            yield Bucket(group[run.start : run.stop], whole=whole, offload=offload)

@@ -99,6 +99,7 @@ def _own(work: Work, rank: RankKind, device: Device) -> _State:
     """Returns the state of ZeRO 0 to 2."""
     rank_holds, shards = held(work, rank), work.shards
     owned, share = rank_holds.parameters, rank_holds.updated
+    on_host = work.layout.offload_optimizer and device == "cuda"
     bucket = _STATISTIC * min(least_elements(shards), owned)
     received = bucket if device == "cpu" and shards > 1 else 0  # gloo exchanges shares, which are then summed
     partitioned = work.layout.zero == 2 and work.layout.pp == 1 and shards > 1
@@ -106,7 +107,8 @@ def _own(work: Work, rank: RankKind, device: Device) -> _State:
     accumulated = gradients if work.micro_batches > 1 else 0
     return _State(
         weights=work.element_bytes * owned,
-        optimizer=4 * (rank_holds.state + work.bf16 * share),  # weights in fp32 are their own masters
+        # Weights in fp32 are their own masters.
+        optimizer=0 if on_host else 4 * (rank_holds.state + work.bf16 * share),
         gradients=gradients,
         accumulated=accumulated,
         kept=0,
@@ -118,7 +120,7 @@ def _own(work: Work, rank: RankKind, device: Device) -> _State:
 
 
 def _offloaded(work: Work, rank: RankKind, device: Device) -> _State:
-    """Returns the state of ZeRO 1 and 2 with the optimizer on the host."""
+    """Returns the state of ZeRO 1 and 2 with the optimizer on the host, by DeepSpeed."""
     rank_holds, zero, pipelined = held(work, rank), work.layout.zero, work.layout.pp > 1
     owned, share = rank_holds.parameters, rank_holds.updated
     # With a pipeline all gradients are kept until the schedule ends.

@@ -116,6 +116,7 @@ _EXPERTS_ON_AXES: list[dict[str, Any]] = [
         ("experts, one shared", {"dp": 8, "ep": 2, "dp_shard": 4, "zero": 3}),
         ("experts, one shared", {"dp": 8, "ep": 4, "dp_shard": 2, "zero": 3}),
         ("experts, one shared", {"dp": 4, "ep": 2, "zero": 3, "offload_optimizer": True}),
+        ("experts in groups", {"pp": 2, "dp": 4, "ep": 2, "dp_shard": 2, "zero": 2, "offload_optimizer": True}),
     )
 ]
 """Experts on three axes or more, or compiled, or with ZeRO among some of their ranks."""

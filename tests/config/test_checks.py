@@ -86,11 +86,6 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
             "dp (4) x cp (1) = (4) is not a multiple of dp_shard (3); the next multiple is 6",
         ),
         (
-            {"dp_shard": 2, "offload_optimizer": True},
-            4,
-            "dp_shard and offload_optimizer cannot be combined: all ranks of dp x cp share the offloaded state",
-        ),
-        (
             {"recompute": "selective"},
             2,
             'recompute "selective" with tp requires sequence_parallel: the all-reduce of tp overwrites the products '

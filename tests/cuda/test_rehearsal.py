@@ -51,13 +51,14 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "zero 3, offload": ({"layout": {"dp": 8, "zero": 3, "offload_optimizer": True}}, 0),
     "offload": ({"layout": {"offload_optimizer": True}}, 83),
+    "offload in groups": ({"layout": {"dp": 8, "dp_shard": 4, "zero": 2, "offload_optimizer": True}}, 0),
     "all axes": (
         {"layout": {"tp": 2, "sequence_parallel": True, "cp": 2, "pp": 2, "dp": 2, "recompute": "full"}, "tied": True},
         0,
     ),
 }
 """Each case, and how often its libraries may wait in a step of two micro-batches. The numbers only fall."""
-OWN = {"offload": 2, "zero 3, offload": 1 + 80}
+OWN = {"offload": 2, "offload in groups": 1 + 3, "zero 3, offload": 1 + 80}
 """Waits on lines of ours, where there are more than one, that for the verdict on the step before. FSDP2 waits in
 `loss.backward()`, twice for each of 39 gradients: to copy it, and to add the second to the first."""
 PLANTS: dict[str, dict[str, Any]] = {plant: {"layout": {}, "plant": plant} for plant in ("tensor_on_the_host", "item")}
