@@ -24,11 +24,15 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Counts forward and backward of one token in training, as PaLM's appendix B does for MFU."""
     period = config.pattern
     layers = sum(layer_flops(config, layer, seq_len) for layer in period)
-    further = [
+    return layers * config.n_layers // len(period) + head_flops(config) + further_flops(config, seq_len)
+
+
+def further_flops(config: ModelConfig, seq_len: int) -> int:
+    """Counts one token in all modules that predict further, each with a layer and the head."""
+    return sum(
         layer_flops(config, config.layer(number), seq_len) + 12 * config.dim**2 + head_flops(config)
         for number in range(config.n_layers, config.n_blocks)
-    ]
-    return layers * config.n_layers // len(period) + head_flops(config) + sum(further)
+    )
 
 
 def layer_flops(config: ModelConfig, layer: Layer, seq_len: int) -> int:

@@ -60,10 +60,9 @@ class Transformer(nn.Module):
         return list(self.positions)  # type: ignore[arg-type]
 
     def hidden(self, batch: Batch, x_TD: Tensor | None = None) -> Tensor:
-        """Returns the residual stream after this model's blocks; starts from `x_TD` without an embedding."""
-        if self.embedding is not None:
+        """Returns the residual stream after this model's blocks; starts from `x_TD`, or from the batch's tokens."""
+        if x_TD is None:
             x_TD = self._embed(batch, batch.tokens_T)
-        assert x_TD is not None, "a model without an embedding continues from x_TD"
         tables = self._tables(batch)
         for block in self.blocks.values():
             assert isinstance(block, Block)
@@ -77,7 +76,7 @@ class Transformer(nn.Module):
         }
 
     def _embed(self, batch: Batch, tokens_T: Tensor) -> Tensor:
-        assert self.embedding is not None
+        assert self.embedding is not None, "a model without an embedding continues from x_TD"
         x_TD = self.embedding(tokens_T)
         if self.config.embedding_scale != 1:
             x_TD = x_TD * self.config.embedding_scale

@@ -73,7 +73,7 @@ def build_local_model(
             _materialise(model, mesh)
             if layout.compile:
                 separate_gradients(model)
-        placed = place(model, mesh, local=local, tied=copied_names(model))
+        placed = place(model, mesh, local=local, tied=copied_names(model) if number > 0 else {})
         known = {id(placement.parameter) for placement in placements}
         placements += [placement for placement in placed if id(placement.parameter) not in known]
         stages.append(model)

@@ -24,6 +24,7 @@ from triplane.parallel.config import ParallelConfig
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.placement import Fragment, LocalModel
 from triplane.parallel.rules import token_multiple
+from triplane.parallel.stages import copied_weights
 from triplane.parallel.update import AVERAGE, OptimizerKind
 
 Forward = Callable[[nn.Module, int, Tensor | None], Tensor]
@@ -259,14 +260,11 @@ class Engine:
 
     def _sum_copied_gradients(self) -> None:
         """Sums the gradients of the first stage's weights and of other stages' copies of them."""
-        if self.config.positions.every_stage:
-            for tables in zip(*(stage.positions.parameters() for stage in self.local.stages)):
-                self._sum(list(map(self.optimizer.gradient, dict.fromkeys(tables))), self.mesh.pp.group)
-        if self.mesh.embedding is None or not self.config.tie_embeddings:
-            return
-        end = self.local.stages[0].embedding if self.mesh.first_stage else self.local.stages[-1].head
-        assert end is not None and isinstance(end.weight, nn.Parameter)
-        self._sum([self.optimizer.gradient(end.weight)], self.mesh.embedding)
+        groups = {"last": self.mesh.embedding, "every": self.mesh.pp.group}
+        for name, stages in copied_weights(self.config).items():
+            held = [placement.parameter for placement in self.local.placements if placement.name == name]
+            if held:
+                self._sum(list(map(self.optimizer.gradient, held)), groups[stages])
 
     def _sum(self, gradients: list[Tensor], group: ProcessGroup | None) -> None:
         """Sums gradients of copies, which may be on the host, over this rank and a group."""

@@ -45,7 +45,7 @@ class Mesh:
     model: ProcessGroup | None
     """The tp x pp ranks that together hold one replica of the model."""
     embedding: ProcessGroup | None
-    """The first and last stage, which share a tied embedding; None on other stages and without a pipeline."""
+    """The first and last stage, which may both hold the embedding; None on other stages and without a pipeline."""
     ep: Axis = Axis()
     """Neighbours among the replicas, of which each holds a share of the experts."""
     expert_spread: Spread | None = None

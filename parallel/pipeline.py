@@ -3,6 +3,7 @@
 from torch import nn
 
 from triplane.model.transformer import Transformer
+from triplane.parallel.stages import copied_weights
 
 
 def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> None:
@@ -10,7 +11,7 @@ def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> Non
     for name in list(model.blocks):
         if int(name) not in layers and not (last and int(name) >= model.config.n_layers):
             del model.blocks[name]
-    if not first:
+    if not first and not (last and model.config.predict_further is not None):
         model.embedding = None
         model.embedding_norm = nn.Identity()
         for positions in model.kinds_of_positions:
@@ -22,7 +23,7 @@ def cut_stage(model: Transformer, layers: range, first: bool, last: bool) -> Non
 
 def copied_names(model: Transformer) -> dict[str, str]:
     """Maps the names of parameters that a later stage copies from the first one to their names there."""
-    if model.embedding is not None:
-        return {}
-    names = {name: name for name, _ in model.named_parameters() if name.startswith("positions.")}
-    return names | ({"head.weight": "embedding.weight"} if model.config.tie_embeddings else {})
+    copied = copied_weights(model.config)
+    tied = {"head.weight": "embedding.weight"} if model.config.tie_embeddings else {}
+    names = {name: tied.get(name, name) for name, _ in model.named_parameters()}
+    return {name: there for name, there in names.items() if there in copied}

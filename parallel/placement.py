@@ -29,7 +29,7 @@ class Placement:
     primary: bool
     """False for a copy for which another tp or pp rank is responsible."""
     tied_copy: bool
-    """True for the last stage's copy of the first stage's embedding."""
+    """True for a later stage's copy of a weight of the first one."""
     spread: Spread
     """The ranks that hold the same part."""
 

@@ -55,8 +55,6 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             f"pp ({pp}) x virtual_stages ({layout.virtual_stages}) = {stages} stages need at least {stages - 1} "
             f"layers, but n_layers is {model.n_layers}"
         )
-    if model.predict_further is not None and pp > 1:
-        yield f"predict_further and pp ({pp}) cannot be combined: its modules read embeddings; leave one of them out"
     if layout.dp_shard and zero == 0:
         yield f"dp_shard ({layout.dp_shard}) requires zero > 0: stage 0 shares nothing"
     if layout.dp_shard and layout.dp != "auto":

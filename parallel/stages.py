@@ -1,14 +1,15 @@
-"""Assigns layers to pipeline stages and micro-batches to groups; imports no torch."""
+"""Assigns layers and copies of weights to pipeline stages, and micro-batches to groups; imports no torch."""
 
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate, pairwise
 from math import inf
+from typing import Literal
 
 from triplane.model.config import ModelConfig
-from triplane.model.count import head_flops, layer_flops
-from triplane.model.describe import head_weights, layer_weights
+from triplane.model.count import further_flops, head_flops, layer_flops
+from triplane.model.describe import embedding_weights, head_weights, layer_weights
 from triplane.storage.errors import LayoutError
 
 _EMBEDDING = 0.1
@@ -17,12 +18,30 @@ _EMBEDDING = 0.1
 Cost = Callable[[int, int, int], float]
 """Maps a stage, its first layer and the one after its last to the cost."""
 
+Copies = Literal["last", "every"]
+"""Which later stages hold a copy of a weight of the first one."""
+
+
+def copied_weights(config: ModelConfig) -> dict[str, Copies]:
+    """Maps the names of the first stage's weights that later stages hold too to these stages.
+
+    The last one scores with a tied table, and to predict further embeds as the first one does.
+    """
+    copied: dict[str, Copies] = {}
+    for name in [weight.name for weight in embedding_weights(config)]:
+        if name.startswith("positions.") and config.positions.every_stage:
+            copied[name] = "every"
+        elif config.predict_further is not None or (config.tie_embeddings and name == "embedding.weight"):
+            copied[name] = "last"
+    return copied
+
 
 @cache
 def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> tuple[range, ...]:
     """Returns each stage's contiguous layers: the costliest stage as cheap as possible, the others as even.
 
-    The first stage also has the embedding; the last also has the head, and may have no layers.
+    The first stage also has the embedding; the last also has the head and the modules that predict further, which embed
+    once each, and may have no other layers.
     """
     n = config.n_layers
     if n < stages - 1:
@@ -31,10 +50,11 @@ def stage_layers(config: ModelConfig, stages: int, seq_len: int) -> tuple[range,
     until = [0, *accumulate(pattern[number % len(pattern)] for number in range(n))]
     unit = until[-1] / n
     head = head_flops(config) / unit
+    ending = head + further_flops(config, seq_len) / unit + (config.n_blocks - n) * _EMBEDDING * head
 
     def cost(stage: int, start: int, stop: int) -> float:
         """Returns the cost in units of a mean layer."""
-        ends = (stage == 0) * _EMBEDDING * head + (stage == stages - 1) * head
+        ends = (stage == 0) * _EMBEDDING * head + (stage == stages - 1) * ending
         return (until[stop] - until[start]) / unit + ends
 
     runs = {until[stop] - until[start]: (start, stop) for start in range(n + 1) for stop in range(start, n + 1)}
@@ -51,6 +71,8 @@ def _same_roles(config: ModelConfig) -> bool:
 
     ZeRO's ranks would otherwise wait for each other's groups of parameters.
     """
+    if config.predict_further is not None:
+        return True  # its layer is there
     in_layers = {weight.role for layer in config.pattern for weight in layer_weights(config, layer)}
     return "vector" not in in_layers or "vector" in {weight.role for weight in head_weights(config)}
 

@@ -11,7 +11,7 @@ from triplane.model.describe import embedding_weights, head_weights, joining_wei
 from triplane.model.weights import Cost, Weight
 from triplane.parallel.axes import local_elements, local_shape, spreads_experts, vocabulary_rows
 from triplane.parallel.config import ParallelConfig
-from triplane.parallel.stages import group_size, stage_layers
+from triplane.parallel.stages import copied_weights, group_size, stage_layers
 from triplane.training.optimizers.adamw import AdamW
 from triplane.training.optimizers.kinds import AnyOptimizer
 
@@ -72,7 +72,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive layers, with the embedding or head at the ends of the model."""
+    """Consecutive layers, and whether it embeds tokens and has the head."""
 
     layers: range
     embedding: bool
@@ -98,7 +98,7 @@ class RankKind:
 
     @property
     def has_embedding(self) -> bool:
-        return self.stages[0].embedding
+        return any(stage.embedding for stage in self.stages)
 
 
 @cache
@@ -114,7 +114,8 @@ def pipeline(work: Work) -> list[RankKind]:
     count = layout.pp * layout.virtual_stages
     layers = list(stage_layers(work.model, count, work.seq_len))
     layers[-1] = range(layers[-1].start, work.model.n_blocks)
-    stages = [Stage(run, number == 0, number == count - 1) for number, run in enumerate(layers)]
+    embedding = {0} if work.model.predict_further is None else {0, count - 1}
+    stages = [Stage(run, number in embedding, number == count - 1) for number, run in enumerate(layers)]
     names = ["first stage", *["middle stage"] * (layout.pp - 2), "last stage"] if layout.pp > 1 else ["every rank"]
     return [RankKind(name, rank, tuple(stages[rank :: layout.pp])) for rank, name in enumerate(names)]
 
@@ -176,9 +177,9 @@ class Held(NamedTuple):
 def held(work: Work, rank: RankKind) -> Held:
     """Returns what a rank holds."""
     parts = [(_of_layer(work, kind), count) for kind, count in layer_kinds(work, rank.layers).items()]
-    table, *others = embedding_weights(work.model)
-    ends = [table] if rank.has_embedding or (work.model.tie_embeddings and rank.has_head) else []  # a tied head's copy
-    ends += others if rank.has_embedding else []
+    copied = {"every", "last"} if rank.has_head else {"every"}
+    here = {name for name, stages in copied_weights(work.model).items() if stages in copied}
+    ends = [weight for weight in embedding_weights(work.model) if rank.pp_rank == 0 or weight.name in here]
     if rank.has_head:
         joins = [weight for _ in range(1, work.predictions) for weight in joining_weights(work.model)]
         ends += [*head_weights(work.model), *joins]

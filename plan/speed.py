@@ -19,7 +19,7 @@ from triplane.plan.shares import (
     pipeline,
     table_parameters,
 )
-from triplane.plan.traffic import context_s, data_s, dispatch_s, sends_s, tensor_s
+from triplane.plan.traffic import context_s, copies_s, data_s, dispatch_s, sends_s, tensor_s
 
 _HOST_BYTES_PER_S, _PCIE_BYTES_PER_S = 20e9, 25e9
 """A rank's share of its host's bandwidth, for an offloaded optimizer."""
@@ -41,7 +41,7 @@ class Speed:
     pipeline_s: float
     """Waiting at the start and end of a step, and for activations."""
     data_s: float
-    """Exposed communication of gradients and weights over dp."""
+    """Exposed communication of gradients and weights over dp, and of gradients between stages."""
     update_s: float
     mfu: float
     """FLOPs as PaLM counts them, as a share of the peak in bf16."""
@@ -99,6 +99,7 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
     bubble = (sum(stage.total for stage in passes) - slowest.total) / layout.virtual_stages
     waiting = bubble + sends_s(work, rates) * (micro + layout.pp - 1)
     data = data_s(work, rates, max(ranks, key=partial(parameters, work)), micro_batch_s=slowest.total)
+    data += copies_s(work, rates)
     update = max(_update_s(work, rates, rank) for rank in ranks)
     tokens = work.dp * micro * work.micro_batch_size * work.seq_len
     seconds = steady.total + waiting + data + update

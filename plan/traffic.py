@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from triplane.model.describe import model_weights
+from triplane.parallel.axes import local_elements
+from triplane.parallel.stages import copied_weights
 from triplane.plan.rates import Rates
 from triplane.plan.shares import RankKind, Work, held, layer_costs
 
@@ -52,6 +55,19 @@ def sends_s(work: Work, rates: Rates) -> float:
         return 0.0
     sent = work.tokens // (layout.tp if layout.sequence_parallel else 1) * work.model.dim * work.element_bytes
     return 2 * sent / rates.link_bytes_per_s(layout.pp, layout.tp * work.replicas)
+
+
+def copies_s(work: Work, rates: Rates) -> float:
+    """Returns the time per step to sum the gradients of weights that several stages hold."""
+    layout, near, total = work.layout, work.layout.tp * work.replicas, 0.0
+    if layout.pp == 1:
+        return total
+    shards = work.shards if layout.shards_weights(work.replicas) else 1
+    for name, stages in copied_weights(work.model).items():
+        share = rates.program.gradient_bytes * local_elements(model_weights(work.model)[name], layout.tp) / shards
+        ranks, stride = (2, near * (layout.pp - 1)) if stages == "last" else (layout.pp, near)
+        total += 2 * rates.collective_s(share, ranks, stride)
+    return total
 
 
 def data_s(work: Work, rates: Rates, rank: RankKind, *, micro_batch_s: float) -> float:

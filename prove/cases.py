@@ -121,6 +121,19 @@ _EXPERTS_ON_AXES: list[dict[str, Any]] = [
 ]
 """Experts on three axes or more, or compiled, or with ZeRO among some of their ranks."""
 
+_FURTHER = "two tokens further"
+_FURTHER_IN_STAGES: list[dict[str, Any]] = [
+    {"options": (_FURTHER, *others)} | layout
+    for others, layout in (
+        ((), {"pp": 2, "virtual_stages": 2, "tied": True}),
+        ((), {"tp": 2, "sequence_parallel": True, "pp": 2}),
+        (("learned", "embedding norm, head bias"), {"pp": 2, "dp": 2, "zero": 3}),
+        (("learned", "embedding norm, head bias"), {"tp": 2, "sequence_parallel": True, "pp": 2, "tied": True}),
+        (("experts in groups",), {"pp": 2, "dp": 2, "ep": 2}),
+    )
+]
+"""Modules that predict further in the last stage, which embeds as the first one does."""
+
 LARGE_VOCABULARY = 65_537
 _LARGE_TENSORS: list[dict[str, Any]] = [
     {"large": True} | setting
@@ -286,14 +299,14 @@ def network_proof(model: ModelConfig, ranks: int, runs_here: RunsHere, *, quick:
 
     fast = spread.keys() - slow
     ranks = min(ranks, 4) if quick else ranks
-    settings = _EXPERTS_OVER_RANKS if quick else [*_EXPERTS_OVER_RANKS, *_EXPERTS_ON_AXES]
-    over_ranks = [_case(model, setting, ranks=ranks, runs_here=runs_here) for setting in settings]
-    experts = [case for case in over_ranks if case is not None]
+    settings = _EXPERTS_OVER_RANKS if quick else [*_EXPERTS_OVER_RANKS, *_EXPERTS_ON_AXES, *_FURTHER_IN_STAGES]
+    chosen = [_case(model, setting, ranks=ranks, runs_here=runs_here) for setting in settings]
+    on_axes = [case for case in chosen if case is not None]
     if quick:
-        return covered(fast, ranks, one_axis) + [case for case in experts if case.precision == "fp32"]
+        return covered(fast, ranks, one_axis) + [case for case in on_axes if case.precision == "fp32"]
     return (
         covered(fast, ranks, lambda _: True)
-        + experts
+        + on_axes
         + [found for axis in sorted(slow) for found in covered({axis}, min(ranks, 2), one_axis)]
     )
 
@@ -302,7 +315,7 @@ def resharding_proofs(model: ModelConfig, ranks: int, runs_here: RunsHere) -> It
     """Yields layouts of one network and optimizer that store the state differently."""
     for settings, own in (
         (_RESHARDED, {}),
-        (_TIED, {"tied": True, "optimizer": "averaged"}),
+        (_TIED, {"tied": True, "optimizer": "averaged", "options": (_FURTHER,)}),
         (_TIED, {"tied": True, "optimizer": "normuon"}),
         (_EXPERTS_RESHARDED, {}),
     ):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from resharding import LAYOUTS
 
+from triplane.model.config import ModelConfig
 from triplane.prove.forked import run_ranks
+from triplane.prove.networks import network
 from triplane.prove.reference import largest_difference, proof_model, train_plainly
 from triplane.prove.resharding import train_between
 
@@ -31,9 +33,14 @@ ORDER = [
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize(("tied", "optimizer"), [(False, "averaged"), (True, "normuon")], ids=["untied", "tied"])
-def test_a_run_through_all_layouts_is_the_run_of_one_process(tied: bool, optimizer: str, tmp_path: Path) -> None:
-    config = proof_model(tied)
+@pytest.mark.parametrize(
+    ("config", "optimizer"),
+    [(network(proof_model(), ("two tokens further",)), "averaged"), (proof_model(tie_embeddings=True), "normuon")],
+    ids=["two tokens further", "tied"],
+)
+def test_a_run_through_all_layouts_is_the_run_of_one_process(
+    config: ModelConfig, optimizer: str, tmp_path: Path
+) -> None:
     one = train_plainly(config, len(ORDER), optimizer=optimizer)
     load = None
     for step, name in enumerate(ORDER):

@@ -92,10 +92,6 @@ def test_a_runs_own_layout_comes_with_two_ranks_on_each_axis(name: str, expected
     assert own.describe() == expected
 
 
-REFUSED = {("two tokens further", "pipeline"), ("two tokens further", "pipeline of virtual stages")}
-"""Options with axes that the rules refuse."""
-
-
 def test_every_pair_of_options_and_every_option_with_every_axis_is_proven() -> None:
     cases = network_proof(MODEL, 8, everywhere, quick=False)
     proven = {
@@ -106,7 +102,7 @@ def test_every_pair_of_options_and_every_option_with_every_axis_is_proven() -> N
         if names[one] != names[other] and valid_network(MODEL, (one, other)):
             assert (one, other) in proven
     features_to_meet = ["tensor", "tensor + sequence", "pipeline", "ring", "ulysses", "zero 3"]
-    for option, feature in {*product(names, features_to_meet)} - REFUSED:
+    for option, feature in product(names, features_to_meet):
         assert tuple(sorted((option, feature))) in proven
     assert sum(axes(case) >= 3 for case in cases) >= 25
 
@@ -118,4 +114,4 @@ def test_the_quick_proof_has_every_option_with_every_kind_of_communication() -> 
     options = {option for option, _ in found}
     assert options == {name for named in OPTIONS.values() for name in named}
     kinds = ["tensor", "tensor + sequence", "pipeline of virtual stages", "ring", "ulysses", "zero 3"]
-    assert set(product(options, kinds)) - found == {pair for pair in REFUSED if pair[1] in kinds}
+    assert found >= set(product(options, kinds))

@@ -15,6 +15,7 @@ from triplane.model.parts.experts import Experts
 from triplane.model.parts.further import PredictFurther
 from triplane.model.parts.latent import Latent
 from triplane.parallel.config import ParallelConfig
+from triplane.parallel.stages import copied_weights
 from triplane.plan.memory import peak_memory
 from triplane.plan.shares import Work, held, in_flight, parameters, pipeline
 from triplane.training.optimizers.adamw import AdamW
@@ -91,6 +92,8 @@ PARTS: dict[str, Any] = {
         ("feed_forward", {"dp": 4, "ep": 2, "zero": 2}),
         ("feed_forward", {"dp": 4, "ep": 2, "zero": 3}),
         ("predict_further", {"dp": 2, "zero": 3}),
+        ("predict_further", {"pp": 2}),
+        ("predict_further", {"pp": 2, "dp": 2, "zero": 3}),
     ],
 )
 def test_the_memory_of_other_parts_is_as_predicted(
@@ -161,15 +164,19 @@ def test_each_optimizer_keeps_values_of_its_own(
 
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 3}, {"pp": 2, "virtual_stages": 2}])
-def test_the_ranks_of_a_pipeline_hold_the_model(layout: dict[str, Any]) -> None:
+def test_the_ranks_of_a_pipeline_hold_the_model_and_copies(layout: dict[str, Any]) -> None:
     one = work(**layout)
     biased = one.model.attention.model_copy(update={"qkv_bias": True})
-    changed: list[dict[str, Any]] = [{"attention": biased}]
-    if not layout:  # a pipeline refuses these
-        changed.append({"predict_further": PredictFurther()})
-    for model in (one.model, *(one.model.model_copy(update=change) for change in changed)):
+    changes: list[dict[str, Any]] = [
+        {},
+        {"attention": biased},
+        {"tie_embeddings": True},
+        {"predict_further": PredictFurther()},
+    ]
+    for model in (one.model.model_copy(update=change) for change in changes):
         own = replace(one, model=model)
-        assert sum(parameters(own, rank) for rank in pipeline(own)) == count_parameters(model)
+        copies = sum(model_weights(model)[name].elements for name in copied_weights(model)) if layout else 0
+        assert sum(parameters(own, rank) for rank in pipeline(own)) == count_parameters(model) + copies
 
 
 def test_micro_batches_in_flight_are_those_of_the_schedules() -> None:

@@ -76,6 +76,12 @@ def test_a_slow_network_shows_in_the_traffic_over_dp_alone() -> None:
     assert held_up.tensor_s == fast.tensor_s
 
 
+def test_the_ends_of_a_pipeline_sum_the_gradients_of_their_copies() -> None:
+    tied, apart = (speed(work(f"model.tie_embeddings={tie}"), GPUS["h100"]).data_s for tie in ("true", "false"))
+    gradient = 4 * 128_256 * 8192 / 8  # bytes on one of 8 tp ranks
+    assert tied - apart == pytest.approx(gradient / (OURS.network * GPUS["h100"].network_gb_per_s * 1e9), rel=0.01)
+
+
 def test_tensor_parallel_traffic_leaves_the_machine_where_tp_does() -> None:
     small = GPUS["h100"].model_copy(update={"gpus_per_node": 4})
     assert speed(work(), small).tensor_s > 1.5 * speed(work(), GPUS["h100"]).tensor_s

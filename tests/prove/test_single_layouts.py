@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from planted_expert_bugs import IN_GROUPS
+from planted_further_bugs import EMBEDDED, FURTHER
 
 from triplane.parallel import (
     packing,
@@ -90,6 +91,21 @@ def test_what_tp_sums_in_place_goes_through_the_compiler(
 @pytest.mark.parametrize("zero", [0, 1])
 def test_the_stages_of_a_rank_share_a_table_that_tp_has_split_once(proven: Callable[..., Result], zero: int) -> None:
     result = proven(tp=2, pp=2, virtual_stages=2, zero=zero, options=("T5 bias",))
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pp": 2, "virtual_stages": 2, "tied": True, "options": (FURTHER,)},
+        {"pp": 2, "dp": 2, "zero": 3, "options": EMBEDDED},
+        {"tp": 2, "sequence_parallel": True, "pp": 2, "tied": True, "options": EMBEDDED},
+        {"pp": 2, "dp": 2, "ep": 2, "options": (FURTHER, IN_GROUPS)},
+    ],
+    ids=str,
+)
+def test_the_last_stage_embeds_to_predict_further(layout: dict[str, Any], proven: Callable[..., Result]) -> None:
+    result = proven(**layout)
     assert result.passed, result
 
 
