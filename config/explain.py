@@ -61,7 +61,7 @@ def _explain(key: tuple[str, ...], place: _Place, errors: list[ErrorDetails], sc
     name, table, kind, value = key[-1], place.table, errors[0]["type"], errors[0]["input"]
     below = _subtables(table, name)
     kinds = [name for table in below for name in _kinds(table)]
-    given = _short(format_value(value) if isinstance(value, str | int | float) else repr(value))
+    given = _short(format_value(value) if isinstance(value, str | int | float | tuple) else repr(value))
     if kind == "extra_forbidden":
         return _unknown(key, place, schema)
     if kind == "value_error":
@@ -82,10 +82,11 @@ def _explain(key: tuple[str, ...], place: _Place, errors: list[ErrorDetails], sc
     if kind in ("list_type", "tuple_type") and below:
         return f"{given} given; should be a list of tables, [[{spelled(key)}]]"
     # There is one error for each type that the field takes.
-    messages = [details["msg"] for details in errors]
+    messages = dict.fromkeys(details["msg"].replace("a valid tuple", "a list of these") for details in errors)
     wanted = [message.removeprefix(_WANTED) for message in messages if message.startswith(_WANTED)]
     if not wanted:
-        return f"{given} given; {messages[0][0].lower()}{messages[0][1:]}"
+        message = next(iter(messages))
+        return f"{given} given; {message[0].lower()}{message[1:]}"
     return f"{given} given; should be {' or '.join(wanted)}"
 
 

@@ -12,7 +12,7 @@ def to_toml(config: RunConfig) -> str:
 
 def format_value(value: object) -> str:
     """Formats a value as TOML on one line."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, dict):
         return f"{{ {', '.join(f'{key} = {format_value(below)}' for key, below in value.items())} }}"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from triplane.model.compiled import compile_blocks, separate_gradients
 from triplane.model.config import ModelConfig
 from triplane.model.transformer import Transformer
-from triplane.parallel.config import ParallelConfig
+from triplane.parallel.config import ParallelConfig, Recompute
 from triplane.parallel.mesh import Mesh
 from triplane.parallel.pipeline import copied_names, cut_stage
 from triplane.parallel.placement import LocalModel, Placement, place
@@ -57,12 +57,10 @@ def build_local_model(
             from triplane.model.fp8 import use_fp8
 
             use_fp8(model)
-        if layout.recompute == "selective":
-            apply_recompute(model, "selective")
+        apply_recompute(_recomputed(model, layout, "selective"), "selective")
         if layout.compile:
             compile_blocks(model)
-        if layout.recompute == "full":
-            apply_recompute(model, "full")
+        apply_recompute(_recomputed(model, layout, "full"), "full")
         states |= _take_states(model, mesh)
         local = {name: parameter.shape for name, parameter in model.named_parameters()}
         if sharded:
@@ -78,6 +76,11 @@ def build_local_model(
         placements += [placement for placement in placed if id(placement.parameter) not in known]
         stages.append(model)
     return LocalModel(stages, placements, dtype, states)
+
+
+def _recomputed(model: Transformer, layout: ParallelConfig, how: Recompute) -> list[nn.Module]:
+    """Returns the blocks that the layout recomputes so."""
+    return [block for number, block in model.blocks.items() if layout.recomputed(int(number)) == how]
 
 
 def _take_states(model: Transformer, mesh: Mesh) -> dict[str, Tensor]:

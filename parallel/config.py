@@ -1,12 +1,18 @@
 """The config table `[parallel]`: how a model spreads over ranks."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
 
 BUCKET_ELEMENTS = 500_000_000
 """Gradients that ZeRO reduces at once: DeepSpeed's default. It allocates the whole bucket in every step, so a small
 model uses a smaller one."""
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
@@ -38,9 +44,11 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     copies, so that only gradients cross machines. none: all."""
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in host memory and update them there; slow."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Annotated[
+        Recompute | Annotated[tuple[Recompute, ...], Field(min_length=1)], BeforeValidator(_as_tuple)
+    ] = "none"
     """Activations that backward recomputes instead of keeping. `selective`: all but products and attention. `full`:
-    all."""
+    all. A list is of layers in turn, repeated over the depth: ["full", "none"] recomputes every other one."""
     compile: bool = False
     """Compile each block and the loss: minutes at the start, faster steps afterwards."""
     fp8: bool = False
@@ -68,6 +76,15 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         return 1 if rest else shards
 
     @property
+    def recompute_pattern(self) -> tuple[Recompute, ...]:
+        """What is recomputed of the layers of one period."""
+        return self.recompute if isinstance(self.recompute, tuple) else (self.recompute,)
+
+    def recomputed(self, layer: int) -> Recompute:
+        """Returns what is recomputed of a layer, by its number."""
+        return self.recompute_pattern[layer % len(self.recompute_pattern)]
+
+    @property
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed runs the optimizer, on the host: all of dp x cp must share all of its state."""
         return self.offload_optimizer and self.zero < 3 and self.ep == 1 and self.dp_shard is None
@@ -86,7 +103,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         options = [
             f"zero {self.zero}" + (f" over {self.dp_shard}" if self.dp_shard else ""),
             "offload" if self.offload_optimizer else "",
-            f"recompute {self.recompute}" if self.recompute != "none" else "",
+            f"recompute {'/'.join(self.recompute_pattern)}" if {*self.recompute_pattern} != {"none"} else "",
             "compile" if self.compile else "",
             "fp8" if self.fp8 else "",
         ]

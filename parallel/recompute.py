@@ -1,15 +1,14 @@
 """Activation checkpointing: backward recomputes a block's activations instead of keeping them from forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from triplane.model import attend, documents, grouped  # noqa: F401  they define operators in _KEPT
-from triplane.model.transformer import Transformer
 
 _KEPT = {
     torch.ops.aten.mm.default,
@@ -29,7 +28,7 @@ _KEPT = {
 """Operators whose results `selective` keeps: products, attention, Ulysses' exchange; the rest is cheap to recompute."""
 
 
-def apply_recompute(model: Transformer, how: Literal["selective", "full"]) -> None:
+def apply_recompute(blocks: Iterable[nn.Module], how: Literal["selective", "full"]) -> None:
     """Wraps the forward pass of each block; module and parameter names stay.
 
     The compiler must see what `selective` keeps, so apply that before compiling; `full` wraps the compiled block.
@@ -37,7 +36,7 @@ def apply_recompute(model: Transformer, how: Literal["selective", "full"]) -> No
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for block in model.blocks.values():
+    for block in blocks:
         block.forward = _recomputed(block.forward, options)  # type: ignore[method-assign]
 
 

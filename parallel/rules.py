@@ -62,12 +62,12 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
         yield from multiple(name, layout.dp * cp, f"dp_shard ({layout.dp_shard})", layout.dp_shard)
     if zero == 0 and layout.offload_optimizer:
         yield "offload_optimizer requires zero > 0: replicated state stays on the GPU"
-    if layout.recompute == "selective" and tp > 1 and not layout.sequence_parallel:
+    if "selective" in layout.recompute_pattern and tp > 1 and not layout.sequence_parallel:
         yield (
             'recompute "selective" with tp requires sequence_parallel: the all-reduce of tp overwrites the products '
             "that would be kept"
         )
-    if layout.compile and layout.recompute == "selective" and cp > 1 and layout.cp_method == "ring":
+    if layout.compile and "selective" in layout.recompute_pattern and cp > 1 and layout.cp_method == "ring":
         yield (
             'compile and recompute "selective" cannot be combined with cp_method "ring", whose sends break the graph '
             'inside the block: nothing would be compiled; use recompute "full" or "none"'

@@ -193,7 +193,7 @@ def kept_activations(work: Work, rank: RankKind, device: Device = "cuda") -> int
 @cache
 def _block_kept(work: Work, kind: int, device: Device) -> int:
     """Returns what a block keeps of a micro-batch, depending on recomputation."""
-    match work.layout.recompute:
+    match work.layout.recomputed(kind):
         case "full":
             return _stream(work)
         case "none":
@@ -211,7 +211,7 @@ def _block(work: Work, kind: int, device: Device) -> int:
     costs = layer_costs(work, kind)
     kept = tokens * width * sum(local_activations(cost.kept, tp) for cost in costs)
     if work.layout.fp8:  # each product keeps one-byte copies of its input and weight
-        layer = layer_weights(work.model, work.model.pattern[kind])
+        layer = layer_weights(work.model, work.model.layer(kind))
         inputs = [weight.axes[1:] for weight in layer if weight.role == "matrix"]
         kept += tokens * sum(local_activations(axes, tp) for axes in inputs) + layer_parameters(work, kind)
     else:
@@ -266,5 +266,7 @@ def _block_gradients(work: Work, kind: int, device: Device) -> int:
     """Returns the temporary memory of a block's backward: what is recomputed, and gradients between its products."""
     _, feed_forward = layer_costs(work, kind)
     between = work.tokens * work.element_bytes * local_activations(feed_forward.outputs, work.layout.tp)
-    again = 0 if work.layout.recompute == "none" else _block(work, kind, device) - _block_kept(work, kind, device)
+    again = (
+        0 if work.layout.recomputed(kind) == "none" else _block(work, kind, device) - _block_kept(work, kind, device)
+    )
     return between + again

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple
 
-from triplane.model.config import ModelConfig
+from triplane.model.config import Layer, ModelConfig
 from triplane.model.describe import embedding_weights, head_weights, joining_weights, layer_weights
 from triplane.model.weights import Cost, Weight
 from triplane.parallel.axes import local_elements, local_shape, spreads_experts, vocabulary_rows
-from triplane.parallel.config import ParallelConfig
+from triplane.parallel.config import ParallelConfig, Recompute
 from triplane.parallel.stages import copied_weights, group_size, stage_layers
 from triplane.training.optimizers.adamw import AdamW
 from triplane.training.optimizers.kinds import AnyOptimizer
@@ -32,12 +32,8 @@ class Work:
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
-        """The kind of each layer in the pattern."""
-        return _kinds(self.model)
-
-    def kind(self, number: int) -> int:
-        """Returns the kind of a layer; those of modules that predict further are like the last one."""
-        return self.kinds[number % len(self.kinds) if number < self.model.n_layers else -1]
+        """The kind of each block: the number of the first one that is like it, and recomputed like it."""
+        return _kinds(self.model, self.layout.recompute_pattern)
 
     @property
     def predictions(self) -> int:
@@ -102,10 +98,14 @@ class RankKind:
 
 
 @cache
-def _kinds(model: ModelConfig) -> tuple[int, ...]:
-    """Returns for each layer in the pattern the number of the first one like it."""
+def _kinds(model: ModelConfig, recompute: tuple[Recompute, ...]) -> tuple[int, ...]:
     pattern = model.pattern
-    return tuple(pattern.index(layer) for layer in pattern)
+    layers = [pattern[number % len(pattern)] for number in range(model.n_layers)]
+    layers += pattern[-1:] * (model.n_blocks - model.n_layers)
+    first: dict[tuple[Layer, Recompute], int] = {}
+    return tuple(
+        first.setdefault((layer, recompute[number % len(recompute)]), number) for number, layer in enumerate(layers)
+    )
 
 
 def pipeline(work: Work) -> list[RankKind]:
@@ -127,7 +127,7 @@ def rank_kinds(work: Work) -> list[RankKind]:
 
 
 def layer_parameters(work: Work, kind: int) -> int:
-    """Returns the parameters on one tp rank of a layer of `kind`, its number in the pattern."""
+    """Returns the parameters on one tp rank of a layer of `kind`."""
     return _of_layer(work, kind).parameters
 
 
@@ -138,21 +138,21 @@ def layer_products(work: Work, kind: int) -> int:
 
 @cache  # a search asks for thousands of layouts, and for few models and axes
 def _products(model: ModelConfig, kind: int, tp: int) -> int:
-    weights = layer_weights(model, model.pattern[kind])
+    weights = layer_weights(model, model.layer(kind))
     return sum(round(local_elements(weight, tp) * weight.share) for weight in weights)
 
 
 @cache
 def layer_costs(work: Work, kind: int) -> tuple[Cost, Cost]:
     """Returns the costs of attention and feed-forward in a layer of `kind`."""
-    layer, dim = work.model.pattern[kind], work.model.dim
+    layer, dim = work.model.layer(kind), work.model.dim
     assert layer.attention is not None and layer.feed_forward is not None
     return layer.attention.cost(dim, work.seq_len), layer.feed_forward.cost(dim)
 
 
 def layer_kinds(work: Work, layers: Iterable[int]) -> Counter[int]:
     """Returns how many of these layers are of each kind."""
-    return Counter(map(work.kind, layers))
+    return Counter(map(work.kinds.__getitem__, layers))
 
 
 def table_parameters(work: Work) -> int:
@@ -194,7 +194,7 @@ def parameters(work: Work, rank: RankKind) -> int:
 
 @cache
 def _of_layer(work: Work, kind: int) -> Held:
-    return _sum(work, layer_weights(work.model, work.model.pattern[kind]))
+    return _sum(work, layer_weights(work.model, work.model.layer(kind)))
 
 
 def _sum(work: Work, weights: Iterable[Weight]) -> Held:

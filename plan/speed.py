@@ -120,19 +120,19 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
 
 def _block(work: Work, kind: int, rates: Rates) -> _Pass:
     layout, tokens = work.layout, work.tokens
-    again = {"none": 0.0, "selective": rates.program.again, "full": 1.0}[layout.recompute]
+    again = {"none": 0.0, "selective": rates.program.again, "full": 1.0}[layout.recomputed(kind)]
     products = (6 + 2 * again) * layer_products(work, kind) * tokens
     products_s = products / rates.products_flops_per_s(work.bf16, layout.fp8)
     # Two products forward and five backward; the mask halves each.
     scores = local_activations(layer_costs(work, kind)[0].scores, layout.tp) * tokens
-    attention_s = (7 + 2 * (layout.recompute == "full")) * scores / rates.attention_flops_per_s(work.bf16)
+    attention_s = (7 + 2 * (layout.recomputed(kind) == "full")) * scores / rates.attention_flops_per_s(work.bf16)
     computing_s = products_s + attention_s
     moving_s = _block_bytes(work, kind, rates.program) / rates.memory_bytes_per_s
     return _Pass(
         products=computing_s,
         # A block takes at least as long as the host needs to launch its kernels.
         memory=max(moving_s, rates.program.launch_s - computing_s),
-        tensor=tensor_s(work, rates),
+        tensor=tensor_s(work, kind, rates),
         context=context_s(work, kind, rates, attention_s) + dispatch_s(work, kind, rates),
     )
 
@@ -146,7 +146,7 @@ def _block_bytes(work: Work, kind: int, program: Program) -> float:
         attended = tuple(axis for axis in costs[0].attended if axis.name == "head")
         read = sum(local_activations(cost.inputs, layout.tp) for cost in costs)
         forward += 6 * (read + local_activations(attended, layout.tp) // 2)
-    passes = 3 + (layout.recompute != "none")  # backward moves twice as much
+    passes = 3 + (layout.recomputed(kind) != "none")  # backward moves twice as much
     moved = work.tokens * forward * passes * work.element_bytes / 2
     return moved * (program.fused if layout.compile else 1) + 12 * layer_parameters(work, kind)
 

@@ -9,10 +9,10 @@ from triplane.plan.rates import Rates
 from triplane.plan.shares import RankKind, Work, held, layer_costs
 
 
-def tensor_s(work: Work, rates: Rates) -> float:
-    """Returns the time per block and micro-batch: two all-reduces forward and two backward, of two collectives each."""
+def tensor_s(work: Work, kind: int, rates: Rates) -> float:
+    """Returns the time per block of `kind` and micro-batch: two all-reduces each way, of two collectives each."""
     # Recomputation repeats both gathers and the first reduce-scatter, or the first all-reduce.
-    again = 0 if work.layout.recompute == "none" else 3 if work.layout.sequence_parallel else 2
+    again = 0 if work.layout.recomputed(kind) == "none" else 3 if work.layout.sequence_parallel else 2
     whole = work.tokens * work.model.dim * work.element_bytes
     return (8 + again) * rates.collective_s(whole, work.layout.tp, 1) * (1 - rates.program.tp_hidden)
 
@@ -22,7 +22,7 @@ def context_s(work: Work, kind: int, rates: Rates, attention_s: float) -> float:
     layout, hop_s = work.layout, rates.program.hop_s
     if layout.cp == 1:
         return 0.0
-    attention = work.model.pattern[kind].attention
+    attention = work.model.layer(kind).attention
     assert attention is not None
     heads, kv_heads = attention.n_heads // layout.tp, max(1, attention.n_kv_heads // layout.tp)
     bandwidth = rates.link_bytes_per_s(layout.cp, layout.tp)
@@ -42,7 +42,7 @@ def dispatch_s(work: Work, kind: int, rates: Rates) -> float:
     sent = sum(axis.size for axis in layer_costs(work, kind)[1].dispatched)
     if ep == 1 or sent == 0:
         return 0.0
-    again = 0 if work.layout.recompute == "none" else 2
+    again = 0 if work.layout.recomputed(kind) == "none" else 2
     exchanged = work.tokens * sent * work.element_bytes * (ep - 1) / ep
     one_s = exchanged / rates.link_bytes_per_s(ep, work.layout.tp) + rates.program.hop_s * ep
     return (4 + again) * one_s

@@ -68,6 +68,8 @@ _LARGE: list[dict[str, Any]] = [
     {"dp": 4, "dp_shard": 2, "zero": 3, "precision": "bf16"},
     {"cp": 2, "pp": 2, "dp": 2, "dp_shard": 2, "zero": 3, "tied": True},
     {"dp": 8, "zero": 3, "recompute": "full", "precision": "bf16"},
+    {"tp": 2, "sequence_parallel": True, "pp": 2, "dp": 2, "recompute": ["full", "none", "selective"]},
+    {"dp": 2, "compile": True, "recompute": ["selective", "full"]},
 ]
 """Three axes or more, and one axis over eight ranks."""
 

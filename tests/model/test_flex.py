@@ -133,7 +133,7 @@ def test_compiled_blocks_hold_the_kernel_and_no_documents_recompile_them(
         for block, rule in zip(model.blocks.values(), (Rule(0.3, window=9, softcap=2.0), Rule(0.2, softcap=0.7))):
             block.attention.core = Fixed(rule)
     if recompute:
-        apply_recompute(compiled, "selective")
+        apply_recompute(compiled.blocks.values(), "selective")
     for block in compiled.blocks.values():
         block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
 

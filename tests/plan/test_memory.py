@@ -54,7 +54,7 @@ def work(micro_batches: int = 4, **layout: Any) -> Work:
 @pytest.mark.parametrize(
     ("layout", "micro_batches", "bf16"),
     [
-        ({"zero": 0, "recompute": "full"}, 2, False),
+        ({"zero": 0, "recompute": ["full", "none"]}, 2, False),
         ({"recompute": "selective"}, 1, True),
         ({"dp": 2, "zero": 2}, 2, True),
         ({"dp": 2, "zero": 3}, 2, True),

@@ -52,6 +52,8 @@ def test_a_step_is_never_faster_than_its_flops() -> None:
     [
         ((), ("parallel.recompute=none",)),
         (("parallel.recompute=full",), ()),
+        (("parallel.recompute=full",), ('parallel.recompute=["full", "none"]',)),
+        (('parallel.recompute=["full", "none"]',), ("parallel.recompute=none",)),
         (("parallel.virtual_stages=1",), ()),
         (("parallel.pp=8", "parallel.virtual_stages=1"), ("parallel.virtual_stages=1",)),
         (("parallel.compile=false",), ()),

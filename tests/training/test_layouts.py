@@ -17,7 +17,7 @@ from triplane.training.config import RunConfig
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tokens": {"dp": 1, "tp": 2, "sequence_parallel": True, "cp": 2, "cp_method": "ring", "recompute": "selective"},
-    "stages": {"dp": 2, "pp": 2, "virtual_stages": 2, "zero": 2, "recompute": "full"},
+    "stages": {"dp": 2, "pp": 2, "virtual_stages": 2, "zero": 2, "recompute": ["full", "selective"]},
     "weights": {"dp": 2, "zero": 3, "offload_optimizer": True},
 }
 
