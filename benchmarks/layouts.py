@@ -75,6 +75,7 @@ def _rows() -> list[Row]:
         Row(ParallelConfig(dp=1, zero=0), 4, threads=2),
         Row(ParallelConfig(dp=1, zero=1), 4, threads=2),
         *(Row(ParallelConfig(dp=2, zero=stage), 4) for stage in (0, 1, 2, 3)),
+        *(Row(ParallelConfig(dp=2, dp_shard=shard, offload_optimizer=True), 4) for shard in (None, 2)),
         *(Row(ParallelConfig(dp=1, tp=2, sequence_parallel=split), 4) for split in (False, True)),
         *(Row(ParallelConfig(dp=1, pp=2, virtual_stages=stages), 1) for stages in (1, 2)),
         *(Row(ParallelConfig(dp=1, cp=2, cp_method=method), 4) for method in ("ulysses", "ring")),
