@@ -73,7 +73,7 @@ def _check_batch(config: RunConfig, dp: int | None) -> Iterator[str]:
         split = f"tp ({layout.tp}) x " if layout.sequence_parallel else ""
         split += f"{'2 x ' if ring else ''}cp ({layout.cp}) = {shares}"
         yield from multiple(tokens, micro * seq_len, split, shares)
-        if layout.fp8:  # the product for weight gradients contracts over the tokens of a rank
+        if layout.fp8:  # the product for weight gradients contracts over them; sequence parallelism gathers them before
             yield from multiple(tokens, micro * seq_len, f"16 x cp ({layout.cp}), for fp8", 16 * layout.cp)
     for name, sequences in read:
         micro_batches = sequences // ((dp or 1) * micro)

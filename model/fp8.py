@@ -1,41 +1,39 @@
 """Linear layers that multiply in 8-bit floats, scaled by each tensor's largest magnitude at each use.
 
 Activations and weights have more mantissa (e4m3), gradients more range (e5m2), as in Micikevicius et al. 2022.
-Products have the dtype of their inputs; weights are unchanged. Gradients accumulate in fp32; in forward the GPU's
-tensor cores accumulate in fewer bits, which is twice as fast and loses no more than e4m3 already has.
+The tensors are those of a rank: its tokens, its share of a weight (docs/parallelism.md compares that with scales over
+all ranks). Products have the dtype of their inputs; weights are unchanged. Gradients accumulate in fp32; in forward
+the GPU's tensor cores accumulate in fewer bits, which is twice as fast and loses no more than e4m3 already has.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from triplane.model.modules import Multiplying, PartModule
 from triplane.model.transformer import Transformer
 
 _MULTIPLE = 16  # the GPU's kernel requires contracted and output dims to be multiples of it
 
 
 def use_fp8(model: Transformer) -> None:
-    """Swaps the blocks' linear layers, which keep their parameters. Widths must be multiples of 16."""
-    for parent in list(model.blocks.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                assert not any(width % _MULTIPLE for width in child.weight.shape), (name, child.weight.shape)
-                setattr(parent, name, Float8Linear(child))
+    """Swaps the products of linear layers in blocks, whatever share of a weight a rank holds."""
+    for part in model.blocks.modules():
+        if isinstance(part, PartModule):
+            for weight in part.weights.values():
+                if weight.in_fp8:
+                    layer = part.get_submodule(weight.name.removesuffix(".weight"))
+                    assert isinstance(layer, Multiplying), (weight, layer)
+                    layer.product = product
 
 
-class Float8Linear(nn.Linear):
-    """`linear` with fp8 products in forward and backward; backward on a GPU requires a multiple of 16 tokens."""
-
-    def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = linear.weight.shape
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        out = _Float8Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias
+def product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """Returns x @ weight.T + bias; widths, and for backward on a GPU the tokens, must be multiples of 16."""
+    assert not any(width % _MULTIPLE for width in weight_FD.shape), weight_FD.shape
+    out: Tensor = _Float8Product.apply(x_TD, weight_FD)  # type: ignore[no-untyped-call]
+    return out if bias_F is None else out + bias_F
 
 
 class _Float8Product(torch.autograd.Function):

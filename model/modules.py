@@ -24,6 +24,20 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
+class Multiplying:
+    """A linear layer, whose product can be swapped."""
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+    """Multiplies rows by the transpose of the weight, and adds the bias."""
+
+
+class Linear(Multiplying, nn.Linear):
+    """A linear layer of which this rank holds the whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
 class WeightsModule(nn.Module):
     """Parameters as `weights` describes them; a matrix NAME.weight becomes a linear layer NAME, several matrices a
     `Stack`, and scores of experts a `Router`."""
@@ -64,7 +78,7 @@ def _layer(weights: list[Weight]) -> nn.Module:
     if kind is not None:
         return kind(replace(weight, name=weight.name.rpartition(".")[2]) for weight in weights)
     out, into = matrix.shape
-    return nn.Linear(into, out, bias=bool(bias))
+    return Linear(into, out, bias=bool(bias))
 
 
 class Router(WeightsModule):

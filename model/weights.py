@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Literal
 
+_IN_WIDER_BITS = {"expert", "choice", "gain"}
+"""Outermost axes of matrices that `fp8` leaves in the weights' own precision."""
 Init = Literal["normal", "residual"] | float
 """`normal` draws with `init_std`; `residual` with `init_std / sqrt(2 n_layers)`; a number fills."""
 
@@ -48,6 +50,14 @@ class Weight:
     def elements(self) -> int:
         return prod(self.shape)
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether `fp8` multiplies it in 8 bits: the matrix of a linear layer that all tokens pass.
+
+        Not those of experts, whose products are grouped, nor of a router or a gate, whose scores decide close calls.
+        """
+        return self.role == "matrix" and self.axes[0].name not in _IN_WIDER_BITS
+
 
 def under(prefix: str, weights: Iterable[Weight]) -> Iterator[Weight]:
     """Yields `weights` with `prefix.` before each name."""
@@ -81,6 +91,8 @@ class Cost:
 
     inputs: Elements = ()
     """Inputs of its matrices, kept for backward."""
+    wide: Elements = ()
+    """Those of `inputs` that `fp8` leaves in the weights' own precision."""
     kept: Elements = ()
     """Further activations, kept for backward unless they are recomputed."""
     outputs: Elements = ()

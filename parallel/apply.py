@@ -23,7 +23,7 @@ def build_local_model(
     2. tensor: swap in modules that hold a share of each weight;
     3. experts: narrow each stack of experts to a share;
     4. context: swap in attention over a share of the tokens;
-    5. fp8: swap the remaining linear layers;
+    5. fp8: swap the products of linear layers;
     6. recompute and compile: wrap each block;
     7. materialise the share, or with ZeRO 3 its shard, and tie the head to the embedding if this rank has both.
 

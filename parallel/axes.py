@@ -45,6 +45,11 @@ def local_activations(axes: Elements, tp: int) -> int:
     return sum(max(1, axis.count // tp) * axis.width if axis.name in _SPLIT else axis.size for axis in axes)
 
 
+def shares_of(axis: Axis, tp: int) -> int:
+    """Returns the number of different shares of an axis that tp ranks multiply: at most one for each piece."""
+    return min(tp, axis.count) if axis.name in _SPLIT else 1
+
+
 def vocabulary_rows(vocab_size: int, tp: int) -> int:
     """Returns a rank's rows of the vocabulary tables; with tp, a multiple of eight, which GPUs multiply fast."""
     return vocab_size if tp == 1 else -(-vocab_size // (tp * _ROW_MULTIPLE)) * _ROW_MULTIPLE

@@ -52,7 +52,8 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     compile: bool = False
     """Compile each block and the loss: minutes at the start, faster steps afterwards."""
     fp8: bool = False
-    """Multiply in 8-bit floats inside blocks; requires GPUs of compute capability 8.9 or more."""
+    """Multiply in 8-bit floats in the linear layers of blocks; routers and routed experts stay in the weights' own
+    precision. Requires GPUs of compute capability 8.9 or more."""
     timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """Seconds a collective waits for a rank before it fails."""
 

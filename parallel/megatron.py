@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triplane.model.modules import Multiplying
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.cpu_shim import serve
 from triplane.parallel.mesh import Mesh
@@ -52,7 +53,14 @@ def _layer_config(dtype: torch.dtype, sequence_parallel: bool) -> ModelParallelC
     )
 
 
-class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+class _OwnProduct(Multiplying):
+    """megatron-core's layers call this with their share of the weight, and communicate before or after it."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
+        return self.product(input, weight, bias)
+
+
+class ColumnParallelLinear(_OwnProduct, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
     """Holds a share of the output features: (T, in) -> (T, out / tp).
 
     The input's gradient is a partial sum; the preceding norm sums it over tp, for all its consumers at once.
@@ -74,7 +82,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignor
         return super().forward(x)[0]
 
 
-class RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc]
+class RowParallelLinear(_OwnProduct, tensor_parallel.RowParallelLinear):  # type: ignore[misc]
     """Holds a share of the input features: (T, in / tp) -> (T, out), summed over tp.
 
     With sequence parallelism each rank gets its share of the tokens, (T / tp, out).

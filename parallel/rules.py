@@ -6,6 +6,7 @@ from typing import NamedTuple
 from triplane.model.config import ModelConfig
 from triplane.model.describe import expert_counts, layer_weights
 from triplane.model.weights import Axis
+from triplane.parallel.axes import shares_of
 from triplane.parallel.config import ParallelConfig
 
 _KEYS = {"dim": "dim", "head": "n_heads", "kv_head": "n_kv_heads", "hidden": "hidden_dim"}
@@ -72,17 +73,14 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             'compile and recompute "selective" cannot be combined with cp_method "ring", whose sends break the graph '
             'inside the block: nothing would be compiled; use recompute "full" or "none"'
         )
-    if layout.fp8 and tp > 1:
-        yield f"fp8 and tp ({tp}) cannot be combined: the layers of tp multiply in the weights' own precision"
     if layout.fp8 and precision == "fp32":
         yield "fp8 requires precision bf16: fp32 weights would gain nothing"
-    if layout.fp8 and experts:
-        yield f"fp8 does not multiply experts (n_experts is {experts[0]}); set parallel.fp8=false"
-    elif layout.fp8:
-        matrices = [weight for weight in weights if weight.role == "matrix"]
-        widths = dict.fromkeys((_width(axis), axis.size) for weight in matrices for axis in weight.axes)
-        for name, size in widths:
-            yield from multiple(f"fp8: {name}", size, f"{_FP8_MULTIPLE}, which its kernels require", _FP8_MULTIPLE)
+    if layout.fp8:
+        for axis in dict.fromkeys(axis for weight in weights if weight.in_fp8 for axis in weight.axes):
+            shares = shares_of(axis, tp)
+            split = f" x {'tp' if shares == tp else _KEYS[axis.name]} ({shares})" if shares > 1 else ""
+            operands = f"{_FP8_MULTIPLE}{split}, which its kernels require"
+            yield from multiple(f"fp8: {_width(axis)}", axis.size, operands, _FP8_MULTIPLE * shares)
 
 
 def _expert_problems(layout: ParallelConfig, counts: tuple[int, ...]) -> Iterator[str]:

@@ -10,12 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
-from torch.nn import functional as F
 
 from triplane.model.batch import IGNORED_TARGET
 from triplane.model.block import Block
 from triplane.model.head import Head
-from triplane.model.modules import NormModule, PartModule, Stack, WeightsModule
+from triplane.model.modules import Linear, Multiplying, NormModule, PartModule, Stack, WeightsModule
 from triplane.model.transformer import Transformer
 from triplane.model.weights import Axis, Weight
 from triplane.parallel import megatron
@@ -72,7 +71,7 @@ def _split_layers(part: PartModule, mesh: Mesh, sequence_parallel: bool) -> None
             child.mean = partial(_mean_over_tp, mesh=mesh)
         elif isinstance(child, Stack) and split_dim(child.weights["weight"], mesh.tp.size) == 2:
             child.ranks = mesh.tp.size
-        elif isinstance(child, nn.Linear):
+        elif isinstance(child, Linear):
             weight = part.weights[f"{name}.weight"]
             dim = split_dim(weight, mesh.tp.size)
             if dim is None:
@@ -127,7 +126,7 @@ def _needed(out: Axis, mesh: Mesh) -> slice:
     return slice(start, start + out.width)
 
 
-class SharedLinear(nn.Module):
+class SharedLinear(Multiplying, nn.Module):
     """A projection that each tp rank holds whole; computes the rows that this rank's heads need."""
 
     def __init__(self, linear: nn.Linear, rows: slice, mesh: Mesh):
@@ -141,7 +140,7 @@ class SharedLinear(nn.Module):
         # Each rank sees the part of the gradient that comes from its query heads, and none of other rows'.
         weight = megatron.copy_to_tp(self.weight, self.mesh)[self.rows]
         bias = None if self.bias is None else megatron.copy_to_tp(self.bias, self.mesh)[self.rows]
-        return F.linear(x_TD, weight, bias)
+        return self.product(x_TD, weight, bias)
 
 
 class VocabParallelHead(Head):

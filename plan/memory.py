@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from triplane.model.config import CHUNK_LOGITS
 from triplane.model.describe import layer_weights
-from triplane.parallel.axes import local_activations
+from triplane.parallel.axes import local_activations, local_elements
 from triplane.parallel.config import BUCKET_ELEMENTS
 from triplane.parallel.packing import least_elements
 from triplane.plan.shares import (
@@ -210,10 +210,10 @@ def _block(work: Work, kind: int, device: Device) -> int:
     tp, tokens, width = work.layout.tp, work.tokens, work.element_bytes
     costs = layer_costs(work, kind)
     kept = tokens * width * sum(local_activations(cost.kept, tp) for cost in costs)
-    if work.layout.fp8:  # each product keeps one-byte copies of its input and weight
-        layer = layer_weights(work.model, work.model.layer(kind))
-        inputs = [weight.axes[1:] for weight in layer if weight.role == "matrix"]
-        kept += tokens * sum(local_activations(axes, tp) for axes in inputs) + layer_parameters(work, kind)
+    if work.layout.fp8:  # each of its products keeps one-byte copies of its input and weight
+        layer = [weight for weight in layer_weights(work.model, work.model.layer(kind)) if weight.in_fp8]
+        kept += sum(tokens * local_activations(weight.axes[1:], tp) + local_elements(weight, tp) for weight in layer)
+        kept += tokens * width * sum(local_activations(cost.wide, tp) for cost in costs)
     else:
         # The output of attention, which its last product reads, is among what attention keeps.
         kept += tokens * width * sum(local_activations(cost.inputs, tp) for cost in costs)

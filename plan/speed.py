@@ -121,8 +121,9 @@ def speed(work: Work, gpu: Gpu, program: Program = OURS) -> Speed:
 def _block(work: Work, kind: int, rates: Rates) -> _Pass:
     layout, tokens = work.layout, work.tokens
     again = {"none": 0.0, "selective": rates.program.again, "full": 1.0}[layout.recomputed(kind)]
-    products = (6 + 2 * again) * layer_products(work, kind) * tokens
-    products_s = products / rates.products_flops_per_s(work.bf16, layout.fp8)
+    in_fp8, others = layer_products(work, kind)
+    fast, plain = (rates.products_flops_per_s(work.bf16, fp8) for fp8 in (layout.fp8, False))
+    products_s = (6 + 2 * again) * tokens * (in_fp8 / fast + others / plain)
     # Two products forward and five backward; the mask halves each.
     scores = local_activations(layer_costs(work, kind)[0].scores, layout.tp) * tokens
     attention_s = (7 + 2 * (layout.recomputed(kind) == "full")) * scores / rates.attention_flops_per_s(work.bf16)
@@ -139,13 +140,13 @@ def _block(work: Work, kind: int, rates: Rates) -> _Pass:
 
 def _block_bytes(work: Work, kind: int, program: Program) -> float:
     """Returns the bytes moved outside of products: norms, rotations, gates, residuals, and gradient accumulation."""
-    layout, costs = work.layout, layer_costs(work, kind)
-    stream = work.model.dim / (layout.tp if layout.sequence_parallel else 1)
-    forward = 10 * len(costs) * stream + sum(local_activations(cost.moved, layout.tp) for cost in costs)
+    layout, costs, tp = work.layout, layer_costs(work, kind), work.layout.tp
+    stream = work.model.dim / (tp if layout.sequence_parallel else 1)
+    forward = 10 * len(costs) * stream + sum(local_activations(cost.moved, tp) for cost in costs)
     if layout.fp8:  # each product's input is scanned for its maximum, scaled and rounded
         attended = tuple(axis for axis in costs[0].attended if axis.name == "head")
-        read = sum(local_activations(cost.inputs, layout.tp) for cost in costs)
-        forward += 6 * (read + local_activations(attended, layout.tp) // 2)
+        read = sum(local_activations(cost.inputs, tp) - local_activations(cost.wide, tp) for cost in costs)
+        forward += 6 * (read + local_activations(attended, tp) // 2)
     passes = 3 + (layout.recomputed(kind) != "none")  # backward moves twice as much
     moved = work.tokens * forward * passes * work.element_bytes / 2
     return moved * (program.fused if layout.compile else 1) + 12 * layer_parameters(work, kind)

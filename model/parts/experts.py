@@ -112,8 +112,10 @@ class Experts(Gated):
         """The rows of tokens are copied for each of their experts, and so are those of the output."""
         own = super().cost(dim)
         rows = Axis("dim", self.active * dim)
+        inputs = (Axis("dim", dim), *times(self.active, own.inputs))
         routed = Cost(
-            inputs=(Axis("dim", dim), *times(self.active, own.inputs)),
+            inputs=inputs,
+            wide=inputs,
             kept=(rows, *times(self.active, own.kept), Axis("choice", 2 * self.n_experts)),
             outputs=times(self.active, own.outputs),
             dispatched=(rows,),

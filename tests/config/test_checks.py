@@ -94,8 +94,9 @@ def test_a_good_config_passes_with_and_without_ranks() -> None:
         (
             {"fp8": True, "precision": "fp32"},
             2,
-            "fp8 and tp (2) cannot be combined: the layers of tp multiply in the weights' own precision\n"
-            "fp8 requires precision bf16: fp32 weights would gain nothing",
+            "fp8 requires precision bf16: fp32 weights would gain nothing\n"
+            "fp8: n_kv_heads x head_dim (16) is not a multiple of 16 x tp (2), which its kernels require; the next "
+            "multiple is 32",
         ),
         ({"n_kv_heads": 3, "tp": 1}, 4, "n_heads (4) is not a multiple of n_kv_heads (3); the next multiple is 6"),
         (

@@ -115,6 +115,7 @@ def _run(case: dict[str, Any]) -> None:
 
 def _model(case: dict[str, Any]) -> Any:
     from triplane.model.config import ModelConfig
+    from triplane.model.parts.experts import Experts
     from triplane.model.parts.gated import Gated
     from triplane.model.parts.softmax import Softmax
 
@@ -123,7 +124,9 @@ def _model(case: dict[str, Any]) -> Any:
         dim=64,
         n_layers=4,
         attention=Softmax(n_heads=4, n_kv_heads=2, head_dim=16, qkv_bias=case.get("biased", False)),
-        feed_forward=Gated(hidden_dim=128),
+        feed_forward=Experts(n_experts=8, active=2, hidden_dim=32, shared=1)
+        if case.get("experts")
+        else Gated(hidden_dim=128),
         tie_embeddings=case.get("tied", False),
     )
 

@@ -26,6 +26,11 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "selective, biased": ({"layout": {"recompute": "selective"}, "biased": True}, 0),
     "full, packed": ({"layout": {"recompute": "full"}, "packed": True}, 0),
     "fp8, selective": ({"layout": {"fp8": True, "recompute": "selective"}}, 0),
+    "fp8, tp, selective": (
+        {"layout": {"fp8": True, "tp": 2, "sequence_parallel": True, "recompute": "selective"}, "biased": True},
+        0,
+    ),
+    "fp8, experts": ({"layout": {"fp8": True, "dp": 8, "zero": 3}, "experts": True}, 0),
     "tp": ({"layout": {"tp": 2}}, 0),
     "tp + sequence, selective": (
         {"layout": {"tp": 2, "sequence_parallel": True, "recompute": "selective"}, "packed": True},
@@ -115,14 +120,21 @@ def operators(found: dict[str, Any], phase: str) -> Counter[str]:
     return Counter({name: count for where, name, count in found["operators"] if where == phase})
 
 
-@pytest.mark.parametrize("product", ["aten.addmm.default", "aten._scaled_mm.default"])
-def test_selective_recompute_multiplies_nothing_twice(product: str, rehearsed: dict[str, dict[str, Any]]) -> None:
-    """Two micro-batches of four layers: three biased projections, or seven and two products for each's gradients."""
-    name, expected = {
-        "aten.addmm.default": ("selective, biased", 2 * 4 * 3),
-        "aten._scaled_mm.default": ("fp8, selective", 2 * 4 * 7 * 3),
-    }[product]
-    assert operators(rehearsed[name], "forward_backward")[product] == expected
+@pytest.mark.parametrize(
+    ("name", "product", "expected"),
+    [
+        ("selective, biased", "aten.addmm.default", 3),
+        ("fp8, selective", "aten._scaled_mm.default", 7 * 3),
+        ("fp8, tp, selective", "aten._scaled_mm.default", 7 * 3),
+        ("fp8, experts", "aten._scaled_mm.default", (4 + 3) * 3),  # of attention and the shared expert
+        ("fp8, experts", "triplane.grouped_product.default", 3),
+    ],
+)
+def test_each_product_is_computed_once(
+    name: str, product: str, expected: int, rehearsed: dict[str, dict[str, Any]]
+) -> None:
+    """Two micro-batches of four layers: three biased projections, or all and two products for each's gradients."""
+    assert operators(rehearsed[name], "forward_backward")[product] == 2 * 4 * expected
 
 
 def test_a_tensor_on_the_host_is_caught(rehearsed: dict[str, dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ def config_file(prepared: Prepared, folder: Path, **layout: Any) -> Path:
         ({"tp": 4, "sequence_parallel": True, "pp": 4, "virtual_stages": 2, "dp": 8, "recompute": "selective"}, 128),
         ({"tp": 2, "cp": 2, "cp_method": "ring", "pp": 2, "dp": 8}, 64),
         ({"cp": 4, "dp": 8, "fp8": True}, 32),
+        ({"tp": 2, "sequence_parallel": True, "dp": 8, "fp8": True}, 16),
     ],
 )
 def test_a_rank_of_each_kind_has_the_parameters_that_the_plan_counts(

@@ -12,13 +12,15 @@ import pytest
 import torch
 from runs import small_run
 from small_corpora import Prepared
+from small_models import small_config
 
 from triplane.config.checks import check
 from triplane.launcher.cores import cores_of_ranks
+from triplane.model.parts.experts import Experts
 from triplane.parallel.config import ParallelConfig
 from triplane.parallel.devices import gpu_number, missing_to_compile, problems_of_devices
 from triplane.parallel.ranks import Rank
-from triplane.parallel.rules import Devices, device_problems
+from triplane.parallel.rules import Devices, device_problems, layout_problems
 from triplane.training.hardware import data_sheet_flops_per_s, newest_flash_attention, room_for_weights
 
 H100, A100, CPU = (9, 0), (8, 0), Devices(0, None)
@@ -88,6 +90,23 @@ def test_widths_and_tokens_that_fp8_kernels_do_not_take_are_known_before(prepare
     odd = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": 24})})
     odd = odd.model_copy(update={"training": odd.training.model_copy(update={"micro_batch_size": 1})})
     assert any("x seq_len (24) (24) is not a multiple of 16 x cp (1), for fp8" in x for x in check(odd, 1))
+
+
+def test_fp8_multiplies_the_share_of_a_rank() -> None:
+    """Of fewer key heads than ranks a rank multiplies one; the widths of routed experts do not matter."""
+    model = small_config(n_heads=4, n_kv_heads=2, head_dim=24, hidden_dim=48)
+    found = [line.split(";")[0] for line in layout_problems(model, ParallelConfig(tp=4, fp8=True), "bf16")]
+    assert found == [
+        "fp8: n_heads x head_dim (96) is not a multiple of 16 x tp (4), which its kernels require",
+        "fp8: n_kv_heads x head_dim (48) is not a multiple of 16 x n_kv_heads (2), which its kernels require",
+        "fp8: hidden_dim (48) is not a multiple of 16 x tp (4), which its kernels require",
+    ]
+    heads = {"n_heads": 4, "n_kv_heads": 1, "head_dim": 16}
+    for shared, problem in ((4, None), (2, "hidden_dim (48) is not a multiple of 16 x tp (2)")):
+        experts = Experts(n_experts=4, active=2, hidden_dim=24, shared=shared, shared_gate=True)
+        model = small_config(feed_forward=experts, **heads)
+        found = list(layout_problems(model, ParallelConfig(tp=2, ep=2, fp8=True), "bf16"))
+        assert [str(problem) in line for line in found] == [True] * (problem is not None)
 
 
 def test_a_cpu_can_be_asked_for() -> None:

@@ -107,6 +107,14 @@ def test_the_memory_of_other_parts_is_as_predicted(
             assert predicted.activations == pytest.approx(measured.activations, rel=0.1), name
 
 
+def test_what_fp8_keeps_besides_is_as_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte of each input and weight of its products in place of two of the inputs; nothing changes for experts."""
+    monkeypatch.setattr(memory, "MODEL", memory.MODEL.model_copy(update={"feed_forward": PARTS["feed_forward"]}))
+    (_, *plain), (_, *eight) = (next(memory.compare({"fp8": fp8}, 1, True)) for fp8 in (False, True))
+    measured, predicted = (ours.activations - theirs.activations for ours, theirs in zip(eight, plain))
+    assert predicted == pytest.approx(measured, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("layout", "of_others", "of_experts"),
     [

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 from benchmark_scripts import benchmark
+from small_models import small_config
 
 from triplane.config.load import load_config
+from triplane.model.parts.experts import Experts
+from triplane.parallel.config import ParallelConfig
 from triplane.plan.estimate import work_of
 from triplane.plan.gpus import GPUS
-from triplane.plan.rates import OURS
-from triplane.plan.shares import Work
+from triplane.plan.rates import OURS, Rates
+from triplane.plan.shares import Work, layer_products
 from triplane.plan.speed import Speed, speed
 
 published = benchmark("plan")
@@ -39,6 +42,20 @@ def work(*overrides: str, gpus: int = 256) -> Work:
 
 def step_s(*overrides: str, gpus: int = 256) -> float:
     return speed(work(*overrides, gpus=gpus), GPUS["h100"]).step_s
+
+
+def test_fp8_multiplies_shared_experts_and_no_others() -> None:
+    experts = Experts(n_experts=8, active=2, hidden_dim=192, shared=3)
+    one = replace(work(), model=small_config(dim=128, feed_forward=experts), layout=ParallelConfig(tp=2, fp8=True))
+    attention, router, norms = 2 * (6 + 2) * 8 * 128, 8 * 128, 2 * 128
+    assert layer_products(one, 0) == ((attention + 3 * 3 * 192 * 128) // 2, router + norms + 2 * 3 * 192 * 128 // 2)
+    plain = replace(one, layout=ParallelConfig(tp=2))
+    gpu = GPUS["h100"]
+    rates = Rates(gpu, OURS)
+    saved_s = speed(plain, gpu).products_s - speed(one, gpu).products_s
+    each_s = 1 / rates.products_flops_per_s(True) - 1 / rates.products_flops_per_s(True, fp8=True)
+    tokens = one.tokens * one.micro_batches * one.model.n_layers
+    assert saved_s == pytest.approx(6 * layer_products(one, 0)[0] * tokens * each_s)
 
 
 def test_a_step_is_never_faster_than_its_flops() -> None:
