@@ -173,6 +173,8 @@ class Held(NamedTuple):
     """Those that the rank updates: with ZeRO a share."""
     state: int
     """What the optimizer keeps of these."""
+    update_flops: int
+    """Of the products in an update, of which the ranks that share the state each compute as many."""
 
 
 @cache
@@ -200,7 +202,7 @@ def _of_layer(work: Work, kind: int) -> Held:
 
 
 def _sum(work: Work, weights: Iterable[Weight]) -> Held:
-    layout, total, experts, updated, state = work.layout, 0, 0, 0, 0
+    layout, total, experts, updated, state, flops = work.layout, 0, 0, 0, 0, 0
     for weight in weights:
         elements, apart = local_elements(weight, layout.tp, layout.ep), spreads_experts(weight, layout.ep)
         rows = local_shape(weight, layout.tp)[0] // (layout.ep if apart else 1)
@@ -210,7 +212,9 @@ def _sum(work: Work, weights: Iterable[Weight]) -> Held:
         share = elements // rows * -(-rows // shards) if whole else -(-elements // shards)
         total, experts, updated = total + elements, experts + apart * elements, updated + share
         state += round(work.optimizer.kept(weight) * share)
-    return Held(total, experts, updated, state)
+        # Each tp rank brings whole matrices together.
+        flops += work.optimizer.update_flops(weight) // (shards * (layout.ep if apart else 1))
+    return Held(total, experts, updated, state, flops)
 
 
 def in_flight(work: Work, rank: RankKind) -> list[int]:

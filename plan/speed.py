@@ -161,8 +161,9 @@ def _head(work: Work, rates: Rates) -> _Pass:
 
 
 def _update_s(work: Work, rates: Rates, rank: RankKind) -> float:
-    share, state = held(work, rank).updated, held(work, rank).state
-    moved = _UPDATE_BYTES * share + _STATE_BYTES * state
+    own = held(work, rank)
+    share = own.updated
+    moved = _UPDATE_BYTES * share + _STATE_BYTES * own.state
     if work.layout.offload_optimizer:
         return moved / _HOST_BYTES_PER_S + 6 * share / _PCIE_BYTES_PER_S
-    return moved / rates.memory_bytes_per_s
+    return moved / rates.memory_bytes_per_s + own.update_flops / rates.products_flops_per_s(bf16=True)

@@ -42,8 +42,8 @@ class BatchPhase(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, us
     """Sequences per update from here on, over all ranks."""
 
 
-class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """Length of the run, size of a step, and reporting."""
+class RunLength(BaseModel, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
+    """Updates in a run, and the sequences of each."""
 
     steps: int = Field(gt=0, le=10**12)
     """Optimizer updates in the whole run."""
@@ -51,25 +51,6 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """Sequences per update, over all ranks, until `batch_ramp` changes it."""
     batch_ramp: list[BatchPhase] = []
     """Changes of the batch size, in order. What is still to come may change when a run resumes."""
-    micro_batch_size: int = Field(gt=0, le=2**31 - 1)
-    """Sequences per forward pass of one dp rank."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`bf16` keeps fp32 master weights. `auto`: bf16 on GPUs; on a CPU the faster of the two, measured at the start."""
-    log_every_steps: PositiveInt = 10
-    """Steps between logged metrics, besides those of the first step. The loss is the mean over these steps."""
-    eval_every_steps: PositiveInt = 500
-    """Steps between validations; the last step is always validated."""
-    eval_sequences: PositiveInt = 256
-    """Sequences per validation, the same ones each time."""
-    sample_every_steps: PositiveInt | None = None
-    """Steps between text samples in TensorBoard; None: no samples."""
-    noise_scale_every_steps: PositiveInt | None = None
-    """Steps between estimates of the gradient noise scale, the tokens of a batch past which larger ones save few steps;
-    each takes the time of a forward and backward pass. None: none."""
-    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port on which rank 0 serves the latest metrics to Prometheus, on all interfaces; None: disabled."""
-    stop_at_step: PositiveInt | None = None
-    """Save and exit after this step, as if interrupted; the schedule does not change."""
 
     @property
     def batch_sizes(self) -> list[tuple[int, int]]:
@@ -100,6 +81,30 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
             read += here
             sequences -= int(here * size)
         return read
+
+
+class TrainingConfig(RunLength, extra="forbid", frozen=True):
+    """Length of the run, size of a step, and reporting."""
+
+    micro_batch_size: int = Field(gt=0, le=2**31 - 1)
+    """Sequences per forward pass of one dp rank."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` keeps fp32 master weights. `auto`: bf16 on GPUs; on a CPU the faster of the two, measured at the start."""
+    log_every_steps: PositiveInt = 10
+    """Steps between logged metrics, besides those of the first step. The loss is the mean over these steps."""
+    eval_every_steps: PositiveInt = 500
+    """Steps between validations; the last step is always validated."""
+    eval_sequences: PositiveInt = 256
+    """Sequences per validation, the same ones each time."""
+    sample_every_steps: PositiveInt | None = None
+    """Steps between text samples in TensorBoard; None: no samples."""
+    noise_scale_every_steps: PositiveInt | None = None
+    """Steps between estimates of the gradient noise scale, the tokens of a batch past which larger ones save few steps;
+    each takes the time of a forward and backward pass. None: none."""
+    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port on which rank 0 serves the latest metrics to Prometheus, on all interfaces; None: disabled."""
+    stop_at_step: PositiveInt | None = None
+    """Save and exit after this step, as if interrupted; the schedule does not change."""
 
 
 class FaultsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 
 from triplane.slurm.snapshot import last_submission
 from triplane.storage.errors import LaunchError
+from triplane.training.config import RunLength
 from triplane.training.run_folder import CONFIG, SWEEP, RunFolder
 from triplane.training.run_log import EVENTS, METRICS_RECORDS, Event, read_log
 
@@ -31,8 +32,8 @@ class _Data(BaseModel):
     phases: list[_Phase] = []
 
 
-class _Training(BaseModel):
-    steps: PositiveInt
+class _Training(RunLength, frozen=True):
+    global_batch_size: PositiveInt = 1
 
 
 class ShownConfig(BaseModel):
@@ -70,6 +71,12 @@ class RunStatus:
     def steps(self) -> int:
         """Steps of the whole run."""
         return self.config.training.steps
+
+    @property
+    def steps_left(self) -> float:
+        """Steps still to do, of the size of the last one."""
+        training = self.config.training
+        return training.sequences(training.steps, done=self.step) / training.batch_size(max(1, self.step))
 
 
 def read_status(run_dir: Path) -> RunStatus:

@@ -71,7 +71,7 @@ def _width(texts: Sequence[str]) -> int:
 
 def _facts(run: RunStatus, now_s: float) -> dict[str, str]:
     values, unknown = run.metrics, _UNKNOWN
-    left_s = values["step_time_s"] * (run.steps - run.step) if "step_time_s" in values else None
+    left_s = values["step_time_s"] * run.steps_left if "step_time_s" in values else None
     saved = unknown
     if run.checkpoint_step is not None and run.checkpoint_s is not None:
         saved = f"{run.checkpoint_step}, {_age(run.checkpoint_s, now_s)}"

@@ -39,7 +39,8 @@ def test_many_runs_are_rows_of_what_has_room(tmp_path: Path) -> None:
 
 
 def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("training = { steps = 100 }\n")
+    ramp = "[{ after_steps = 50, global_batch_size = 16 }]"
+    (tmp_path / "config.toml").write_text(f"training = {{ steps = 100, global_batch_size = 8, batch_ramp = {ramp} }}\n")
     record_event(tmp_path, "start", 0, layout="dp 2", ranks=2, precision="fp32")
     record_event(tmp_path, "save", 20, checkpoint="step_20")
     writer = MetricsWriter(tmp_path, 0)
@@ -61,7 +62,7 @@ def test_the_table_follows_a_run_until_it_is_done(tmp_path: Path) -> None:
         ("loss", "3.2500"),
         ("tokens/s", "12.3 k"),
         ("MFU", "41.2%"),
-        ("time left", "2 m 30 s"),
+        ("time left", "4 m 10 s"),
         ("checkpoint", r"20, \d+ s ago"),
         ("restarts", "0"),
         ("ranks", "2"),

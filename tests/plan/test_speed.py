@@ -17,6 +17,7 @@ from triplane.plan.gpus import GPUS
 from triplane.plan.rates import OURS, Rates
 from triplane.plan.shares import Work, layer_products
 from triplane.plan.speed import Speed, speed
+from triplane.training.optimizers.muon import Muon
 
 published = benchmark("plan")
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,17 @@ def test_a_step_is_never_faster_than_its_flops() -> None:
 )
 def test_what_makes_a_step_slower(slower: dict[str, Any], faster: dict[str, Any]) -> None:
     assert step_s(*slower) > step_s(*faster)
+
+
+def test_muon_multiplies_in_its_update() -> None:
+    """Eight ranks share the matrices of a stage of 21 layers at most; the tp ranks do not."""
+    muon = replace(work(), optimizer=Muon(kind="muon"))
+    more_s = speed(muon, GPUS["h100"]).update_s - speed(work(), GPUS["h100"]).update_s
+    dim, kv, hidden = 8192, 1024, 28672
+    sides = [(dim, dim)] * 2 + [(kv, dim)] * 2 + [(dim, hidden)] * 3
+    flops = 21 * 5 * sum(4 * small**2 * large + 2 * small**3 for small, large in sides)
+    rate = GPUS["h100"].bf16_tflops * 1e12 * OURS.products
+    assert more_s == pytest.approx(flops / 8 / rate, rel=0.01)
 
 
 def test_twice_the_gpus_take_a_little_more_than_half_of_the_time() -> None:

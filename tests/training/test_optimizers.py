@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from triplane.model.weights import Axis, Weight
 from triplane.parallel.mesh import Mesh
@@ -110,6 +111,16 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(alone: Mesh, nestero
         torch.testing.assert_close(mine, piece.weight.detach(), rtol=0.0, atol=2e-3)
     for mine, piece in zip(found[2:], theirs[2:]):
         torch.testing.assert_close(mine, piece.weight.detach())
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("weight", [MATRIX, TALL, EXPERTS], ids=lambda weight: weight.name)
+def test_muon_counts_the_flops_that_it_takes(weight: Weight, by_head: bool) -> None:
+    kind = Muon(kind="muon", by_head=by_head, iterations=4)
+    with FlopCounterMode(display=False) as counter:
+        kind.orthogonal(weight, torch.randn(weight.shape))
+    assert kind.update_flops(weight) == counter.get_total_flops() > 0
+    assert kind.update_flops(TABLE) == 0
 
 
 def test_muon_by_head_orthogonalises_each_head(alone: Mesh) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import sqrt
+from math import prod, sqrt
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from triplane.model.weights import Weight
+from triplane.model.weights import Axis, Weight
 from triplane.training.optimizers.adamw import Adam
 
 if TYPE_CHECKING:
@@ -55,6 +55,16 @@ class Muon(Adam):
         kept: dict[str, Each] = {"momentum": "element"}
         return kept if self.second_moment_decay is None else {**kept, "second_moment": "row"}
 
+    def update_flops(self, weight: Weight) -> int:
+        """Returns those of Newton-Schulz: X X', its square, and their polynomial times X, where X is wide."""
+        if not self.whole(weight):
+            return 0
+        *stack, outputs, inputs = weight.axes
+        heads = outputs.count if self._splits(outputs) else 1
+        small, large = sorted((outputs.size // heads, inputs.size))
+        count = prod(axis.size for axis in stack) * heads
+        return self.iterations * count * (4 * small**2 * large + 2 * small**3)
+
     def build(self, pieces: Sequence[Piece], mesh: Mesh) -> list[torch.optim.Optimizer]:
         from triplane.parallel.whole import WholeMatrices
         from triplane.training.optimizers.own_update import MuonUpdate
@@ -81,7 +91,7 @@ class Muon(Adam):
         from triplane.training.optimizers.newton_schulz import orthogonal
 
         shape, outputs = whole.shape, weight.axes[0]
-        if self.by_head and outputs.name in ("head", "kv_head"):
+        if self._splits(outputs):
             whole = whole.view(outputs.count, outputs.width, -1)
         rows, columns = whole.shape[-2:]
         scale = 0.2 * sqrt(max(rows, columns))
@@ -89,6 +99,10 @@ class Muon(Adam):
             scale = sqrt(max(1, rows / columns))
         whole = whole.to(torch.bfloat16 if self.iterate_in == "bf16" else torch.float32)
         return (scale * orthogonal(whole, self.coefficients, self.iterations).float()).view(shape)
+
+    def _splits(self, outputs: Axis) -> bool:
+        """Returns whether the heads of these outputs are matrices of their own."""
+        return self.by_head and outputs.name in ("head", "kv_head")
 
     def problems(self, weights: Iterable[Weight]) -> Iterator[str]:
         known = list(weights)

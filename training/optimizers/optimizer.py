@@ -71,6 +71,10 @@ class Optimizer(BaseModel):
         moments = (1.0 if each == "element" else 1 / weight.axes[-1].size for each in self.moments(weight).values())
         return sum(moments) + (self.average_decay is not None)
 
+    def update_flops(self, weight: Weight) -> int:
+        """Returns the FLOPs of the products in an update of all of `weight`."""
+        return 0
+
     def whole(self, weight: Weight) -> bool:
         """Returns whether one rank must update `weight` as a whole, rather than a share of its elements."""
         return False
