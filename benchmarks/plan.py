@@ -6,13 +6,18 @@
 Each program differs from ours in what it hides behind what; that is written down here, by program. Sources, read on
 24 November 2026: Megatron-LM's images/model_table.png; mosaicml/llm-foundry's scripts/train/benchmarking/README.md;
 huggingface/nanotron's docs/benchmark_summary.svg; pytorch/torchtitan's benchmarks/llama3_h100_202412_torchtitan.md.
+Of models with experts, read on 28 November: Megatron-LM's megatron/core/transformer/moe/README.md (layout and result);
+NVIDIA-NeMo/Automodel's docs/performance-summary.md and examples/benchmark/configs (recomputation, stages, and the gate
+in nemo_automodel/components/moe); DeepSeek-V3's technical report, sections 2.1, 3.2 and table 1.
 """
 
 import argparse
 import math
 import statistics
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from triplane.model.config import ModelConfig
@@ -35,6 +40,7 @@ from triplane.plan.speed import speed
 H100 = GPUS["h100"]
 GRAND_TETON = H100.model_copy(update={"memory_gib": 94.0, "memory_gb_per_s": 2400})
 """torchtitan's: HBM2e, and a power limit of 500 W instead of 700 W."""
+H800 = H100.model_copy(update={"node_gb_per_s": 200})
 
 PROGRAMS = {
     # It overlaps all three kinds of traffic, in part.
@@ -47,6 +53,11 @@ PROGRAMS = {
     "torchtitan, async": Program(
         products=0.54, gather_hidden=True, pipeline_hides=True, all_reduces=False, again=0.5, tp_hidden=0.42
     ),
+    # FSDP2 that gathers and reduces once a step, as ZeRO 1 does. Its benchmarks' gate chooses experts in turn, so that
+    # those of a token are on one rank or on neighbours, and DeepEP sends a row once to each machine.
+    "NeMo Automodel": Program(gather_hidden=True, pipeline_hides=True, all_reduces=False, rows_sent=1),
+    # DualPipe: rows travel, once to each of at most 4 machines, while another micro-batch computes.
+    "DeepSeek": Program(gather_hidden=True, pipeline_hides=True, all_reduces=False, rows_sent=4, experts_hidden=True),
 }
 
 
@@ -239,6 +250,54 @@ def torchtitan() -> Iterator[Row]:
         yield Row(program, name, work, mfu, size == "8B" and gpus == 8, GRAND_TETON, gib)
 
 
+def experts() -> Iterator[Row]:
+    """Models with experts, 4,096 tokens, equal loads. Kernels of Transformer Engine count as compiled blocks."""
+    mixtral, qwen, deepseek = (published_model(name) for name in ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"))
+    dense, sparse = deepseek["layers"]
+    further = {"predict_further": deepseek.pop("predict_further")}
+    kimi = deepseek | {
+        "vocab_size": 163_840,
+        "layers": [dense | {"repeat": 1}, sparse | {"repeat": 60}],
+        "attention": deepseek["attention"] | {"n_heads": 64},
+        "feed_forward": deepseek["feed_forward"] | {"n_experts": 384, "groups": 1, "active_groups": 1},
+    }
+    # Megatron-LM counts the FLOPs of whole attention, as we do; of the others the tokens are published.
+    tokens = 468e12 / flops_per_token(ModelConfig.model_validate(mixtral), 4096)
+    own = 1e12 / 180_000 / 3600  # hours of a GPU for 10^12 tokens
+    mcore, automodel, again = "Megatron-LM", "NeMo Automodel", {"recompute": "full"}
+    # Each of Automodel's pipelines runs 8 micro-batches, in larger batches several times, one after the other.
+    for program, name, model, gpus, keys, micro, micro_batches, rate in (
+        (mcore, "Mixtral 8x7B", mixtral, 64, {"ep": 8, "pp": 4, "virtual_stages": 8}, 1, 16, tokens),
+        (automodel, "Qwen3 30B-A3B", qwen, 8, again | {"ep": 8}, 4, 16, 12_040),
+        (automodel, "DeepSeek-V3", deepseek, 256, again | {"ep": 64, "pp": 4, "virtual_stages": 8}, 1, 8, 1002),
+        (automodel, "DeepSeek-V3", deepseek, 1024, again | {"ep": 64, "pp": 4, "virtual_stages": 4}, 1, 8, 865),
+        (automodel, "Kimi K2", kimi, 256, again | {"ep": 32, "pp": 8, "virtual_stages": 4}, 1, 8, 924),
+        ("DeepSeek", "DeepSeek-V3", deepseek | further, 2048, {"ep": 64, "pp": 16, "fp8": True}, 1, 120, own),
+    ):
+        gpu = H800 if program == "DeepSeek" else H100
+        layout = ParallelConfig.model_validate(keys | {"compile": True})
+        dp = gpus // layout.ranks_of_one
+        layout = layout.model_copy(update={"dp": dp})
+        work = Work(
+            model=ModelConfig.model_validate(model),
+            layout=layout,
+            dp=dp,
+            bf16=True,
+            micro_batch_size=micro,
+            micro_batches=micro_batches,
+            seq_len=4096,
+        )
+        mfu = rate * flops_per_token(work.model, 4096) / 989e12
+        yield Row(program, f"{name}, {gpus} GPUs, {layout.describe()}", work, mfu, gpu=gpu)
+
+
+def published_model(name: str) -> dict[str, Any]:
+    """Returns the table `model` of one of our configs."""
+    path = Path(__file__).parents[1] / "configs" / f"{name}.toml"
+    model: dict[str, Any] = tomllib.loads(path.read_text())["model"]
+    return model
+
+
 def torchtitan_gib(row: Row) -> float:
     """Returns the peak of the fullest rank: FSDP2's shards and whole tensors, our count of activations, and the logits.
 
@@ -299,6 +358,7 @@ def tables() -> str:
             f"{'Fitted' if fitted else 'Predicted'}: {len(found)} rows, median error "
             f"{100 * statistics.median(found):.1f} %, {over} over 25 %.  "
         )
+    lines += ["", *experts_table()]
     lines += ["", "| torchtitan's run | GiB, published | predicted | off by |", "| --- | --- | --- | --- |"]
     for row in rows():
         if row.memory_gib is not None:
@@ -306,6 +366,21 @@ def tables() -> str:
             error = 100 * (gib / row.memory_gib - 1)
             lines.append(f"| {row.name} | {row.memory_gib:.1f} | {gib:.1f} | {error:+.0f} % |")
     return "\n".join(lines) + "\n"
+
+
+def experts_table() -> Iterator[str]:
+    yield "| program | run | tokens/s per GPU, published | predicted | off by |"
+    yield "| --- | --- | --- | --- | --- |"
+    errors = []
+    for row in experts():
+        predicted, per_mfu = row.predicted_mfu(PROGRAMS[row.program]), 989e12 / flops_per_token(row.work.model, 4096)
+        errors.append(abs(predicted / row.mfu - 1))
+        yield (
+            f"| {row.program} | {row.name} | {row.mfu * per_mfu:,.0f} | {predicted * per_mfu:,.0f} | "
+            f"{100 * (predicted / row.mfu - 1):+.0f} % |"
+        )
+    yield ""
+    yield f"Predicted: {len(errors)} rows, median error {100 * statistics.median(errors):.1f} %."
 
 
 def fit() -> None:

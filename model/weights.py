@@ -106,7 +106,7 @@ class Cost:
     dispatched: Elements = ()
     """Elements that ranks with other experts receive, and as many that they return."""
     moved: Elements = ()
-    """Elements read and written in forward by what is no matrix product."""
+    """Elements read and written in forward by what is no matrix product and no copy of what is dispatched."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))

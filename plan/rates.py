@@ -40,6 +40,10 @@ class Program:
     gradient_bytes: int = 4
     again: float = 0.0
     """Share of the products that selective recomputation repeats."""
+    rows_sent: int | None = None
+    """Rows per token that travel to its experts. None: one for each of these."""
+    experts_hidden: bool = False
+    """Whether rows travel to their experts and back while other micro-batches compute."""
 
 
 OURS = Program()
@@ -77,6 +81,17 @@ class Rates:
         if ranks <= here:
             return inside
         return min(inside, here * self.gpu.network_gb_per_s * 1e9 * self.program.network)
+
+    def all_to_all_s(self, sent_bytes: float, ranks: int, stride: int) -> float:
+        """Returns the time in which each of `ranks` ranks sends `sent_bytes` in equal parts to all of them.
+
+        All that leaves a machine goes over its sender's own link, while a ring passes through a machine once, over all
+        its links. The rest travels meanwhile.
+        """
+        here = min(ranks, max(1, self.gpu.gpus_per_node // stride))
+        inside_s = (here - 1) / ranks * sent_bytes / self.link_bytes_per_s(here, stride)
+        outside_s = (ranks - here) / ranks * sent_bytes / (self.gpu.network_gb_per_s * 1e9 * self.program.network)
+        return max(inside_s, outside_s) + self.program.hop_s * ranks
 
     def collective_s(self, whole_bytes: float, ranks: int, stride: int) -> float:
         """Returns the time of an all-gather or reduce-scatter of `whole_bytes`; an all-reduce takes two."""

@@ -45,7 +45,7 @@ class Show:
             "products and attention": speed.products_s,
             "other work in blocks": speed.memory_s,
             "tensor-parallel traffic": speed.tensor_s,
-            "context-parallel traffic": speed.context_s,
+            "traffic over cp and ep": speed.context_s,
             "waiting in the pipeline": speed.pipeline_s,
             "gradients and weights over dp": speed.data_s,
             "update": speed.update_s,

@@ -19,7 +19,7 @@ from triplane.plan.shares import (
     pipeline,
     table_parameters,
 )
-from triplane.plan.traffic import context_s, copies_s, data_s, dispatch_s, sends_s, tensor_s
+from triplane.plan.traffic import context_s, copies_s, data_s, dispatch_s, sends_s, sent_elements, tensor_s
 
 _HOST_BYTES_PER_S, _PCIE_BYTES_PER_S = 20e9, 25e9
 """A rank's share of its host's bandwidth, for an offloaded optimizer."""
@@ -148,8 +148,11 @@ def _block_bytes(work: Work, kind: int, program: Program) -> float:
         read = sum(local_activations(cost.inputs, tp) - local_activations(cost.wide, tp) for cost in costs)
         forward += 6 * (read + local_activations(attended, tp) // 2)
     passes = 3 + (layout.recomputed(kind) != "none")  # backward moves twice as much
-    moved = work.tokens * forward * passes * work.element_bytes / 2
-    return moved * (program.fused if layout.compile else 1) + 12 * layer_parameters(work, kind)
+    # No compiler fuses the copies of rows: those by expert, and where they travel those by rank, there and back.
+    rows = sum(axis.size for axis in costs[1].dispatched)
+    copied = 3 * sent_elements(work, kind, program) + (4 * rows if layout.ep > 1 else 0)
+    elements = forward * (program.fused if layout.compile else 1) + copied
+    return work.tokens * elements * passes * work.element_bytes / 2 + 12 * layer_parameters(work, kind)
 
 
 def _head(work: Work, rates: Rates) -> _Pass:

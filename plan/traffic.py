@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from triplane.model.describe import model_weights
 from triplane.parallel.axes import local_elements
 from triplane.parallel.stages import copied_weights
-from triplane.plan.rates import Rates
+from triplane.plan.rates import Program, Rates
 from triplane.plan.shares import RankKind, Work, held, layer_costs
 
 
@@ -38,14 +38,17 @@ def context_s(work: Work, kind: int, rates: Rates, attention_s: float) -> float:
 
 def dispatch_s(work: Work, kind: int, rates: Rates) -> float:
     """Returns the time per block of `kind` and micro-batch: rows to their experts and back, and their gradients."""
-    ep = work.layout.ep
-    sent = sum(axis.size for axis in layer_costs(work, kind)[1].dispatched)
-    if ep == 1 or sent == 0:
+    ep, sent = work.layout.ep, sent_elements(work, kind, rates.program)
+    if ep == 1 or sent == 0 or rates.program.experts_hidden:
         return 0.0
     again = 0 if work.layout.recomputed(kind) == "none" else 2
-    exchanged = work.tokens * sent * work.element_bytes * (ep - 1) / ep
-    one_s = exchanged / rates.link_bytes_per_s(ep, work.layout.tp) + rates.program.hop_s * ep
-    return (4 + again) * one_s
+    return (4 + again) * rates.all_to_all_s(work.tokens * sent * work.element_bytes, ep, work.layout.tp)
+
+
+def sent_elements(work: Work, kind: int, program: Program) -> int:
+    """Returns the elements per token that are sent to its experts, or put in their order where all are here."""
+    sent = sum(axis.size for axis in layer_costs(work, kind)[1].dispatched)
+    return sent if program.rows_sent is None else min(sent, program.rows_sent * work.model.dim)
 
 
 def sends_s(work: Work, rates: Rates) -> float:

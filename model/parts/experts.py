@@ -119,7 +119,7 @@ class Experts(Gated):
             kept=(rows, *times(self.active, own.kept), Axis("choice", 2 * self.n_experts)),
             outputs=times(self.active, own.outputs),
             dispatched=(rows,),
-            moved=(Axis("dim", 6 * self.active * dim), *times(self.active, own.moved)),
+            moved=(Axis("dim", 3 * self.active * dim), *times(self.active, own.moved)),
         )
         return routed + self._always.cost(dim) if self.shared else routed
 

@@ -37,6 +37,12 @@ def test_what_was_not_fitted_is_predicted() -> None:
     assert sum(error > 0.25 for error in errors) <= 3
 
 
+def test_models_with_experts_are_predicted_without_a_fit() -> None:
+    errors = [row.predicted_mfu(published.PROGRAMS[row.program]) / row.mfu - 1 for row in published.experts()]
+    assert len(errors) == 6
+    assert max(map(abs, errors)) < 0.25
+
+
 def work(*overrides: str, gpus: int = 256) -> Work:
     return work_of(load_config(ROOT / "configs" / "70b.toml", overrides), gpus)
 
@@ -129,3 +135,27 @@ def test_experts_over_ranks_travel_among_those_that_hold_them(keys: tuple[str, .
     assert found(8).data_s < 0.9 * found(1).data_s
     assert found(8).data_s > 0.1 * found(1).data_s  # the experts' own still cross machines
     assert found(8).context_s > found(1).context_s == 0
+
+
+def mixtral(*overrides: str) -> Work:
+    return work_of(load_config(ROOT / "configs" / "mixtral-8x7b.toml", overrides), 64)
+
+
+def test_a_row_that_leaves_its_machine_goes_over_the_link_of_its_own_gpu() -> None:
+    """A ring over two machines would use all links of both."""
+    small, one = GPUS["h100"].model_copy(update={"gpus_per_node": 4}), mixtral()
+    rows_bytes = one.tokens * 2 * one.model.dim * 2  # 2 experts, bf16
+    exchanges = 6 * one.model.n_layers * one.micro_batches  # there and back: forward, again, and gradients
+    elsewhere = rows_bytes / 2  # 4 of 8 ranks
+    expected = exchanges * elsewhere / (OURS.network * small.network_gb_per_s * 1e9)
+    assert speed(one, small).context_s == pytest.approx(expected, rel=0.05)
+    assert speed(one, GPUS["h100"]).context_s < expected / 3
+
+
+def test_compilation_leaves_the_copies_of_rows() -> None:
+    fused = replace(OURS, fused=0)
+    two, four = (mixtral("parallel.compile=true", f"model.feed_forward.active={active}") for active in (2, 4))
+    moved = speed(four, GPUS["h100"], fused).memory_s - speed(two, GPUS["h100"], fused).memory_s
+    rows_bytes = two.tokens * 2 * two.model.dim * 2 * two.model.n_layers * two.micro_batches
+    passes = 4  # forward, again, and backward twice
+    assert moved == pytest.approx(7 * rows_bytes * passes / 2 / (OURS.memory * 3350e9), rel=1e-3)
