@@ -1,11 +1,12 @@
 """Constraints between a model, its layout and its devices."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from triplane.model.config import ModelConfig
 from triplane.model.describe import expert_counts, layer_weights
-from triplane.model.weights import Axis
+from triplane.model.weights import Axis, Weight
 from triplane.parallel.axes import shares_of
 from triplane.parallel.config import ParallelConfig
 
@@ -30,7 +31,7 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
     """Yields every problem as one line with its operands; `precision` as in the training config."""
     tp, pp, cp, zero = layout.tp, layout.pp, layout.cp, layout.zero
     layers = list(dict.fromkeys(model.pattern))
-    weights = [weight for layer in layers for weight in layer_weights(model, layer)]
+    weights = _weights(model)
     counts = dict.fromkeys((axis.name, axis.count) for weight in weights for axis in weight.axes)
     experts = expert_counts(model)
     for name, count in counts:
@@ -81,6 +82,12 @@ def layout_problems(model: ModelConfig, layout: ParallelConfig, precision: str) 
             split = f" x {'tp' if shares == tp else _KEYS[axis.name]} ({shares})" if shares > 1 else ""
             operands = f"{_FP8_MULTIPLE}{split}, which its kernels require"
             yield from multiple(f"fp8: {_width(axis)}", axis.size, operands, _FP8_MULTIPLE * shares)
+
+
+@cache  # a search of layouts asks thousands of times
+def _weights(model: ModelConfig) -> tuple[Weight, ...]:
+    """Returns the weights of one layer of each kind."""
+    return tuple(weight for layer in dict.fromkeys(model.pattern) for weight in layer_weights(model, layer))
 
 
 def _expert_problems(layout: ParallelConfig, counts: tuple[int, ...]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from triplane.plan.disk import checkpoint_bytes, kept_checkpoints
 from triplane.plan.estimate import Estimate, beyond_layout, estimate, tokens_of, work_of
 from triplane.plan.gate import Findings, examine
 from triplane.plan.gpus import GPUS, RESERVED_GIB, Gpu, find_gpu
-from triplane.plan.search import Found, changes, nearest, search
+from triplane.plan.search import Search, changes, nearest, search
 from triplane.plan.show import Show
 from triplane.storage.errors import ConfigError
 from triplane.storage.files import write_whole
@@ -75,7 +75,7 @@ def plan(
                 {"overrides": changes(config, layout.config)} | _record(layout.estimate) for layout in results.found
             ]
         if not fits:
-            hint = _advice(config, gpus, results.found)
+            hint = _advice(config, gpus, results)
     show.warnings(gate.warnings)
     show.problems(found, hint)
     if json_path is not None:
@@ -140,10 +140,11 @@ def _limits(answer: Estimate, gpu: Gpu, time_limit_days: float | None) -> list[s
     return found
 
 
-def _advice(config: RunConfig, gpus: int, found: list[Found]) -> str:
-    if not found:
-        return f"no layout of this model and batch fits {gpus} of these GPUs: use more; --search explains why"
-    return f"the nearest layout that fits: {' '.join(changes(config, nearest(config, found).config))}"
+def _advice(config: RunConfig, gpus: int, results: Search) -> str:
+    if not results.found:
+        most = f"; most often: {results.refused[0].reason}" if results.refused else ""
+        return f"no layout of this model and batch fits {gpus} of these GPUs{most}"
+    return f"the nearest layout that fits: {' '.join(changes(config, nearest(config, results.found).config))}"
 
 
 def _record(answer: Estimate) -> dict[str, Any]:

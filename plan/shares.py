@@ -20,7 +20,7 @@ from triplane.training.optimizers.kinds import AnyOptimizer
 class Work:
     """The work of one rank in a step."""
 
-    model: ModelConfig
+    model: ModelConfig = field(hash=False)  # a search asks of one model, thousands of times
     layout: ParallelConfig
     dp: int
     bf16: bool
@@ -55,6 +55,19 @@ class Work:
         """Ranks that share the state of an optimizer of the same experts."""
         return self.layout.expert_shards(self.replicas)
 
+    @cached_property
+    def division(self) -> "Division":
+        """How its ranks divide the weights."""
+        return Division(
+            self.model,
+            self.optimizer,
+            tp=self.layout.tp,
+            ep=self.layout.ep,
+            shards=self.shards,
+            expert_shards=self.expert_shards,
+            by_rows=self.layout.shards_weights(self.replicas),
+        )
+
     @property
     def tokens(self) -> int:
         """Tokens per micro-batch on one cp rank."""
@@ -64,6 +77,20 @@ class Work:
     def element_bytes(self) -> int:
         """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4
+
+
+@dataclass(frozen=True)
+class Division:
+    """All that a rank's share of a weight depends on, which many layouts have in common."""
+
+    model: ModelConfig = field(hash=False)
+    optimizer: AnyOptimizer = field(hash=False)
+    tp: int
+    ep: int
+    shards: int
+    expert_shards: int
+    by_rows: bool
+    """Whether weights are cut between rows, and so between experts: ZeRO 3."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,7 @@ def rank_kinds(work: Work) -> list[RankKind]:
 
 def layer_parameters(work: Work, kind: int) -> int:
     """Returns the parameters on one tp rank of a layer of `kind`."""
-    return _of_layer(work, kind).parameters
+    return _of_layer(work.division, kind).parameters
 
 
 def layer_products(work: Work, kind: int) -> tuple[int, int]:
@@ -180,14 +207,8 @@ class Held(NamedTuple):
 @cache
 def held(work: Work, rank: RankKind) -> Held:
     """Returns what a rank holds."""
-    parts = [(_of_layer(work, kind), count) for kind, count in layer_kinds(work, rank.layers).items()]
-    copied = {"every", "last"} if rank.has_head else {"every"}
-    here = {name for name, stages in copied_weights(work.model).items() if stages in copied}
-    ends = [weight for weight in embedding_weights(work.model) if rank.pp_rank == 0 or weight.name in here]
-    if rank.has_head:
-        joins = [weight for _ in range(1, work.predictions) for weight in joining_weights(work.model)]
-        ends += [*head_weights(work.model), *joins]
-    parts.append((_sum(work, ends), 1))
+    parts = [(_of_layer(work.division, kind), count) for kind, count in layer_kinds(work, rank.layers).items()]
+    parts.append((_of_ends(work.division, first=rank.pp_rank == 0, last=rank.has_head), 1))
     return Held(*(sum(count * part[number] for part, count in parts) for number in range(len(Held._fields))))
 
 
@@ -197,23 +218,34 @@ def parameters(work: Work, rank: RankKind) -> int:
 
 
 @cache
-def _of_layer(work: Work, kind: int) -> Held:
-    return _sum(work, layer_weights(work.model, work.model.layer(kind)))
+def _of_layer(division: Division, kind: int) -> Held:
+    return _sum(division, layer_weights(division.model, division.model.layer(kind)))
 
 
-def _sum(work: Work, weights: Iterable[Weight]) -> Held:
-    layout, total, experts, updated, state, flops = work.layout, 0, 0, 0, 0, 0
+@cache
+def _of_ends(division: Division, *, first: bool, last: bool) -> Held:
+    """Returns what the first or last rank of a pipeline, another or the only one holds besides layers."""
+    model = division.model
+    copied = {"every", "last"} if last else {"every"}
+    here = {name for name, stages in copied_weights(model).items() if stages in copied}
+    weights = [weight for weight in embedding_weights(model) if first or weight.name in here]
+    if last:
+        joins = [weight for _ in range(model.n_layers, model.n_blocks) for weight in joining_weights(model)]
+        weights += [*head_weights(model), *joins]
+    return _sum(division, weights)
+
+
+def _sum(division: Division, weights: Iterable[Weight]) -> Held:
+    tp, ep, total, experts, updated, state, flops = division.tp, division.ep, 0, 0, 0, 0, 0
     for weight in weights:
-        elements, apart = local_elements(weight, layout.tp, layout.ep), spreads_experts(weight, layout.ep)
-        rows = local_shape(weight, layout.tp)[0] // (layout.ep if apart else 1)
-        shards = work.expert_shards if apart else work.shards
-        # ZeRO 3 cuts between rows, and so between experts.
-        whole = layout.shards_weights(work.replicas)
-        share = elements // rows * -(-rows // shards) if whole else -(-elements // shards)
+        elements, apart = local_elements(weight, tp, ep), spreads_experts(weight, ep)
+        rows = local_shape(weight, tp)[0] // (ep if apart else 1)
+        shards = division.expert_shards if apart else division.shards
+        share = elements // rows * -(-rows // shards) if division.by_rows else -(-elements // shards)
         total, experts, updated = total + elements, experts + apart * elements, updated + share
-        state += round(work.optimizer.kept(weight) * share)
+        state += round(division.optimizer.kept(weight) * share)
         # Each tp rank brings whole matrices together.
-        flops += work.optimizer.update_flops(weight) // (shards * (layout.ep if apart else 1))
+        flops += division.optimizer.update_flops(weight) // (shards * (ep if apart else 1))
     return Held(total, experts, updated, state, flops)
 
 

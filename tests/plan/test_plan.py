@@ -183,7 +183,14 @@ def test_what_does_not_fit_comes_with_the_nearest_that_does(tmp_path: Path) -> N
 
 def test_what_no_layout_can_do_is_said(tmp_path: Path) -> None:
     result = plan(CONFIGS / "405b.toml", "--gpus", 8, cwd=tmp_path)
-    assert "no layout of this model and batch fits 8 of these GPUs" in result.stdout
+    assert re.search(
+        r"no layout of this model and batch fits 8 of these GPUs; most often: .*: needs [\d,.]+ GiB of", result.stdout
+    )
+    odd = plan(CONFIGS / "8b.toml", "--gpus", 8, "parallel.fp8=true", "model.hidden_dim=14340", cwd=tmp_path)
+    assert (
+        "fp8: hidden_dim (14340) is not a multiple of 16, which its kernels require"
+        in odd.stdout.rpartition("most often")[2]
+    )
 
 
 def test_axes_need_not_be_powers_of_two() -> None:
