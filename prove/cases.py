@@ -129,8 +129,11 @@ _FURTHER_IN_STAGES: list[dict[str, Any]] = [
     for others, layout in (
         ((), {"pp": 2, "virtual_stages": 2, "tied": True}),
         ((), {"tp": 2, "sequence_parallel": True, "pp": 2}),
-        (("learned", "embedding norm, head bias"), {"pp": 2, "dp": 2, "zero": 3}),
-        (("learned", "embedding norm, head bias"), {"tp": 2, "sequence_parallel": True, "pp": 2, "tied": True}),
+        (("learned positions", "embedding norm, head bias"), {"pp": 2, "dp": 2, "zero": 3}),
+        (
+            ("learned positions", "embedding norm, head bias"),
+            {"tp": 2, "sequence_parallel": True, "pp": 2, "tied": True},
+        ),
         (("experts in groups",), {"pp": 2, "dp": 2, "ep": 2}),
     )
 ]

@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "positions": {
         "partial interleaved rotary": {"positions": {"fraction": 0.5, "interleaved": True}},
         "YaRN": {"positions": {"scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}}},
-        "learned": {"positions": {"kind": "learned", "max_seq_len": 64, "offset": 2}},
+        "learned positions": {"positions": {"kind": "learned", "max_seq_len": 64, "offset": 2}},
         "sinusoidal": {"positions": {"kind": "sinusoidal"}, "embedding_scale": 5.0},
         "ALiBi": {"positions": {"kind": "alibi"}},
         "T5 bias": {"positions": {"kind": "relative", "buckets": 8, "max_distance": 32}},

@@ -12,7 +12,7 @@ from triplane.model.modules import unchanged
 from triplane.parallel import apply, context, engine, tensor
 
 FURTHER = "two tokens further"
-EMBEDDED = (FURTHER, "learned", "embedding norm, head bias")
+EMBEDDED = (FURTHER, "learned positions", "embedding norm, head bias")
 """All that the last stage copies of the first one."""
 
 

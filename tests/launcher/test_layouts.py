@@ -30,7 +30,7 @@ def features(case: Case) -> set[str]:
         layout.cp_method: layout.cp > 1,
         f"zero {layout.zero}": layout.dp != 1,
         "offload": layout.offload_optimizer,
-        f"recompute {layout.recompute}": layout.recompute != "none",
+        f"recompute {layout.recompute}": layout.recompute in ("selective", "full"),  # a list mixes these
         "compile": layout.compile,
         "tied": case.tied,
         case.precision: case.precision != "fp32",
