@@ -15,7 +15,7 @@ from triplane.parallel import megatron, zero  # noqa: F401  imported before the 
 from triplane.prove.cases import Case, full_proof, network_proof, own_case, quick_proof
 from triplane.prove.compare import TIMEOUT_S, Machine, tolerances, train_case, worst
 from triplane.prove.forked import RanksFailedError, run_ranks
-from triplane.prove.reference import SEQ_LEN, Difference, Trace, proof_model, train_plainly
+from triplane.prove.reference import SEQ_LEN, Difference, Trace, proof_model, reference_trace
 from triplane.storage.errors import LaunchError
 from triplane.storage.files import write_whole
 from triplane.training.exits import Exit
@@ -83,7 +83,7 @@ def _results(model: ModelConfig, cases: list[Case], machine: Machine, *, steps: 
         key = own, case.optimizer
         if key not in references:
             count = _LARGE_STEPS if case.large else _FEW_STEPS if case.options else steps
-            references[key] = train_plainly(own, count, optimizer=case.optimizer)
+            references[key] = reference_trace(own, count, case.optimizer)
         results.append(_result(own, case, reference=references[key], tolerance=allowed[case], machine=machine))
         print(_line(results[-1]), flush=True)
     return results

@@ -86,6 +86,7 @@ def worst(found: Iterable[Difference]) -> Difference:
 
 def train_case(mesh: Mesh, model: ModelConfig, case: Case, reference: Trace) -> tuple[Difference, float]:
     """Trains the steps of `reference` on this rank; returns the distance from it, and tokens/s."""
-    engine = proof_engine(mesh, model, case.layout, dtype=DTYPES[case.precision], optimizer=case.optimizer)
-    trace = train_on_mesh(engine, range(len(reference.losses)))
+    seed = reference.seed
+    engine = proof_engine(mesh, model, case.layout, dtype=DTYPES[case.precision], seed=seed, optimizer=case.optimizer)
+    trace = train_on_mesh(engine, range(len(reference.losses)), seed=seed)
     return measured(trace, reference, precision=case.precision, mesh=mesh), trace.tokens_per_s

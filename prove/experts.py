@@ -1,12 +1,13 @@
-"""Losses that layers with experts add and biases of their selection, by the formulas, token by token."""
+"""Losses that layers with experts add, biases of their selection and its closest calls, by the formulas."""
 
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from triplane.model.modules import PartModule
-from triplane.model.parts.balance import SelectionBias
+from triplane.model.parts.balance import SelectionBias, SequenceLoss
 from triplane.model.parts.experts import Experts
 from triplane.model.transformer import Transformer
 
@@ -22,6 +23,8 @@ class ExpertsOf:
         ]
         self._read: dict[nn.Module, Tensor] = {}
         self._counts: dict[PartModule, list[int]] = {}
+        self.closest_call = inf
+        """The least distance so far of the score of a chosen expert or group from that of one that is not."""
         for part in self._parts:
             part.register_forward_pre_hook(self._keep)
 
@@ -47,13 +50,14 @@ class ExpertsOf:
         if config.router_bias:
             logits_TE = logits_TE + part.router.bias
         z = config.z_loss_weight * logits_TE.exp().sum(-1).log().square().mean()
-        if config.balance is None:
-            return z
         positive_TE = logits_TE.exp() if config.router == "softmax" else 1 / (1 + (-logits_TE).exp())
         mean_score = positive_TE / positive_TE.sum(-1, keepdim=True)
-        ranked_TE = positive_TE if config.router == "sigmoid" else mean_score
+        ranked_TE = (positive_TE if config.router == "sigmoid" else mean_score).detach()
         if isinstance(config.balance, SelectionBias):
-            self._counts[part] = _counts(config, ranked_TE + part.router.selection_bias)
+            ranked_TE = ranked_TE + part.router.selection_bias
+            self._counts[part] = _counts(config, ranked_TE)
+        self.closest_call = min(self.closest_call, _closest(config, ranked_TE))
+        if not isinstance(config.balance, SequenceLoss):
             return z
         losses = []
         for start in range(0, len(x_TD), seq_len):
@@ -62,6 +66,26 @@ class ExpertsOf:
             frequency = torch.tensor(counts) * config.n_experts / (config.active * seq_len)
             losses.append((frequency * mean_score[one].mean(0)).sum())
         return z + config.balance.weight * torch.stack(losses).mean()
+
+
+def _closest(config: Experts, ranked_TE: Tensor) -> float:
+    """Returns the least distance, over tokens, from a choice to the next best one."""
+    best_TG = ranked_TE.view(len(ranked_TE), config.groups, -1).topk(config.group_best if config.groups > 1 else 1)[0]
+    groups_TG = best_TG.sum(-1)
+    margins = [_margin(groups_TG, config.active_groups)] if config.groups > 1 else []
+    if config.groups > 1:
+        kept_TG = groups_TG >= groups_TG.topk(config.active_groups)[0][:, -1:]
+        size = config.n_experts // config.groups
+        ranked_TE = ranked_TE.masked_fill(~kept_TG.repeat_interleave(size, 1), -inf)
+    return min(*margins, _margin(ranked_TE, config.active), inf)
+
+
+def _margin(scores_TN: Tensor, chosen: int) -> float:
+    """Returns the least distance of the so many best scores of a row from the next one."""
+    if chosen == scores_TN.shape[1]:
+        return inf
+    best_TC = scores_TN.topk(chosen + 1)[0]
+    return float((best_TC[:, -2] - best_TC[:, -1]).min())
 
 
 def _counts(config: Experts, ranked_TE: Tensor) -> list[int]:

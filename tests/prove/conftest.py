@@ -11,7 +11,7 @@ from triplane.prove import command as prove_module
 from triplane.prove.cases import Case
 from triplane.prove.command import Result
 from triplane.prove.compare import Machine, tolerances
-from triplane.prove.reference import proof_model, train_plainly
+from triplane.prove.reference import proof_model, reference_trace
 
 MACHINE = Machine("cpu", 8, compiler=False)
 
@@ -19,9 +19,7 @@ MACHINE = Machine("cpu", 8, compiler=False)
 @pytest.fixture(scope="module")
 def proven() -> Callable[..., Result]:
     """Proves one case; computes references and bounds once, before a bug is planted."""
-    reference = cache(
-        lambda model, optimizer="adamw": train_plainly(model, prove_module._FEW_STEPS, optimizer=optimizer)
-    )
+    known = cache(lambda model, optimizer="adamw": reference_trace(model, prove_module._FEW_STEPS, optimizer))
     exact, rounding, tied, large = (
         Case(ParallelConfig(dp=1), tied=tied, precision=precision, large=large)
         for tied, precision, large in (
@@ -34,7 +32,7 @@ def proven() -> Callable[..., Result]:
     allowed = tolerances([exact, rounding], proof_model(), steps=range(prove_module._FEW_STEPS), machine=MACHINE)
     bounds = {case.precision: bound for case, bound in allowed.items()}
     for case in (exact, tied, large):
-        reference(case.model(proof_model()))
+        known(case.model(proof_model()))
 
     def prove_case(
         tied: bool = False,
@@ -48,7 +46,7 @@ def proven() -> Callable[..., Result]:
         case = Case(parallel, tied=tied, precision=precision, large=large, options=options, optimizer=optimizer)
         model = case.model(proof_model())
         return prove_module._result(
-            model, case, reference=reference(model, optimizer), tolerance=bounds[precision], machine=MACHINE
+            model, case, reference=known(model, optimizer), tolerance=bounds[precision], machine=MACHINE
         )
 
     return prove_case
