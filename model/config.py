@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from triplane.model.part import default_kind
+from triplane.model.part import as_tuple, default_kind
 from triplane.model.parts.alibi import Alibi
 from triplane.model.parts.experts import Experts
 from triplane.model.parts.further import PredictFurther
@@ -38,10 +38,6 @@ AnyPositions = Annotated[
     Field(discriminator="kind"),
     default_kind(_DEFAULT_KINDS["positions"]),
 ]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 _PLACES = {"pre": ("norm",), "post": ("stream_norm",), "output": ("post_norm",), "sandwich": ("norm", "post_norm")}
@@ -108,7 +104,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, u
     (GPT-J, Cohere)."""
     residual_scale: PositiveFloat = 1.0
     """Multiplies what each branch adds (Granite)."""
-    layers: Annotated[tuple[Layer, ...], Field(strict=False), BeforeValidator(_as_tuple)] = ()
+    layers: Annotated[tuple[Layer, ...], Field(strict=False), BeforeValidator(as_tuple)] = ()
     """Changes layer by layer, repeated over the depth: [{ attention = { window = 4096 } }, {}] gives every other layer
     a window. "unset" takes away what the model has. Empty: all layers are equal."""
     embedding_scale: PositiveFloat = 1.0

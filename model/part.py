@@ -22,3 +22,8 @@ def default_kind(kind: str) -> BeforeValidator:
         return {"kind": kind, **value} if isinstance(value, dict) else value
 
     return BeforeValidator(complete)
+
+
+def as_tuple(value: Any) -> Any:
+    """Turns a list of TOML into a tuple, which frozen configs can hash."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,18 +1,16 @@
 """The config table `[parallel]`: how a model spreads over ranks."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
+
+from triplane.model.part import as_tuple
 
 BUCKET_ELEMENTS = 500_000_000
 """Gradients that ZeRO reduces at once: DeepSpeed's default. It allocates the whole bucket in every step, so a small
 model uses a smaller one."""
 
 Recompute = Literal["none", "selective", "full"]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
@@ -45,7 +43,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in host memory and update them there; slow."""
     recompute: Annotated[
-        Recompute | Annotated[tuple[Recompute, ...], Field(min_length=1)], BeforeValidator(_as_tuple)
+        Recompute | Annotated[tuple[Recompute, ...], Field(min_length=1)], BeforeValidator(as_tuple)
     ] = "none"
     """Activations that backward recomputes instead of keeping. `selective`: all but products and attention. `full`:
     all. A list is of layers in turn, repeated over the depth: ["full", "none"] recomputes every other one."""
